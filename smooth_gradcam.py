@@ -1,0 +1,633 @@
+"""Smooth Grad-CAM for Qwen2.5-VL: where in the photo the answer comes from.
+
+The method is that of "From Redundancy to Relevance" (NAACL 2025): Grad-CAM of the answer's score at a decoder layer,
+
+    alpha_k = mean over image tokens of d score / d A_k          M = ReLU(sum_k alpha_k A_k)
+
+averaged over noisy copies of the photo as in SmoothGrad, 1/n sum M(photo + noise).
+
+The file reads in the order in which data flows: photo and prompt, answer, features and gradients, token map, colours.
+
+Shapes:  H, W  rows and columns of image tokens     N = H * W     C  channels of a layer
+         P  prompt tokens (the N included)          A  answer tokens     L = P + A     T  answer tokens that are scored
+"""
+
+import inspect
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (its usual name)
+
+
+@dataclass(frozen=True)
+class TokenMaps:
+    """What one run of the pass knows: the raw maps of all requested layers, and the answer they explain."""
+
+    maps: dict[int | str, np.ndarray]  # layer -> (H, W) float32 >= 0, mean over the samples, not normalised
+    grid: tuple[int, int]  # (H, W)
+    prompt: str
+    answer: str  # as decoded, without end-of-turn and other special tokens
+    tokens: list[int]  # A token ids
+    target: str  # the explained part of the answer, all of it by default
+    target_span: tuple[int, int]  # where it stands in `answer`, in characters
+    target_tokens: list[int]  # T indices into `tokens`: what was scored
+    no_gradient: frozenset  # layers whose gradient is exactly zero: say so in words, never paint their (zero) map
+    settings: dict  # num_samples, noise_std, seed, score, method, tap, max_new_tokens as they were used
+
+
+# photo and prompt
+
+
+def load_rgb(image) -> Image.Image:
+    """Open a photo the right way up, as RGB.
+
+    `image` is a path or a PIL image of any mode, which is left as it is. EXIF rotation is applied, transparency is
+    laid on white, 16-bit and float grey values are scaled to 8 bits, of an animated file the first frame is taken.
+    Raises ValueError for a path that is missing, a folder, empty, truncated or no image.
+    """
+    if not isinstance(image, Image.Image):
+        image = _open_image(Path(image))
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        return _scale_grey(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _open_image(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not an image" if path.is_dir() else f"the image {path} does not exist")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.copy()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as exc:
+        raise ValueError(f"{path} cannot be read as an image (empty, truncated, too large or not one): {exc}") from exc
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image, dtype=np.float32)
+    fits = [1.0] * (image.mode == "F") + [255.0] * (";" not in image.mode)  # full scales possible below 16 bits
+    top = next((scale for scale in fits if values.max() <= scale), 65535.0)
+    grey = np.round(values.clip(0, top) * (255 / top)).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def grid_from_count(count: int) -> tuple[int, int]:
+    """(H, W), H <= W: the factors of a bare count of image tokens nearest to a square; 3577 gives (49, 73).
+
+    Only for inputs that know no grid: a portrait photo has H > W, and many counts have several factor pairs.
+    """
+    height = next(h for h in range(math.isqrt(count), 0, -1) if count % h == 0)
+    return height, count // height
+
+
+def _prepare_inputs(model, processor, image: Image.Image, prompt: str) -> dict[str, Tensor]:
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
+    if "mm_token_type_ids" in _accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
+        inputs.setdefault("mm_token_type_ids", (inputs["input_ids"] == model.config.image_token_id).long())
+    device = model.get_input_embeddings().weight.device
+    device = "cpu" if device.type == "meta" else device  # weights that accelerate offloads
+    return {name: value.to(device) for name, value in inputs.items() if torch.is_tensor(value)}
+
+
+def _accepted(model) -> Iterable[str]:
+    return inspect.signature(model.forward).parameters
+
+
+def _image_grid(model, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
+    """Positions (N,) of the image tokens in the sequence and their grid (H, W), raster order."""
+    positions = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]  # (N,)
+    if "image_grid_thw" not in inputs:
+        return positions, grid_from_count(len(positions))
+    _, height, width = inputs["image_grid_thw"][0].tolist()  # in patches
+    merge = model.config.vision_config.spatial_merge_size
+    grid = height // merge, width // merge
+    if len(positions) != grid[0] * grid[1]:
+        raise ValueError(f"{len(positions)} image tokens do not fill the processor's grid of {grid[0]} x {grid[1]}")
+    return positions, grid
+
+
+def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator: torch.Generator) -> Tensor:
+    """One SmoothGrad copy of the processor's pixels, (patches, channels * temporal copies * P * P).
+
+    `noise_std` is in units of pixel values in [0, 1]. A still image is stored twice along time: every distinct pixel
+    gets one draw, the same in both copies. Drawn on the CPU, so that a seed means the same noise on every device.
+    """
+    std = torch.tensor(image_processor.image_std if image_processor.do_normalize else [1.0, 1.0, 1.0])
+    copies = image_processor.temporal_patch_size
+    pixels = pixel_values.unflatten(1, (len(std), copies, -1))  # (patches, channels, copies, P * P)
+    noise = torch.randn(pixels[:, :, :1].shape, generator=generator) * (noise_std / std[:, None, None])
+    return (pixels + noise.to(pixels)).flatten(1)
+
+
+# answer
+
+
+def _generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
+    """The greedy answer, cut before its end-of-turn token."""
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,  # sampling settings of the checkpoint, which greedy decoding would warn about
+        top_p=None,
+        top_k=None,
+        suppress_tokens=_placeholders(model),  # in an answer they would be counted as a picture
+    )
+    ends = np.atleast_1d(model.generation_config.eos_token_id).tolist() + [tokenizer.eos_token_id]
+    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), None)]
+
+
+def _placeholders(model) -> list[int]:
+    names = ("image_token_id", "video_token_id", "vision_start_token_id")
+    return [getattr(model.config, name) for name in names if hasattr(model.config, name)]
+
+
+def _tokenise_answer(tokenizer, answer: str) -> list[int]:
+    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    special = [tokenizer.decode([token]) for token in tokens if token in tokenizer.all_special_ids]
+    if special or not answer.strip():
+        raise ValueError(f"answer={answer!r} must be text" + f", without the special token {special[0]}" * bool(special))
+    return tokens
+
+
+def _decode(tokenizer, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def token_spans(tokenizer, tokens: list[int]) -> list[tuple[int, int]]:
+    """The characters (start, end) of the decoded answer that each token has a part in.
+
+    A byte-level token may carry only some bytes of a character: then all tokens of that character span it. Special
+    tokens are left out of the decoded answer and span nothing.
+    """
+    spans, start = [], 0
+    for i in range(len(tokens)):
+        text = _decode(tokenizer, tokens[: i + 1])
+        whole = len(text.rstrip("\ufffd"))  # characters whose last byte has been seen
+        spans.append((start, whole + (whole < len(text))))
+        start = whole
+    return spans
+
+
+def find_target(answer: str, target: str | None) -> tuple[int, int]:
+    """(start, end) in characters of the first `target` in `answer`, as a whole word if there is one; None is all.
+
+    Raises ValueError, with the answer, if it is not there.
+    """
+    if target is None:
+        return 0, len(answer)
+    whole_word = re.search(rf"(?<!\w){re.escape(target)}(?!\w)", answer)
+    start = whole_word.start() if whole_word else answer.find(target)
+    if start < 0 or not target.strip():
+        raise ValueError(f"target={target!r} is not in the answer {answer!r}")
+    return start, start + len(target)
+
+
+def _teacher_force(inputs: dict[str, Tensor], tokens: list[int]) -> dict[str, Tensor]:
+    """The inputs with the answer appended: everything per token grows along, or positions and mask would be others."""
+    ids = inputs["input_ids"]
+    forced = dict(inputs)
+    for name, value in inputs.items():
+        if value.shape == ids.shape:  # (1, P) -> (1, L)
+            fill = value.new_full((1, len(tokens)), name == "attention_mask")
+            forced[name] = torch.cat([value, fill], dim=1)
+    forced["input_ids"] = torch.cat([ids, ids.new_tensor([tokens])], dim=1)
+    return forced
+
+
+# features and gradients
+
+
+def get_model_layers(model) -> tuple[nn.ModuleList, int]:
+    """The decoder layers of a Qwen2.5-VL (or a model laid out like it) and their number.
+
+    Raises ValueError if the model has them in none of the known places.
+    """
+    for path in ("model.language_model.layers", "model.layers"):
+        try:
+            layers = operator.attrgetter(path)(model)
+        except AttributeError:
+            continue
+        return layers, len(layers)
+    raise ValueError(
+        f"{type(model).__name__} has its decoder layers neither at model.language_model.layers nor at model.layers"
+    )
+
+
+def resolve_layers(layers: Iterable[int], total: int) -> list[int]:
+    """Layer indices in 0 ... total - 1, in the order given and each once; negative ones count from the end.
+
+    Raises ValueError naming the value and the valid range.
+    """
+    resolved = []
+    for layer in layers:
+        if not hasattr(layer, "__index__") or not -total <= layer < total:
+            raise ValueError(f"layer {layer!r} does not exist: the model has 0 to {total - 1}, or {-total} to -1")
+        resolved.append(operator.index(layer) % total)
+    if not resolved:
+        raise ValueError(f"no layer is given: the model has 0 to {total - 1}, or {-total} to -1")
+    return list(dict.fromkeys(resolved))
+
+
+class _Tap(NamedTuple):
+    key: int | str
+    module: nn.Module
+    at_input: bool
+
+
+def _find_taps(model, layers, tap: str) -> list[_Tap]:
+    """Decoder layers are tapped as `tap` says, all other modules at their output."""
+    decoder, total = get_model_layers(model)
+    names = {module: name for name, module in model.named_modules()}
+    index = {module: i for i, module in enumerate(decoder)}
+    taps = {}
+    for layer in layers:
+        module = layer if isinstance(layer, nn.Module) else decoder[resolve_layers([layer], total)[0]]
+        if module not in names:
+            raise ValueError(f"the layer {type(module).__name__} is no part of the model")
+        key = index.get(module, names[module])
+        taps[key] = _Tap(key, module, at_input=module in index and tap == "input")
+    return list(taps.values()) or resolve_layers([], total)
+
+
+@contextmanager
+def _captured(taps: list[_Tap]):
+    """Inside, a forward pass leaves the tapped tensor of each layer in the yielded dictionary; no hook outlives it."""
+    captured, handles = {}, []
+
+    def keep(key, tensor):
+        if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
+            raise ValueError(f"layer {key} gives a {type(tensor).__name__}: choose one whose output is a tensor")
+        # The graph starts here: parameters are frozen, so what lies below the first tap needs none.
+        captured[key] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        return captured[key]
+
+    def input_hook(key):
+        def hook(module, args, kwargs):
+            if args:
+                return (keep(key, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": keep(key, kwargs["hidden_states"])}
+
+        return hook
+
+    def output_hook(key):
+        def hook(module, args, output):  # a tensor, or a tuple that begins with it (decoder layers before 5.6)
+            return (keep(key, output[0]), *output[1:]) if isinstance(output, tuple) else keep(key, output)
+
+        return hook
+
+    try:
+        for key, module, at_input in taps:
+            if at_input:
+                handles.append(module.register_forward_pre_hook(input_hook(key), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(output_hook(key)))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _borrowed(model):
+    """Evaluation mode and frozen parameters inside; afterwards the model is as the caller left it, come what may."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    positions = getattr(model.model, "rope_deltas", None)  # a caller's unfinished generation lives on this
+    try:
+        for module in training:
+            module.training = False
+        for parameter in trainable:
+            parameter.requires_grad_(False)  # else autograd would keep what the parameters' gradients need
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        if hasattr(model.model, "rope_deltas"):
+            model.model.rope_deltas = positions
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def logit_score(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Sum of the logits (T, vocabulary) at the tokens (T,) they predict: the paper's score."""
+    return logits.gather(1, tokens[:, None]).sum()
+
+
+def logprob_score(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Sum of the tokens' log-probabilities, which also know what the alternatives were."""
+    return logit_score(logits.log_softmax(-1), tokens)
+
+
+SCORES = {"logit": logit_score, "logprob": logprob_score}
+
+
+def _features_and_gradients(model, forced, taps, predicting, expected, score):
+    """One forward and one backward for all taps: {key: (features, gradient or None)}, each as the layer shapes it."""
+    keep_few = {"logits_to_keep": predicting} if "logits_to_keep" in _accepted(model) else {}  # transformers >= 4.55
+    with _captured(taps) as captured:
+        logits = model(**forced, **keep_few, use_cache=False).logits[0]  # (T or L, vocabulary)
+    missing = [tap.key for tap in taps if tap.key not in captured]
+    if missing:
+        raise ValueError(f"layer {missing[0]} takes no part in the forward pass")
+    logits = logits if keep_few else logits[predicting.to(logits.device)]  # (T, vocabulary)
+    value = SCORES[score](_at_least_float32(logits), expected.to(logits.device))
+    if not value.isfinite():
+        raise RuntimeError(f"the answer's score is {value.item()} in {model.dtype}: load it as bfloat16 or float32")
+    features, unused = list(captured.values()), [None] * len(captured)
+    gradients = torch.autograd.grad(value, features, allow_unused=True) if value.requires_grad else unused
+    return {key: (a.detach(), g) for key, a, g in zip(captured, features, gradients, strict=True)}
+
+
+# token map
+
+
+def gradcam(features: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM, ReLU(sum_k alpha_k A_k) with alpha_k the gradient's mean over the tokens: (N, C), (N, C) -> (N,)."""
+    return (features @ gradients.mean(0)).relu()
+
+
+def hirescam(features: Tensor, gradients: Tensor) -> Tensor:
+    """HiResCAM, ReLU(sum_k g_k A_k) with each token's own gradient: (N, C), (N, C) -> (N,)."""
+    return (features * gradients).sum(-1).relu()
+
+
+METHODS = {"gradcam": gradcam, "hirescam": hirescam}
+
+
+def _image_rows(key, tensor: Tensor, positions: Tensor) -> Tensor:
+    """Of a sequence (1, L, ...) the rows (N, C) at the image tokens; of the vision tower all its rows (k * N, C)."""
+    if tensor.dim() == 2 and len(tensor) % len(positions) == 0:
+        return _at_least_float32(tensor)
+    if tensor.dim() >= 3 and tensor.shape[0] == 1 and tensor.shape[1] > positions[-1]:
+        return _at_least_float32(tensor[0].flatten(1)[positions.to(tensor.device)])
+    raise ValueError(f"layer {key} gives the shape {tuple(tensor.shape)}: no row for each image token")
+
+
+def window_order(grid: tuple[int, int], side: int) -> np.ndarray:
+    """Raster index (N,) of the image tokens in the order of the vision tower's windows of `side` x `side` tokens."""
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    return np.lexsort((column, row, column // side, row // side))
+
+
+def _to_grid(key, heat: np.ndarray, grid: tuple[int, int], vision_config) -> np.ndarray:
+    """(k * N,) -> (H, W): k patches to a token, and out of window order what the vision tower keeps in it."""
+    heat = heat.reshape(grid[0] * grid[1], -1).mean(1)  # (N,)
+    if re.search(r"\bvisual\.(blocks|merger)\b", str(key)) and hasattr(vision_config, "window_size"):
+        side = vision_config.window_size // vision_config.spatial_merge_size // vision_config.patch_size
+        raster = np.empty_like(heat)
+        raster[window_order(grid, side)] = heat
+        heat = raster
+    return heat.reshape(grid)
+
+
+def _layer_map(key, features, gradient, positions, grid, vision_config, method) -> np.ndarray | None:
+    """(H, W) of one sample, None if no path leads from the image tokens at this layer to the answer."""
+    if gradient is None:
+        return None
+    features, gradient = (_image_rows(key, tensor, positions) for tensor in (features, gradient))  # (k * N, C)
+    if not gradient.isfinite().all():
+        raise RuntimeError(f"the gradient at layer {key} is not finite: load the model as bfloat16 or float32")
+    if not gradient.any():
+        return None
+    return _to_grid(key, METHODS[method](features, gradient).float().cpu().numpy(), grid, vision_config)
+
+
+def _check_settings(num_samples, noise_std, seed, max_new_tokens, tap, score, method):
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
+        if not hasattr(value, "__index__") or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+    if not hasattr(seed, "__index__"):
+        raise ValueError(f"seed={seed!r} must be a whole number")
+    if not (math.isfinite(noise_std) and noise_std >= 0):
+        raise ValueError(f"noise_std={noise_std!r} must be finite and 0 or more (0.1 is 10 % of the pixel range)")
+    for name, value, valid in (("tap", tap, ("input", "output")), ("score", score, SCORES), ("method", method, METHODS)):
+        if value not in valid:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(valid)}")
+
+
+@contextmanager
+def _memory_explained(count: int):
+    try:
+        yield
+    except RuntimeError as exc:
+        if not isinstance(exc, torch.cuda.OutOfMemoryError) and "DefaultCPUAllocator" not in str(exc):
+            raise
+        raise RuntimeError(
+            f"out of memory with {count} image tokens: give the model fewer pixels (--max_pixels), or explain only "
+            "later layers; --num_samples does not lower it, the noisy copies run one after another"
+        ) from exc
+
+
+def compute_token_maps(
+    model,
+    processor,
+    image,
+    prompt: str,
+    layers: Iterable[int | nn.Module],
+    *,
+    num_samples: int = 10,
+    noise_std: float = 0.1,
+    use_smooth: bool = True,
+    seed: int = 0,
+    max_new_tokens: int = 128,
+    answer: str | None = None,
+    target: str | None = None,
+    tap: str = "input",
+    score: str = "logit",
+    method: str = "gradcam",
+    progress: Callable[[Iterable], Iterable] | None = None,
+) -> TokenMaps:
+    """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
+
+    image           path or PIL image of any mode
+    layers          decoder layer indices (negative ones from the end), or modules of the model; the maps' keys are
+                    the index of a decoder layer, the name in the model of any other module (read at its output)
+    num_samples     noisy copies whose maps are averaged
+    noise_std       standard deviation of the noise, for pixel values in [0, 1]; 0 is plain Grad-CAM
+    use_smooth      False: one clean copy, plain Grad-CAM
+    seed            of the noise: the same seed gives the same maps
+    max_new_tokens  where the generated answer is cut off
+    answer          explain this text in place of the generated answer
+    target          score only the tokens of this part of the answer (its first occurrence)
+    tap             read decoder layers at the hidden states that enter them ("input"), or at their "output", where
+                    the last layer has no gradient
+    score           "logit" (the paper's) or "logprob": what is summed over the explained tokens
+    method          "gradcam" (the paper's, gradients pooled over the image tokens) or "hirescam" (each token's own)
+    progress        wraps the iterable over the copies, e.g. tqdm; None is silent
+
+    Raises ValueError for bad arguments, and RuntimeError if the model answers with nothing, runs out of memory, or
+    gives a score or gradient that is not finite. The model and the random state of the caller stay as they are.
+    """
+    _check_settings(num_samples, noise_std, seed, max_new_tokens, tap, score, method)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt={prompt!r} must be a text that is not empty")
+    if not use_smooth or noise_std == 0:
+        num_samples, noise_std = 1, 0.0
+    taps = _find_taps(model, layers, tap)
+    tokenizer, generator = processor.tokenizer, torch.Generator().manual_seed(operator.index(seed))
+    with _borrowed(model):
+        inputs = _prepare_inputs(model, processor, load_rgb(image), prompt)
+        positions, grid = _image_grid(model, inputs)
+        with _memory_explained(len(positions)):
+            if answer is None:
+                tokens = _generate(model, tokenizer, inputs, max_new_tokens)
+            else:
+                tokens = _tokenise_answer(tokenizer, answer)
+            text = _decode(tokenizer, tokens)
+            if not text.strip():
+                raise RuntimeError("the model answers with nothing: give a text to explain with answer= (--answer)")
+            start, end = find_target(text, target)
+            scored = [i for i, (s, e) in enumerate(token_spans(tokenizer, tokens)) if s < end and e > start]
+            maps, alive = {tap.key: np.zeros(grid, np.float32) for tap in taps}, set()
+            forced, length = _teacher_force(inputs, tokens), inputs["input_ids"].shape[1]
+            predicting = torch.tensor([length - 1 + i for i in scored], device=positions.device)  # (T,)
+            expected = torch.tensor([tokens[i] for i in scored], device=positions.device)  # (T,)
+            for _ in (progress or iter)(range(num_samples)):
+                if noise_std:
+                    forced["pixel_values"] = add_noise(
+                        inputs["pixel_values"], noise_std, processor.image_processor, generator
+                    )
+                results = _features_and_gradients(model, forced, taps, predicting, expected, score)
+                for key, (features, gradient) in results.items():
+                    heat = _layer_map(key, features, gradient, positions, grid, model.config.vision_config, method)
+                    if heat is not None:
+                        alive.add(key)
+                        maps[key] += heat / num_samples
+    settings = {"num_samples": num_samples, "noise_std": noise_std, "seed": seed, "score": score, "method": method}
+    return TokenMaps(
+        maps=maps,
+        grid=grid,
+        prompt=prompt,
+        answer=text,
+        tokens=tokens,
+        target=text[start:end],
+        target_span=(start, end),
+        target_tokens=scored,
+        no_gradient=frozenset(maps) - alive,
+        settings=settings | {"tap": tap, "max_new_tokens": max_new_tokens},
+    )
+
+
+# colours
+
+
+def normalize_cam(cam: np.ndarray) -> np.ndarray:
+    """The map divided by its own maximum: float32 in [0, 1]. A map of zeros stays zero."""
+    cam = np.asarray(cam, dtype=np.float32)
+    return cam / cam.max() if cam.max() > 0 else np.zeros_like(cam)
+
+
+def upsample_cam(cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The (H, W) map at `size` = (height, width) pixels, cubic, float32 >= 0; each cell keeps its area of the photo."""
+    cam = torch.as_tensor(cam, dtype=torch.float32)[None, None]  # (1, 1, H, W)
+    return F.interpolate(cam, size=size, mode="bicubic", align_corners=False)[0, 0].clamp_min(0).numpy()
+
+
+def colorize_cam(cam01: np.ndarray) -> np.ndarray:
+    """Jet colours of a map in [0, 1], (...) -> (..., 3) uint8 RGB: red is high, blue is low."""
+    distance = np.abs(4 * np.asarray(cam01, dtype=np.float32)[..., None] - np.array([3, 2, 1]))  # from red, green, blue
+    return np.round(255 * (1.5 - distance).clip(0, 1)).astype(np.uint8)
+
+
+def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+    """`alpha` parts of the heatmap over 1 - `alpha` parts of the photo, both (height, width, 3) uint8 RGB."""
+    mixed = (1 - alpha) * np.asarray(image_rgb, dtype=np.float32) + alpha * np.asarray(heatmap, dtype=np.float32)
+    return np.round(mixed).astype(np.uint8)
+
+
+def render_cam(image, cam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(superimposed, heatmap) of a raw (H, W) map, uint8 RGB arrays (height, width, 3) of the photo's own size."""
+    photo = np.asarray(load_rgb(image))
+    heatmap = colorize_cam(normalize_cam(upsample_cam(cam, photo.shape[:2])))
+    return overlay_cam(photo, heatmap), heatmap
+
+
+class SmoothQwenGradCAM:
+    """Smooth Grad-CAM of one layer, as pictures.
+
+    `target_layer` is a module of the model, e.g. `get_model_layers(model)[0][-1]`, or a decoder layer's index. The
+    other arguments are those of `compute_token_maps`, which lists them and what is raised.
+
+        cam = SmoothQwenGradCAM(model, processor, target_layer=layers[-1])
+        superimposed, heatmap = cam.generate_cam(image, "What is in this image?")
+        print(cam.result.answer)
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        target_layer,
+        num_samples=10,
+        noise_std=0.1,
+        *,
+        seed=0,
+        max_new_tokens=128,
+        answer=None,
+        target=None,
+        tap="input",
+        score="logit",
+        method="gradcam",
+    ):
+        _check_settings(num_samples, noise_std, seed, max_new_tokens, tap, score, method)
+        self.model, self.processor, self.target_layer = model, processor, target_layer
+        self.num_samples, self.noise_std, self.seed = num_samples, noise_std, seed
+        self.max_new_tokens, self.answer, self.target = max_new_tokens, answer, target
+        self.tap, self.score, self.method = tap, score, method
+        self.result: TokenMaps | None = None  # of the last generate_cam
+
+    def generate_cam(self, image, prompt, use_smooth=True):
+        """(superimposed, heatmap): uint8 RGB arrays (height, width, 3) of the photo's own size.
+
+        `use_smooth=False` is plain Grad-CAM, without noise. `self.result` then holds the raw map and the answer.
+        Raises RuntimeError if no gradient reaches the layer, beside what `compute_token_maps` raises.
+        """
+        self.result = compute_token_maps(
+            self.model,
+            self.processor,
+            image,
+            prompt,
+            [self.target_layer],
+            num_samples=self.num_samples,
+            noise_std=self.noise_std,
+            use_smooth=use_smooth,
+            seed=self.seed,
+            max_new_tokens=self.max_new_tokens,
+            answer=self.answer,
+            target=self.target,
+            tap=self.tap,
+            score=self.score,
+            method=self.method,
+        )
+        ((layer, cam),) = self.result.maps.items()
+        if layer in self.result.no_gradient:
+            raise RuntimeError(
+                f"layer {layer} has no gradient: behind it no path leads from the image tokens to the answer. "
+                'Choose an earlier one, or tap="input" with a decoder layer'
+            )
+        return render_cam(image, cam)

@@ -1,0 +1,100 @@
+"""A random Qwen2.5-VL of the real classes, with a real processor, in a few thousand parameters and without a download."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+SPECIAL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+MERGES = ["c a", "ca t", "Ġ cat", "r e", "re d", "Ġ t", "Ġt h", "Ġth e"]
+CHAT_TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # the tensors are too small for more
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES] + SPECIAL
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "bos_token": None}
+    config |= {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": SPECIAL[1:]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer):
+    images = Qwen2VLImageProcessor(min_pixels=4 * 28 * 28, max_pixels=200 * 28 * 28)
+    return Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer):
+    """A function that builds the model in a dtype, always with the same random weights."""
+    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in SPECIAL}
+
+    def make(dtype=torch.float64, layers=3):
+        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+        vision |= {"fullatt_block_indexes": [1], "window_size": 112}
+        text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "vocab_size": len(tokenizer)}
+        text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+        text |= {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "use_sliding_window": False}
+        config = Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            model = Qwen2_5_VLForConditionalGeneration(config)
+            for parameter in model.parameters():  # the usual 0.02 makes a model of this size all but blind
+                if parameter.dim() > 1:
+                    torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+        model.generation_config.pad_token_id = ids["<|endoftext|>"]
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def image():
+    """A landscape photo, 168 x 112 pixels: 4 rows of 6 image tokens."""
+    return make_image(168, 112)
+
+
+def make_image(width, height):
+    """Smooth random colours, the same for the same size."""
+    coarse = np.random.default_rng(width * height).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
