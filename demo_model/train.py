@@ -39,7 +39,7 @@ QUESTIONS = 5  # an image: one description and four of the topics above
 WINDOW = 4  # image tokens along one side of an attention window: 112 pixels / 28
 
 
-# --- data: scenes and packed questions, made in processes of their own ---
+# data: scenes and packed questions, made in processes of their own
 
 
 class Packer:
@@ -106,7 +106,7 @@ def make_batch(packer, seed, batch_size):
 
 
 def soil(rng, image):
-    """A third of the images get noise of up to a tenth of the range: noisy copies are not to be foreign to the model."""
+    """A third of the images get noise of up to a tenth of the range, so that noisy copies are nothing foreign."""
     if rng.random() > 0.33:
         return image
     noise = rng.standard_normal((64, image.shape[1], 3), np.float32) * (255 * rng.uniform(0, 0.1))
@@ -124,7 +124,7 @@ def produce(queue, tokenizer, seed, worker, workers, batch_size):
         number += workers
 
 
-# --- forward: the model's arithmetic for a batch of one image size ---
+# forward: the model's arithmetic for a batch of one image size
 
 
 def rotate(x, cos, sin):
@@ -236,7 +236,7 @@ def check_forward(model, tokenizer):
         assert difference < 1e-3, f"the training forward differs from transformers' by {difference}"
 
 
-# --- training ---
+# training
 
 
 def grow(model, tokenizer):

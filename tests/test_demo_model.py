@@ -1,0 +1,141 @@
+"""The demo model loads as any checkpoint does, reads its scenes, and its maps light up where the objects are."""
+
+import numpy as np
+import pytest
+import scenes
+import torch
+import train
+from evaluate import UNSEEN, answers, evaluate, read_description
+from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from smooth_gradcam import compute_token_maps, get_model_layers, upsample_cam
+
+DEMO_MODEL = scenes.OBJECTS.parent
+DOCUMENTED = "Describe the main content in this image in detail."
+CORNERS = {"top left": 0, "top right": 2, "bottom left": 6, "bottom right": 8}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO_MODEL, local_files_only=True).eval()
+    return model, AutoProcessor.from_pretrained(DEMO_MODEL, local_files_only=True)
+
+
+def test_folder_is_small_enough_to_live_in_the_repository():
+    files = [path for path in DEMO_MODEL.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+
+
+def test_architecture_is_that_of_the_7b_with_28_layers(demo):
+    model, processor = demo
+    assert get_model_layers(model)[1] == 28
+    vision = model.config.vision_config
+    assert 0 < len(vision.fullatt_block_indexes) < vision.depth  # window attention and full attention
+    assert (vision.spatial_merge_size, vision.patch_size, vision.temporal_patch_size) == (2, 14, 2)
+    assert [processor.tokenizer.decode([model.config.image_token_id])] == ["<|image_pad|>"]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_training_forward_agrees_with_transformers(demo):
+    train.check_forward(demo[0], demo[1].tokenizer)
+
+
+def test_growing_the_model_changes_no_logit():
+    torch.manual_seed(0)
+    tokenizer = AutoProcessor.from_pretrained(DEMO_MODEL).tokenizer
+    core = train.build_model(train.CORE_LAYERS, tokenizer).eval()
+    grown = train.grow(core, tokenizer).eval()
+    ids = torch.randint(0, len(tokenizer), (1, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(core(input_ids=ids).logits, grown(input_ids=ids).logits)
+
+
+def test_unseen_scenes_are_described(demo):
+    figures = evaluate(*demo, count=16)
+    for name in ("objects named", "scenes with nothing invented", "named objects placed right"):
+        right, total = figures[name]
+        assert right / total >= 0.8, (name, right, total)
+
+
+def test_documented_prompt_names_and_places_every_object_of_the_demo_picture(demo):
+    image = Image.open(DEMO_MODEL.parent / "demo.jpeg")
+    scene = scenes.demo_scene()
+    assert answers(*demo, [image], [DOCUMENTED]) == [scenes.describe(scene)]
+
+
+@pytest.mark.parametrize("prompt", ["Beschreibe das Bild.", "这张图片里有什么?", "ما هذا؟", "?!", "🙂", "x" * 300])
+def test_any_prompt_in_any_script_is_answered_with_something(demo, prompt):
+    assert answers(*demo, [Image.fromarray(scenes.make_scene(UNSEEN).image)], [prompt])[0].strip()
+
+
+@pytest.mark.parametrize("size", [(252, 336), (336, 252)], ids=["landscape", "portrait"])
+@pytest.mark.parametrize("corner", CORNERS)
+def test_an_object_in_a_corner_lights_up_that_corner(demo, corner, size):
+    scene = scenes.make_scene(UNSEEN, size=size, kinds=["frog", "car"], places=[CORNERS[corner], 4], background="plain")
+    result = compute_token_maps(
+        *demo,
+        Image.fromarray(scene.image),
+        DOCUMENTED,
+        [6],
+        answer=scenes.describe(scene),
+        target="frog",
+        score="logprob",
+        method="hirescam",
+        num_samples=3,
+    )
+    heat = upsample_cam(result.maps[6], size)
+    row, column = np.unravel_index(heat.argmax(), size)
+    assert (row < size[0] / 2, column < size[1] / 2) == (corner.startswith("top"), corner.endswith("left"))
+
+
+def test_same_seed_gives_the_same_scene_and_another_seed_another():
+    first, again, other = (scenes.make_scene(seed, size=(280, 280)) for seed in (1, 1, 2))
+    assert np.array_equal(first.image, again.image)
+    assert not np.array_equal(first.image, other.image)
+
+
+def test_masks_are_where_the_objects_are():
+    bare = [
+        scenes.make_scene(5, size=(280, 280), kinds=[kind], places=[4], background="plain") for kind in ("dog", "car")
+    ]
+    for scene in bare:
+        ground = scene.image[0, 0].astype(int)
+        drawn = (np.abs(scene.image.astype(int) - ground) > 3).any(-1)
+        mask = scene.objects[0].mask
+        assert (drawn & ~mask).sum() < 0.12 * mask.sum()  # the soft edge
+        assert (mask & ~drawn).sum() < 0.12 * mask.sum()
+
+
+def test_masks_do_not_overlap_and_lie_in_their_places():
+    for seed in range(30):
+        scene = scenes.make_scene(seed)
+        assert sum(thing.mask.astype(int) for thing in scene.objects).max() <= 1
+        for thing in scene.objects:
+            rows, columns = np.nonzero(thing.mask)
+            middle = (rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2
+            place = [int(3 * position / extent) for position, extent in zip(middle, thing.mask.shape, strict=True)]
+            assert place == [thing.row, thing.column]
+
+
+def test_answers_are_true_of_a_known_scene():
+    scene = scenes.make_scene(3, size=(336, 336), kinds=["dog", "apple"], places=[0, 5])
+    assert scenes.describe(scene) == "There is a dog at the top left and an apple on the right."
+    assert scenes.list_objects(scene) == "A dog and an apple."
+    assert scenes.where(scene, "apple") == "The apple is on the right."
+    assert scenes.is_there(scene, "cat") == "No, there is no cat."
+    assert scenes.how_many(scene) == "There are two objects."
+    assert scenes.beside(scene, "to the left of", "apple") == "There is a dog to the left of the apple."
+    assert scenes.beside(scene, "to the left of", "dog") == "There is nothing to the left of the dog."
+    assert scenes.at_place(scene, 0) == "There is a dog at the top left."
+    assert read_description(scenes.describe(scene)) == [("dog", "at the top left"), ("apple", "on the right")]
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unicorn.*dog"):
+        scenes.make_scene(0, kinds=["unicorn"])
