@@ -96,6 +96,9 @@ def grid_from_count(count: int) -> tuple[int, int]:
 
 
 def _prepare_inputs(model, processor, image: Image.Image, prompt: str) -> dict[str, Tensor]:
+    for placeholder in processor.tokenizer.convert_ids_to_tokens(_placeholders(model)):
+        if placeholder in prompt:
+            raise ValueError(f"prompt={prompt!r} contains {placeholder}, which stands for a picture")
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
     text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
@@ -104,6 +107,11 @@ def _prepare_inputs(model, processor, image: Image.Image, prompt: str) -> dict[s
     device = model.get_input_embeddings().weight.device
     device = "cpu" if device.type == "meta" else device  # weights that accelerate offloads
     return {name: value.to(device) for name, value in inputs.items() if torch.is_tensor(value)}
+
+
+def _placeholders(model) -> list[int]:
+    names = ("image_token_id", "video_token_id", "vision_start_token_id")
+    return [getattr(model.config, name) for name in names if hasattr(model.config, name)]
 
 
 def _accepted(model) -> Iterable[str]:
@@ -156,16 +164,10 @@ def _generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) 
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), None)]
 
 
-def _placeholders(model) -> list[int]:
-    names = ("image_token_id", "video_token_id", "vision_start_token_id")
-    return [getattr(model.config, name) for name in names if hasattr(model.config, name)]
-
-
-def _tokenise_answer(tokenizer, answer: str) -> list[int]:
+def _tokenise(tokenizer, answer: str) -> list[int]:
     tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    special = [tokenizer.decode([token]) for token in tokens if token in tokenizer.all_special_ids]
-    if special or not answer.strip():
-        raise ValueError(f"answer={answer!r} must be text" + f", without the special token {special[0]}" * bool(special))
+    if not answer.strip() or set(tokens) & set(tokenizer.all_special_ids):
+        raise ValueError(f"answer={answer!r} must be text that is not empty, without special tokens")
     return tokens
 
 
@@ -202,16 +204,25 @@ def find_target(answer: str, target: str | None) -> tuple[int, int]:
     return start, start + len(target)
 
 
+def _explained(tokenizer, tokens: list[int], target: str | None) -> tuple[str, tuple[int, int], list[int]]:
+    """The decoded answer, the span of characters to be explained, and the tokens (T,) that have a part in it."""
+    answer = _decode(tokenizer, tokens)
+    if not answer.strip():
+        raise RuntimeError("the model answers with nothing: give a text to explain with answer= (--answer)")
+    start, end = find_target(answer, target)
+    scored = [i for i, (first, last) in enumerate(token_spans(tokenizer, tokens)) if first < end and last > start]
+    return answer, (start, end), scored
+
+
 def _teacher_force(inputs: dict[str, Tensor], tokens: list[int]) -> dict[str, Tensor]:
-    """The inputs with the answer appended: everything per token grows along, or positions and mask would be others."""
+    """The inputs with the answer appended: what is per token grows along, else mask and positions would be others."""
     ids = inputs["input_ids"]
-    forced = dict(inputs)
-    for name, value in inputs.items():
-        if value.shape == ids.shape:  # (1, P) -> (1, L)
-            fill = value.new_full((1, len(tokens)), name == "attention_mask")
-            forced[name] = torch.cat([value, fill], dim=1)
-    forced["input_ids"] = torch.cat([ids, ids.new_tensor([tokens])], dim=1)
-    return forced
+    fills = {"input_ids": ids.new_tensor([tokens]), "attention_mask": ids.new_ones(1, len(tokens))}
+    zeros = ids.new_zeros(1, len(tokens))
+    return {
+        name: torch.cat([value, fills.get(name, zeros).to(value)], dim=1) if value.shape == ids.shape else value
+        for name, value in inputs.items()  # (1, P) -> (1, L)
+    }
 
 
 # features and gradients
@@ -246,6 +257,9 @@ def resolve_layers(layers: Iterable[int], total: int) -> list[int]:
     if not resolved:
         raise ValueError(f"no layer is given: the model has 0 to {total - 1}, or {-total} to -1")
     return list(dict.fromkeys(resolved))
+
+
+TAPS = ("input", "output")
 
 
 class _Tap(NamedTuple):
@@ -346,16 +360,20 @@ def logprob_score(logits: Tensor, tokens: Tensor) -> Tensor:
 SCORES = {"logit": logit_score, "logprob": logprob_score}
 
 
-def _features_and_gradients(model, forced, taps, predicting, expected, score):
-    """One forward and one backward for all taps: {key: (features, gradient or None)}, each as the layer shapes it."""
-    keep_few = {"logits_to_keep": predicting} if "logits_to_keep" in _accepted(model) else {}  # transformers >= 4.55
+def _features_and_gradients(model, forced, taps, predicting: list[int], expected: list[int], score):
+    """One forward and one backward for all taps: {key: (features, gradient or None)}, each as the layer shapes it.
+
+    Scored are the tokens `expected` (T,), whose logits stand at the positions `predicting` (T,).
+    """
+    length = forced["input_ids"].shape[1]
+    keep = {"logits_to_keep": length - predicting[0]} if "logits_to_keep" in _accepted(model) else {}
     with _captured(taps) as captured:
-        logits = model(**forced, **keep_few, use_cache=False).logits[0]  # (T or L, vocabulary)
-    missing = [tap.key for tap in taps if tap.key not in captured]
-    if missing:
-        raise ValueError(f"layer {missing[0]} takes no part in the forward pass")
-    logits = logits if keep_few else logits[predicting.to(logits.device)]  # (T, vocabulary)
-    value = SCORES[score](_at_least_float32(logits), expected.to(logits.device))
+        logits = model(**forced, **keep, use_cache=False).logits[0]  # (L, vocabulary), or the last of it
+    if len(captured) < len(taps):
+        missing = next(tap.key for tap in taps if tap.key not in captured)
+        raise ValueError(f"layer {missing} takes no part in the forward pass")
+    logits = logits[[position - length for position in predicting]]  # (T, vocabulary)
+    value = SCORES[score](_at_least_float32(logits), torch.tensor(expected, device=logits.device))
     if not value.isfinite():
         raise RuntimeError(f"the answer's score is {value.item()} in {model.dtype}: load it as bfloat16 or float32")
     features, unused = list(captured.values()), [None] * len(captured)
@@ -372,7 +390,11 @@ def gradcam(features: Tensor, gradients: Tensor) -> Tensor:
 
 
 def hirescam(features: Tensor, gradients: Tensor) -> Tensor:
-    """HiResCAM, ReLU(sum_k g_k A_k) with each token's own gradient: (N, C), (N, C) -> (N,)."""
+    """HiResCAM, ReLU(sum_k g_k A_k) with each token's own gradient: (N, C), (N, C) -> (N,).
+
+    All but zero at what enters the last decoder layer: there a token acts through a norm alone, which takes away its
+    length, and the sum is the effect of its length.
+    """
     return (features * gradients).sum(-1).relu()
 
 
@@ -425,7 +447,7 @@ def _check_settings(num_samples, noise_std, seed, max_new_tokens, tap, score, me
         raise ValueError(f"seed={seed!r} must be a whole number")
     if not (math.isfinite(noise_std) and noise_std >= 0):
         raise ValueError(f"noise_std={noise_std!r} must be finite and 0 or more (0.1 is 10 % of the pixel range)")
-    for name, value, valid in (("tap", tap, ("input", "output")), ("score", score, SCORES), ("method", method, METHODS)):
+    for name, value, valid in (("tap", tap, TAPS), ("score", score, SCORES), ("method", method, METHODS)):
         if value not in valid:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(valid)}")
 
@@ -494,43 +516,24 @@ def compute_token_maps(
         inputs = _prepare_inputs(model, processor, load_rgb(image), prompt)
         positions, grid = _image_grid(model, inputs)
         with _memory_explained(len(positions)):
-            if answer is None:
-                tokens = _generate(model, tokenizer, inputs, max_new_tokens)
-            else:
-                tokens = _tokenise_answer(tokenizer, answer)
-            text = _decode(tokenizer, tokens)
-            if not text.strip():
-                raise RuntimeError("the model answers with nothing: give a text to explain with answer= (--answer)")
-            start, end = find_target(text, target)
-            scored = [i for i, (s, e) in enumerate(token_spans(tokenizer, tokens)) if s < end and e > start]
-            maps, alive = {tap.key: np.zeros(grid, np.float32) for tap in taps}, set()
-            forced, length = _teacher_force(inputs, tokens), inputs["input_ids"].shape[1]
-            predicting = torch.tensor([length - 1 + i for i in scored], device=positions.device)  # (T,)
-            expected = torch.tensor([tokens[i] for i in scored], device=positions.device)  # (T,)
+            generate = answer is None
+            tokens = _generate(model, tokenizer, inputs, max_new_tokens) if generate else _tokenise(tokenizer, answer)
+            text, span, scored = _explained(tokenizer, tokens, target)
+            forced, before = _teacher_force(inputs, tokens), inputs["input_ids"].shape[1] - 1
+            predicting, expected = [before + i for i in scored], [tokens[i] for i in scored]
+            maps, alive = {layer.key: np.zeros(grid, np.float32) for layer in taps}, set()
             for _ in (progress or iter)(range(num_samples)):
-                if noise_std:
-                    forced["pixel_values"] = add_noise(
-                        inputs["pixel_values"], noise_std, processor.image_processor, generator
-                    )
-                results = _features_and_gradients(model, forced, taps, predicting, expected, score)
-                for key, (features, gradient) in results.items():
-                    heat = _layer_map(key, features, gradient, positions, grid, model.config.vision_config, method)
+                pixels = add_noise(inputs["pixel_values"], noise_std, processor.image_processor, generator)
+                noisy = forced | {"pixel_values": pixels}
+                for key, pair in _features_and_gradients(model, noisy, taps, predicting, expected, score).items():
+                    heat = _layer_map(key, *pair, positions, grid, model.config.vision_config, method)
                     if heat is not None:
-                        alive.add(key)
                         maps[key] += heat / num_samples
+                        alive.add(key)
     settings = {"num_samples": num_samples, "noise_std": noise_std, "seed": seed, "score": score, "method": method}
-    return TokenMaps(
-        maps=maps,
-        grid=grid,
-        prompt=prompt,
-        answer=text,
-        tokens=tokens,
-        target=text[start:end],
-        target_span=(start, end),
-        target_tokens=scored,
-        no_gradient=frozenset(maps) - alive,
-        settings=settings | {"tap": tap, "max_new_tokens": max_new_tokens},
-    )
+    settings |= {"tap": tap, "max_new_tokens": max_new_tokens}
+    dead = frozenset(maps) - alive
+    return TokenMaps(maps, grid, prompt, text, tokens, text[slice(*span)], span, scored, dead, settings)
 
 
 # colours
@@ -570,59 +573,31 @@ def render_cam(image, cam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class SmoothQwenGradCAM:
     """Smooth Grad-CAM of one layer, as pictures.
 
-    `target_layer` is a module of the model, e.g. `get_model_layers(model)[0][-1]`, or a decoder layer's index. The
-    other arguments are those of `compute_token_maps`, which lists them and what is raised.
+    target_layer            a module of the model, e.g. `get_model_layers(model)[0][-1]`, or a decoder layer's index
+    num_samples, noise_std  noisy copies, and their noise for pixel values in [0, 1]
+    options                 seed, max_new_tokens, answer, target, tap, score, method, progress: see
+                            `compute_token_maps`, which has their defaults and says what is raised
 
         cam = SmoothQwenGradCAM(model, processor, target_layer=layers[-1])
         superimposed, heatmap = cam.generate_cam(image, "What is in this image?")
         print(cam.result.answer)
     """
 
-    def __init__(
-        self,
-        model,
-        processor,
-        target_layer,
-        num_samples=10,
-        noise_std=0.1,
-        *,
-        seed=0,
-        max_new_tokens=128,
-        answer=None,
-        target=None,
-        tap="input",
-        score="logit",
-        method="gradcam",
-    ):
-        _check_settings(num_samples, noise_std, seed, max_new_tokens, tap, score, method)
+    def __init__(self, model, processor, target_layer, num_samples=10, noise_std=0.1, **options):
+        self.options = {"num_samples": num_samples, "noise_std": noise_std, **options}
+        inspect.signature(compute_token_maps).bind(model, processor, None, "", [target_layer], **self.options)
         self.model, self.processor, self.target_layer = model, processor, target_layer
-        self.num_samples, self.noise_std, self.seed = num_samples, noise_std, seed
-        self.max_new_tokens, self.answer, self.target = max_new_tokens, answer, target
-        self.tap, self.score, self.method = tap, score, method
         self.result: TokenMaps | None = None  # of the last generate_cam
 
     def generate_cam(self, image, prompt, use_smooth=True):
         """(superimposed, heatmap): uint8 RGB arrays (height, width, 3) of the photo's own size.
 
-        `use_smooth=False` is plain Grad-CAM, without noise. `self.result` then holds the raw map and the answer.
+        `use_smooth=False` is plain Grad-CAM, without noise. Afterwards `self.result` has the raw map and the answer.
         Raises RuntimeError if no gradient reaches the layer, beside what `compute_token_maps` raises.
         """
+        layers = [self.target_layer]
         self.result = compute_token_maps(
-            self.model,
-            self.processor,
-            image,
-            prompt,
-            [self.target_layer],
-            num_samples=self.num_samples,
-            noise_std=self.noise_std,
-            use_smooth=use_smooth,
-            seed=self.seed,
-            max_new_tokens=self.max_new_tokens,
-            answer=self.answer,
-            target=self.target,
-            tap=self.tap,
-            score=self.score,
-            method=self.method,
+            self.model, self.processor, image, prompt, layers, use_smooth=use_smooth, **self.options
         )
         ((layer, cam),) = self.result.maps.items()
         if layer in self.result.no_gradient:

@@ -1,4 +1,4 @@
-"""A random Qwen2.5-VL of the real classes, with a real processor, in a few thousand parameters and without a download."""
+"""A random Qwen2.5-VL of the real classes with a real processor: tiny, and made without a download."""
 
 import json
 
@@ -78,9 +78,19 @@ def make_model(tokenizer):
                     torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
         model.generation_config.pad_token_id = ids["<|endoftext|>"]
+        if dtype == torch.float64:
+            _keep_float64(model)
         return model.to(dtype).eval()
 
     return make
+
+
+def _keep_float64(model):
+    """The norms of transformers compute in float32; put PyTorch's in their place, which do not."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon))
 
 
 @pytest.fixture(scope="session")

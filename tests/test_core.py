@@ -1,0 +1,552 @@
+"""The pass: one answer, then one forward and one backward for all layers, against independent oracles."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_image
+from torch import nn
+
+import smooth_gradcam as core
+from smooth_gradcam import compute_token_maps, find_target, get_model_layers, resolve_layers, token_spans
+
+PROMPT = "What is it?"
+ANSWER = "the red cat 猫"
+CLEAN = {"use_smooth": False, "answer": ANSWER}
+
+
+def decoder(model):
+    return get_model_layers(model)[0]
+
+
+def oracle(model, processor, image, layer, method="gradcam", score="logit", pixel_values=None):
+    """The map by the book: full graph with all parameters, full logits, the model's own record of hidden states."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
+    text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True) + ANSWER
+    options = {"return_mm_token_type_ids": True, "return_tensors": "pt"}
+    inputs = processor(text=[text], images=[image], **options)
+    if pixel_values is not None:
+        inputs["pixel_values"] = pixel_values
+    output = model(**inputs, output_hidden_states=True)
+    ids = inputs["input_ids"][0]
+    answer = processor.tokenizer(ANSWER)["input_ids"]
+    scores = output.logits[0] if score == "logit" else output.logits[0].log_softmax(-1)
+    total = sum(scores[i - 1, ids[i]] for i in range(len(ids) - len(answer), len(ids)))
+    hidden = output.hidden_states[layer]
+    (gradient,) = torch.autograd.grad(total, hidden)
+    at = ids == model.config.image_token_id
+    hidden, gradient = hidden[0, at].detach().numpy(), gradient[0, at].numpy()
+    weights = gradient.mean(0, keepdims=True) if method == "gradcam" else gradient
+    return np.maximum((hidden * weights).sum(1), 0)
+
+
+@pytest.mark.parametrize("score", ["logit", "logprob"])
+@pytest.mark.parametrize("method", ["gradcam", "hirescam"])
+def test_map_equals_full_graph_float64_autograd(model, processor, image, method, score):
+    found = compute_token_maps(model, processor, image, PROMPT, [0, 1, 2], **CLEAN, method=method, score=score)
+    for layer, cam in found.maps.items():
+        expected = oracle(model, processor, image, layer, method, score)
+        np.testing.assert_allclose(cam.ravel(), expected, rtol=1e-6, atol=1e-12)
+        assert expected.max() > 1e-3 or (method == "hirescam" and layer == 2)  # see the next test
+
+
+def test_per_token_map_all_but_vanishes_at_the_last_layers_input(model, processor, image):
+    """There a token acts through an RMSNorm alone: its length is of no effect, and sum_k g_k A_k is that effect."""
+    pooled, own = (
+        compute_token_maps(model, processor, image, PROMPT, [1, 2], **CLEAN, method=method).maps
+        for method in ("gradcam", "hirescam")
+    )
+    assert own[2].max() < 1e-4 * own[1].max()
+    assert pooled[2].max() > 1e-2 * pooled[1].max()
+
+
+def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, processor, image):
+    copies = []
+    record = model.model.visual.patch_embed.register_forward_pre_hook(lambda module, args: copies.append(args[0]))
+    found = compute_token_maps(model, processor, image, PROMPT, [1], num_samples=3, noise_std=0.2, answer=ANSWER)
+    record.remove()
+    assert len(copies) == 3
+    expected = np.mean([oracle(model, processor, image, 1, pixel_values=pixels) for pixels in copies], axis=0)
+    np.testing.assert_allclose(found.maps[1].ravel(), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_gradient_agrees_with_finite_differences(model, processor, image):
+    channel, token, step = 5, 7, 1e-4
+
+    def score_with(change):
+        def shift(module, args):
+            hidden = args[0].clone()
+            hidden[0, positions[token], channel] += change
+            return (hidden, *args[1:])
+
+        handle = decoder(model)[1].register_forward_pre_hook(shift)
+        with torch.no_grad():
+            logits = model(**forced).logits[0]
+        handle.remove()
+        return sum(logits[p, t].item() for p, t in zip(predicting, tokens, strict=True))
+
+    inputs = core._prepare_inputs(model, processor, image, PROMPT)
+    positions, _ = core._image_grid(model, inputs)
+    tokens = processor.tokenizer(ANSWER)["input_ids"]
+    forced = core._teacher_force(inputs, tokens)
+    predicting = list(range(inputs["input_ids"].shape[1] - 1, forced["input_ids"].shape[1] - 1))
+    taps = core._find_taps(model, [1], "input")
+    with core._borrowed(model):
+        results = core._features_and_gradients(model, forced, taps, predicting, tokens, "logit")
+    gradient = results[1][1][0, positions[token], channel].item()
+    numeric = (score_with(step) - score_with(-step)) / (2 * step)
+    assert abs(gradient) > 1e-4
+    assert gradient == pytest.approx(numeric, rel=1e-6)
+
+
+def test_teacher_forced_logits_are_those_of_generation(model, processor, image):
+    seen = []
+    record = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[0].detach()))
+    found = compute_token_maps(model, processor, image, PROMPT, [0], use_smooth=False, max_new_tokens=6)
+    record.remove()
+    inputs = core._prepare_inputs(model, processor, image, PROMPT)
+    banned = core._placeholders(model)
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "suppress_tokens": banned}
+    generated = model.generate(**inputs, **options, max_new_tokens=6)
+    assert generated.sequences[0, inputs["input_ids"].shape[1] :].tolist() == found.tokens
+    forced = seen[-1][-len(found.tokens) - 1 : -1]
+    torch.testing.assert_close(forced.float(), torch.cat(generated.logits).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_logits_are_computed_from_the_first_scored_position_on(model, processor, image):
+    seen = []
+    record = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    found = compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN, target="cat")
+    record.remove()
+    assert seen == [len(found.tokens) - found.target_tokens[0] + 1]
+
+
+def test_forward_without_logits_to_keep_gives_the_same_map(model, processor, image, monkeypatch):
+    kept = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, target="cat").maps[1]
+    monkeypatch.setattr(core, "_accepted", lambda model: ["mm_token_type_ids"])
+    full = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, target="cat").maps[1]
+    np.testing.assert_allclose(full, kept, rtol=1e-6)
+
+
+# layers
+
+
+def test_all_layers_in_one_pass_equal_one_at_a_time(model, processor, image):
+    options = {"num_samples": 2, "answer": ANSWER}
+    together = compute_token_maps(model, processor, image, PROMPT, [2, 0, 1], **options).maps
+    assert list(together) == [2, 0, 1]
+    for layer, cam in together.items():
+        alone = compute_token_maps(model, processor, image, PROMPT, [layer], **options).maps[layer]
+        np.testing.assert_allclose(cam, alone, rtol=1e-6)
+
+
+def test_last_layer_is_not_blank_at_its_input(model, processor, image):
+    found = compute_token_maps(model, processor, image, PROMPT, [-1], **CLEAN)
+    assert list(found.maps) == [2]
+    assert found.maps[2].max() > 0
+    assert not found.no_gradient
+
+
+def test_last_layer_is_reported_without_gradient_at_its_output(model, processor, image):
+    found = compute_token_maps(model, processor, image, PROMPT, [0, 1, 2], **CLEAN, tap="output")
+    assert found.no_gradient == {2}
+    assert not found.maps[2].any()
+    entering_next = compute_token_maps(model, processor, image, PROMPT, [1, 2], **CLEAN).maps
+    np.testing.assert_allclose(found.maps[0], entering_next[1], rtol=1e-6)
+    np.testing.assert_allclose(found.maps[1], entering_next[2], rtol=1e-6)
+
+
+def test_module_is_read_at_its_output_under_its_name(model, processor, image):
+    module = decoder(model)[1].post_attention_layernorm
+    (name,) = (name for name, other in model.named_modules() if other is module)
+    outputs = []
+    record = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    found = compute_token_maps(model, processor, image, PROMPT, [module, decoder(model)[1]], **CLEAN)
+    assert list(found.maps) == [name, 1]
+    assert found.maps[name].max() > 0
+    record.remove()
+
+
+def test_vision_merger_is_in_raster_order(model, processor):
+    """What the merger gives enters layer 0 unchanged, but the tower merges window by window."""
+    merger = model.model.visual.merger
+    for size in ((308, 196), (196, 308), (252, 252)):
+        options = CLEAN | {"method": "hirescam"}
+        maps = compute_token_maps(model, processor, make_image(*size), PROMPT, [0, merger], **options).maps
+        (name,) = set(maps) - {0}
+        assert maps[0].shape == (size[1] // 28, size[0] // 28)
+        np.testing.assert_allclose(maps[name], maps[0], rtol=1e-5)
+
+
+def test_vision_block_averages_the_patches_of_a_token(model, processor, image):
+    found = compute_token_maps(model, processor, image, PROMPT, [model.model.visual.blocks[0]], **CLEAN)
+    assert found.maps["model.visual.blocks.0"].shape == (4, 6)
+    assert found.maps["model.visual.blocks.0"].max() > 0
+
+
+class Stack(nn.Module):
+    """Two layers of w * x that hand over in the way `style` says."""
+
+    def __init__(self, style):
+        super().__init__()
+        self.style, self.first, self.second = style, Scale(3.0, style), Scale(5.0, style)
+
+    def forward(self, x):
+        for layer in (self.first, self.second):
+            x = layer(hidden_states=x) if self.style == "keyword" else layer(x)
+            x = x[0] if self.style == "tuple" else x
+        return x
+
+
+class Scale(nn.Module):
+    def __init__(self, weight, style):
+        super().__init__()
+        self.weight, self.style = weight, style
+
+    def forward(self, hidden_states):
+        product = self.weight * hidden_states
+        return (product, "cache") if self.style == "tuple" else product
+
+
+@pytest.mark.parametrize("style", ["tuple", "tensor", "keyword"])
+@pytest.mark.parametrize("at_input", [True, False])
+def test_layers_that_return_tuples_or_tensors_are_captured_alike(style, at_input):
+    stack = Stack(style)
+    taps = [core._Tap("a", stack.first, at_input), core._Tap("b", stack.second, at_input)]
+    with core._captured(taps) as captured:
+        result = stack(torch.tensor([2.0]))
+    gradients = torch.autograd.grad(result.sum(), [captured["a"], captured["b"]])
+    assert [captured["a"].item(), captured["b"].item()] == ([2, 6] if at_input else [6, 30])
+    assert [gradient.item() for gradient in gradients] == ([15, 5] if at_input else [5, 1])
+
+
+def test_layer_indices_count_from_either_end():
+    assert resolve_layers([0, -1, 27, np.int64(6), -22], 28) == [0, 27, 6]
+
+
+@pytest.mark.parametrize("layer", [28, -29, "3", 1.5, None])
+def test_layer_that_does_not_exist_is_named_with_the_valid_range(layer):
+    with pytest.raises(ValueError, match=rf"layer {layer!r} .*0 to 27"):
+        resolve_layers([layer], 28)
+
+
+def test_no_layers_and_foreign_modules_are_errors(model, processor, image):
+    with pytest.raises(ValueError, match="no layer is given"):
+        compute_token_maps(model, processor, image, PROMPT, [])
+    with pytest.raises(ValueError, match="Linear is no part of the model"):
+        compute_token_maps(model, processor, image, PROMPT, [nn.Linear(1, 1)])
+    with pytest.raises(ValueError, match="Linear has its decoder layers neither at"):
+        get_model_layers(nn.Linear(1, 1))
+
+
+def test_module_without_a_row_per_image_token_is_an_error(model, processor, image):
+    with pytest.raises(ValueError, match=r"lm_head gives the shape .*no row for each image token"):
+        compute_token_maps(model, processor, image, PROMPT, [model.lm_head], **CLEAN)
+
+
+# grid
+
+
+def odd_one_out(features, gradients):
+    return (features - features.median(0).values).norm(dim=1)
+
+
+@pytest.mark.parametrize("size", [(280, 168), (168, 280), (224, 224)], ids=["landscape", "portrait", "square"])
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("low", [False, True])
+def test_object_in_a_corner_is_found_in_that_corner(model, processor, monkeypatch, size, right, low):
+    monkeypatch.setitem(core.METHODS, "gradcam", odd_one_out)  # looks at the features alone: where is the strange one?
+    photo = np.full((size[1], size[0], 3), 200, np.uint8)
+    photo[:28, :28] = np.random.default_rng(0).integers(0, 256, (28, 28, 3))
+    photo = photo[:: -1 if low else 1, :: -1 if right else 1].copy()
+    found = compute_token_maps(model, processor, core.Image.fromarray(photo), PROMPT, [0], **CLEAN)
+    assert found.grid == found.maps[0].shape == (size[1] // 28, size[0] // 28)
+    row, column = np.unravel_index(found.maps[0].argmax(), found.grid)
+    assert (row, column) == ((found.grid[0] - 1) * low, (found.grid[1] - 1) * right)
+
+
+def test_bare_count_of_tokens_has_the_nearest_factor_pair():
+    assert [core.grid_from_count(n) for n in (3577, 12, 16, 13, 1)] == [(49, 73), (3, 4), (4, 4), (1, 13), (1, 1)]
+
+
+def test_windows_are_walked_one_after_another():
+    assert core.window_order((3, 3), 2).tolist() == [0, 1, 3, 4, 2, 5, 6, 7, 8]
+
+
+# noise
+
+
+def test_same_seed_same_map_other_seed_other_map(model, processor, image):
+    def cam(seed):
+        options = {"num_samples": 2, "answer": ANSWER, "seed": seed}
+        return compute_token_maps(model, processor, image, PROMPT, [0], **options).maps[0]
+
+    np.testing.assert_array_equal(cam(3), cam(3))
+    assert not np.array_equal(cam(3), cam(4))
+
+
+def test_no_noise_is_plain_gradcam(model, processor, image):
+    silent = compute_token_maps(model, processor, image, PROMPT, [0], noise_std=0, answer=ANSWER)
+    plain = compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN)
+    np.testing.assert_array_equal(silent.maps[0], plain.maps[0])
+    assert silent.settings == plain.settings
+    assert silent.settings["num_samples"] == 1
+
+
+def test_noise_is_the_same_in_both_temporal_copies_and_nowhere_else(processor, image):
+    pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    noisy = core.add_noise(pixels, 0.15, processor.image_processor, torch.Generator().manual_seed(0))
+    noise = (noisy - pixels).reshape(-1, 3, 2, 14, 14)
+    assert torch.equal(noisy.reshape(-1, 3, 2, 14, 14)[:, :, 0], noisy.reshape(-1, 3, 2, 14, 14)[:, :, 1])
+    assert noise[:, :, 0].unique().numel() > 0.9 * noise[:, :, 0].numel()
+
+
+def test_noise_is_in_units_of_the_unit_interval(processor):
+    pixels = processor.image_processor(make_image(280, 280), return_tensors="pt")["pixel_values"]
+    noisy = core.add_noise(pixels, 0.15, processor.image_processor, torch.Generator().manual_seed(0))
+    noise = (noisy - pixels).reshape(-1, 3, 2, 14, 14)[:, :, 0] * torch.tensor([0.26862954, 0.26130258, 0.27577711])[
+        :, None, None
+    ]
+    torch.testing.assert_close(noise.std((0, 2, 3)), torch.full((3,), 0.15), rtol=0.02, atol=0)
+
+
+def test_progress_wraps_the_noisy_copies(model, processor, image):
+    wrapped = []
+    options = {"num_samples": 3, "answer": ANSWER, "progress": lambda copies: wrapped.append(list(copies)) or copies}
+    compute_token_maps(model, processor, image, PROMPT, [0], **options)
+    assert wrapped == [[0, 1, 2]]
+
+
+# answer
+
+
+def answering(monkeypatch, model, tokens):
+    def generate(input_ids, **_):
+        return torch.cat([input_ids, torch.tensor([tokens])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+
+
+def test_end_of_turn_is_not_explained(model, processor, image, monkeypatch):
+    tokens = processor.tokenizer(ANSWER)["input_ids"]
+    answering(monkeypatch, model, [*tokens, processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id])
+    found = compute_token_maps(model, processor, image, PROMPT, [0], use_smooth=False)
+    assert (found.answer, found.target, found.tokens) == (ANSWER, ANSWER, tokens)
+    assert found.target_tokens == list(range(len(tokens)))
+
+
+def test_model_that_answers_nothing_is_told_of_answer(model, processor, image, monkeypatch):
+    answering(monkeypatch, model, [processor.tokenizer.eos_token_id])
+    with pytest.raises(RuntimeError, match="answers with nothing.*answer="):
+        compute_token_maps(model, processor, image, PROMPT, [0])
+
+
+def test_special_tokens_within_the_answer_are_forced_but_not_scored(model, processor, image, monkeypatch):
+    special = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    answering(monkeypatch, model, [special, *processor.tokenizer("cat")["input_ids"]])
+    found = compute_token_maps(model, processor, image, PROMPT, [0], use_smooth=False)
+    assert (found.answer, found.target_tokens) == ("cat", [1])
+
+
+def test_every_byte_of_a_character_belongs_to_it(tokenizer):
+    text = "a猫é red 😀b"
+    tokens = tokenizer(text)["input_ids"]
+    spans = token_spans(tokenizer, tokens)
+    byte_of = [i for i, character in enumerate(text) for _ in character.encode()]  # the oracle: one character a byte
+    pieces = [tokenizer.convert_ids_to_tokens(token) for token in tokens]  # byte-level: one letter a byte
+    ends = np.cumsum([len(piece) for piece in pieces])
+    expected = [(byte_of[e - len(p)], byte_of[e - 1] + 1) for p, e in zip(pieces, ends, strict=True)]
+    assert spans == expected
+    assert len(tokens) > len(text)
+
+
+def test_target_is_scored_by_the_tokens_that_write_it(model, processor, image):
+    found = compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN, target="猫")
+    assert found.answer[slice(*found.target_span)] == found.target == "猫"
+    assert processor.tokenizer.decode([found.tokens[i] for i in found.target_tokens]) == "猫"
+    assert len(found.target_tokens) == 3
+    whole = compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN)
+    assert not np.array_equal(found.maps[0], whole.maps[0])
+
+
+def test_target_is_a_whole_word_where_there_is_one():
+    assert find_target("a carpet, a car", "car") == (12, 15)
+    assert find_target("a carpet", "car") == (2, 5)
+    assert find_target("一只大猫", "猫") == (3, 4)
+    assert find_target("all of it", None) == (0, 9)
+
+
+@pytest.mark.parametrize("target", ["dog", "", " "])
+def test_target_that_is_not_there_prints_the_answer(target):
+    with pytest.raises(ValueError, match="the red cat"):
+        find_target("the red cat", target)
+
+
+# bad arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_samples", 0),
+        ("num_samples", 2.5),
+        ("noise_std", -0.1),
+        ("noise_std", float("nan")),
+        ("noise_std", float("inf")),
+        ("seed", "a"),
+        ("max_new_tokens", 0),
+        ("tap", "both"),
+        ("score", "loss"),
+        ("method", "cam"),
+        ("answer", ""),
+        ("answer", "a<|im_end|>"),
+        ("prompt", "  "),
+        ("prompt", "a <|image_pad|>"),
+    ],
+)
+def test_bad_argument_is_named_with_its_value(model, processor, image, name, value):
+    arguments = {"prompt": PROMPT} | {name: value}
+    with pytest.raises(ValueError, match=name) as caught:
+        compute_token_maps(model, processor, image, layers=[0], **arguments)
+    assert repr(value) in str(caught.value)
+
+
+def test_image_beyond_the_processors_aspect_ratio_is_a_value_error(model, processor):
+    with pytest.raises(ValueError, match="aspect ratio"):
+        compute_token_maps(model, processor, make_image(3000, 10), PROMPT, [0])
+
+
+# what the model may do
+
+
+def raising(error):
+    def hook(*_):
+        raise error
+
+    return hook
+
+
+def test_out_of_memory_says_how_many_image_tokens(model, processor, image):
+    handle = decoder(model)[2].register_forward_pre_hook(raising(torch.cuda.OutOfMemoryError("CUDA out of memory")))
+    try:
+        with pytest.raises(RuntimeError, match="24 image tokens.*--max_pixels.*--num_samples does not"):
+            compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN)
+    finally:
+        handle.remove()
+
+
+def test_gradient_that_is_not_finite_names_its_layer(model, processor, image):
+    def poison(module, args):
+        args[0].register_hook(lambda gradient: gradient * float("nan"))
+
+    handle = decoder(model)[2].register_forward_pre_hook(poison)
+    try:
+        with pytest.raises(RuntimeError, match="gradient at layer 1 is not finite.*bfloat16 or float32"):
+            compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN)
+    finally:
+        handle.remove()
+
+
+def test_score_that_is_not_finite_names_the_dtype(model, processor, image):
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: output * float("inf"))
+    try:
+        with pytest.raises(RuntimeError, match="score is .*torch.float64.*bfloat16 or float32"):
+            compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN)
+    finally:
+        handle.remove()
+
+
+# nothing is left behind
+
+
+def state_of(model, image):
+    return {
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "training": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grad": [None if p.grad is None else p.grad.sum().item() for p in model.parameters()],
+        "weights": [p.sum().item() for p in model.parameters()],
+        "positions": getattr(model.model, "rope_deltas", None),
+        "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),  # noqa: NPY002
+        "grad_mode": torch.is_grad_enabled(),
+        "image": (image.mode, image.tobytes()),
+    }
+
+
+def unruly(make_model):
+    """A model in a state of its own: part frozen, part training, some gradients there."""
+    model = make_model()
+    decoder(model)[0].requires_grad_(False)
+    decoder(model)[1].train()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    return model
+
+
+def test_nothing_is_left_behind_after_success(make_model, processor, image):
+    model = unruly(make_model)
+    before = state_of(model, image)
+    compute_token_maps(model, processor, image, PROMPT, [0, 2], num_samples=2, max_new_tokens=4)
+    assert state_of(model, image) == before
+
+
+def test_nothing_is_left_behind_after_an_exception_in_the_forward(make_model, processor, image):
+    model = unruly(make_model)
+    decoder(model)[2].register_forward_pre_hook(raising(KeyError("stumble")))
+    before = state_of(model, image)
+    with pytest.raises(KeyError, match="stumble"):
+        compute_token_maps(model, processor, image, PROMPT, [0, 2], answer=ANSWER)
+    assert state_of(model, image) == before
+
+
+def test_no_graph_is_built_below_the_first_layer_asked_for(model, processor, image):
+    needs = {}
+    watched = {"vision": model.model.visual.merger, "below": decoder(model)[0], "above": decoder(model)[1]}
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output, name=name: needs.update(
+                {name: (output[0] if isinstance(output, tuple) else output).requires_grad}
+            )
+        )
+        for name, module in watched.items()
+    ]
+    compute_token_maps(model, processor, image, PROMPT, [1, 2], **CLEAN)
+    for handle in handles:
+        handle.remove()
+    assert needs == {"vision": False, "below": False, "above": True}
+
+
+# other homes of a model
+
+
+def test_caller_may_have_switched_gradients_off(model, processor, image):
+    expected = compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN).maps[0]
+    with torch.no_grad():
+        np.testing.assert_array_equal(
+            compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN).maps[0], expected
+        )
+    with torch.inference_mode():
+        np.testing.assert_array_equal(
+            compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN).maps[0], expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.2), (torch.float16, 0.03)], ids=str
+)
+def test_every_dtype_gives_the_map_of_float64(make_model, model, processor, image, dtype, tolerance):
+    expected = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN).maps[1]
+    found = compute_token_maps(make_model(dtype), processor, image, PROMPT, [1], **CLEAN).maps[1]
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() < tolerance * expected.max()
+
+
+def test_weights_offloaded_by_accelerate_give_the_same_map(model, processor, image):
+    accelerate = pytest.importorskip("accelerate")
+    expected = compute_token_maps(model, processor, image, PROMPT, [0, 2], **CLEAN).maps
+    away = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert away.lm_head.weight.device.type == "meta"
+    found = compute_token_maps(away, processor, image, PROMPT, [0, 2], **CLEAN).maps
+    for layer, cam in found.items():
+        np.testing.assert_allclose(cam, expected[layer], rtol=1e-6)
