@@ -1,0 +1,401 @@
+"""Figures of Grad-CAM maps over the layers of a Qwen2.5-VL, for reading and for printing.
+
+    photo, prompt -> TokenMaps          compute_token_maps: one pass for all layers
+      -> {layer: pictures}              render_layers: heatmap and overlay in the photo's own size
+      -> {file name: picture}           draw_...: these, and a figure over all of them
+      -> files                          write_files: all of them or none
+
+The drawing functions take a photo and `TokenMaps`, and know nothing of models. Every map is scaled by its own maximum.
+
+Shapes:  H, W  rows and columns of image tokens     height, width  pixels of the photo     Lengths: inches of the page
+"""
+
+import functools
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from page_layout import (
+    BAND,
+    DPI,
+    GAP,
+    LINE,
+    Page,
+    best_columns,
+    excerpt,
+    fit_box,
+    font_families,
+    grey_panel,
+    panel_width,
+)
+from smooth_gradcam import (
+    TokenMaps,
+    colorize_cam,
+    compute_token_maps,
+    get_model_layers,
+    load_rgb,
+    render_cam,
+    resolve_layers,
+)
+
+LAYER_RANGES = ("auto", "early", "middle", "late", "all")
+AUTO_LAYERS = 6  # representative layers of "auto"
+LAYERS_PER_THIRD = 4  # representative layers of each third in the comparative analysis
+
+WIDTH, BODY_HEIGHT = 7.2, 7.0  # two columns of a paper; what header and caption leave of its page
+MARGIN = 0.12
+INNER = WIDTH - 2 * MARGIN
+TEXT, SMALL, TITLE = 8, 7, 11  # points
+LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
+EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
+METHOD_NAMES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM"}
+
+
+# which layers
+
+
+def spread(layers: list[int], count: int) -> list[int]:
+    """At most `count` of the layers, evenly spaced, with the first and the last."""
+    picks = np.linspace(0, len(layers) - 1, min(count, len(layers)))
+    return [layers[i] for i in np.round(picks).astype(int)]
+
+
+def split_thirds(total: int) -> dict[str, list[int]]:
+    """The layers 0 ... total - 1 in three parts, {"early", "middle", "late"}. Raises ValueError for fewer than 3."""
+    if total < 3:
+        raise ValueError(f"early, middle and late layers need 3 layers or more: the model has {total}")
+    first, second = total // 3, 2 * total // 3
+    layers = list(range(total))
+    return {"early": layers[:first], "middle": layers[first:second], "late": layers[second:]}
+
+
+def representative_thirds(total: int) -> dict[str, list[int]]:
+    """Up to four layers of each third: what the comparative analysis shows."""
+    return {name: spread(layers, LAYERS_PER_THIRD) for name, layers in split_thirds(total).items()}
+
+
+def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
+    """Layer indices of "auto" (six, evenly spaced), "early", "middle", "late" (thirds), "all", or of a list.
+
+    Raises ValueError naming the value and what is valid.
+    """
+    if not isinstance(layer_range, str):
+        return resolve_layers(layer_range, total)
+    if layer_range not in LAYER_RANGES:
+        raise ValueError(
+            f"layer_range={layer_range!r} must be one of {', '.join(LAYER_RANGES)} or a list of layers 0 to {total - 1}"
+        )
+    layers = list(range(total))
+    if layer_range == "auto":
+        return spread(layers, AUTO_LAYERS)
+    return layers if layer_range == "all" else split_thirds(total)[layer_range]
+
+
+# pictures of one layer
+
+
+def render_layers(image, token_maps: TokenMaps) -> dict[int, dict[str, np.ndarray]]:
+    """{layer: {"superimposed", "heatmap", "cam"}} of every map, in their order.
+
+    The first two are uint8 RGB (height, width, 3) in the photo's own size, a grey panel where there is no gradient;
+    the last is the raw map, float32 (H, W).
+    """
+    image = load_rgb(image)
+    grey = grey_panel(*image.size) if token_maps.no_gradient else None
+    results = {}
+    for layer, cam in token_maps.maps.items():
+        superimposed, heatmap = (grey, grey) if layer in token_maps.no_gradient else render_cam(image, cam)
+        results[layer] = {"superimposed": superimposed, "heatmap": heatmap, "cam": cam}
+    return results
+
+
+# figures
+
+
+def _text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
+    """(label, text, marked span) of what was asked, answered and explained."""
+    prompt, _ = excerpt(token_maps.prompt, (0, 0), EXCERPT["prompt"])
+    answer, span = excerpt(token_maps.answer, token_maps.target_span, EXCERPT["answer"])
+    target, _ = excerpt(token_maps.target, (0, 0), EXCERPT["target"])
+    explained = f"“{target}” as marked above: {len(token_maps.target_tokens)} of {len(token_maps.tokens)} tokens"
+    if token_maps.target == token_maps.answer:
+        span, explained = (0, 0), f"the whole answer: {len(token_maps.tokens)} tokens"
+    return [("Prompt", prompt, (0, 0)), ("Answer", answer, span), ("Explained", explained, (0, 0))]
+
+
+def _title(token_maps: TokenMaps) -> str:
+    return "Smooth " * bool(token_maps.settings["noise_std"]) + METHOD_NAMES[token_maps.settings["method"]]
+
+
+def _settings_text(settings: dict) -> str:
+    score = {"logit": "sum of the logits", "logprob": "sum of the log-probabilities"}[settings["score"]]
+    tap = {"input": "the hidden states entering a layer", "output": "a layer's output"}[settings["tap"]]
+    copies, noise = settings["num_samples"], settings["noise_std"]
+    smooth = f"mean of {copies} noisy cop{'y' if copies == 1 else 'ies'}, noise {noise:g}, seed {settings['seed']}"
+    return (
+        f"Score: {score} of the explained tokens; method: {METHOD_NAMES[settings['method']]}; read at {tap}; "
+        f"{smooth if noise else 'no noise'}."
+    )
+
+
+def _caption(token_maps: TokenMaps, photo: Image.Image, layers: Iterable[int], arrangement: str, drawn: bool) -> str:
+    height, width = token_maps.grid
+    grey = [str(layer) for layer in layers if layer in token_maps.no_gradient]
+    return (
+        f"{arrangement}Each map is scaled by its own maximum (red); blue is zero, and colours do not compare the "
+        f"strength of two maps. Overlays are half photo, half heatmap. {_settings_text(token_maps.settings)} "
+        f"Photo: {photo.width} × {photo.height} pixels, seen as {width} × {height} image tokens."
+        + f" Grey: no gradient reaches layer {', '.join(grey)} where it is read, so it has no map." * bool(grey)
+        + " Boxes: characters that no installed font can draw." * (not drawn)
+    )
+
+
+def _header(page: Page, x: float, y: float, title: str, rows) -> float:
+    """Title, prompt, answer and what is explained; returns the y below them."""
+    page.text(x, y, title, TITLE, weight="bold")
+    y += TITLE * LINE + GAP
+    for label, text, span in rows:
+        page.text(x, y, label, TEXT, weight="bold")
+        y = page.lines(x + LABEL, y, WIDTH - MARGIN - x - LABEL, text, TEXT, span) + GAP / 2
+    return y
+
+
+def _footer(page: Page, y: float, method: str, caption: str) -> float:
+    """The colour bar and the caption; returns the y below them."""
+    width, height, colours = 3.2, 0.11, colorize_cam(np.linspace(0, 1, 256))
+    page.colour_scale((WIDTH - width) / 2, y, width, height, colours, (0, 0.25, 0.5, 0.75, 1), SMALL)
+    y += height + SMALL * LINE + 0.05
+    page.text(WIDTH / 2, y, f"{METHOD_NAMES[method]}, share of the map's own maximum, 0–1", SMALL, ha="center")
+    y += SMALL * LINE + GAP
+    return page.lines(MARGIN, y, INNER, caption, SMALL, color="0.3") + MARGIN
+
+
+def _panel_figure(photo: Image.Image, token_maps: TokenMaps, layer: int, result: dict) -> np.ndarray:
+    """The photo, the heatmap and the overlay of one layer, side by side, or one above the other if very wide."""
+    rows, aspect = _text_rows(token_maps), photo.width / photo.height
+    families, drawn = font_families("".join(text for _, text, _ in rows))
+    panels = {"Photo": np.asarray(photo), "Heatmap": result["heatmap"], "Overlay": result["superimposed"]}
+    columns = 3 if aspect < 2.5 else 1
+    width, height = fit_box(aspect, (INNER - (columns - 1) * GAP) / columns, 4.5)
+    pitch = max(width, 0.5) + GAP
+    left = (WIDTH - columns * pitch + GAP) / 2
+    page = Page(WIDTH, families)
+    y = _header(page, MARGIN, MARGIN, f"{_title(token_maps)}, layer {layer}", rows) + GAP
+    for i, (name, array) in enumerate(panels.items()):
+        x, top = left + i % columns * pitch, y + i // columns * (BAND + height + GAP)
+        page.text(x + (pitch - GAP) / 2, top, name, TEXT, ha="center")
+        page.picture(x + (pitch - GAP - width) / 2, top + BAND, width, height, array)
+    y += 3 // columns * (BAND + height + GAP) + GAP
+    caption = _caption(token_maps, photo, [layer], "", drawn)
+    return page.finish(_footer(page, y, token_maps.settings["method"], caption))
+
+
+def _layer_cell(page: Page, x: float, y: float, panel: tuple[float, float], layer: int, result: dict) -> None:
+    """Heatmap and overlay of a layer under its number, centred at x: a landscape pair stacked, a portrait pair not."""
+    width, height = panel
+    page.text(x, y, f"layer {layer}", SMALL, ha="center")
+    y += BAND
+    if width < height:
+        page.picture(x - GAP / 4 - width, y, width, height, result["heatmap"])
+        page.picture(x + GAP / 4, y, width, height, result["superimposed"])
+    else:
+        page.picture(x - width / 2, y, width, height, result["heatmap"])
+        page.picture(x - width / 2, y + height + GAP / 2, width, height, result["superimposed"])
+
+
+def _layers_figure(photo: Image.Image, token_maps: TokenMaps, results: dict, title: str, groups=None) -> np.ndarray:
+    """The photo beside the text, below it heatmap and overlay of each layer; `groups` = {label: layers} are rows."""
+    texts, aspect = _text_rows(token_maps), photo.width / photo.height
+    families, drawn = font_families("".join(text for _, text, _ in texts))
+    page = Page(WIDTH, families)
+    width, height = fit_box(aspect, 2.3, 1.7)
+    page.picture(MARGIN, MARGIN, width, height, np.asarray(photo))
+    y = max(_header(page, MARGIN + width + 2 * GAP, MARGIN, title, texts), MARGIN + height) + 2 * GAP
+
+    layers, body = list(results), BODY_HEIGHT * max(1, len(results) / 28)  # beyond 28 layers the page grows
+    columns = max(map(len, groups.values())) if groups else best_columns(aspect, len(layers), INNER, body)
+    rows = list(groups.items()) if groups else [("", layers[i : i + columns]) for i in range(0, len(layers), columns)]
+    side = BAND * bool(groups)  # room for the row's label
+    panel = panel_width(aspect, columns, len(rows), INNER - side, body)
+    panel = panel, panel / aspect
+    pair = (panel[0], 2 * panel[1] + GAP / 2) if aspect >= 1 else (2 * panel[0] + GAP / 2, panel[1])
+    pitch = max(pair[0], 0.5) + GAP
+    left = (WIDTH + side - columns * pitch + GAP) / 2
+    for label, members in rows:
+        page.text(left - BAND, y + BAND + pair[1] / 2, label, TEXT, rotation=90, ha="center", va="center")
+        for i, layer in enumerate(members):
+            _layer_cell(page, left + i * pitch + (pitch - GAP) / 2, y, panel, layer, results[layer])
+        y += BAND + pair[1] + GAP
+    arrangement = f"Heatmap and overlay of each layer, one {'above' if aspect >= 1 else 'beside'} the other. "
+    caption = _caption(token_maps, photo, layers, arrangement, drawn)
+    return page.finish(_footer(page, y + GAP, token_maps.settings["method"], caption))
+
+
+# the files of each mode: {name in the mode's folder: picture}
+
+
+def _layer_files(results: dict, folder: str = "") -> dict[str, np.ndarray]:
+    return {
+        f"{folder}layer_{layer}_{kind}.png": result[kind]
+        for layer, result in results.items()
+        for kind in ("heatmap", "superimposed")
+    }
+
+
+def draw_single(image, token_maps: TokenMaps) -> tuple[dict, dict[str, np.ndarray]]:
+    """Of one layer's map ({"superimposed", "heatmap", "cam"}, {file name: uint8 RGB array})."""
+    photo = load_rgb(image)
+    ((layer, result),) = render_layers(photo, token_maps).items()
+    return result, {
+        "original_image.png": np.asarray(photo),
+        "heatmap.png": result["heatmap"],
+        "superimposed_result.png": result["superimposed"],
+        "visualization.png": _panel_figure(photo, token_maps, layer, result),
+    }
+
+
+def draw_grid(image, token_maps: TokenMaps) -> tuple[dict, dict[str, np.ndarray]]:
+    """Of all maps ({layer: {"superimposed", "heatmap", "cam"}}, {file name: uint8 RGB array})."""
+    photo = load_rgb(image)
+    results = render_layers(photo, token_maps)
+    figure = _layers_figure(photo, token_maps, results, f"{_title(token_maps)} by layer")
+    return results, {"layer_comparison_grid.png": figure} | _layer_files(results)
+
+
+def draw_multilayer(image, token_maps: TokenMaps) -> tuple[dict, dict[str, np.ndarray]]:
+    """As `draw_grid`, with the photo and under the names of the multi-layer mode."""
+    results, files = draw_grid(image, token_maps)
+    figure = files.pop("layer_comparison_grid.png")
+    return results, {"original_image.png": np.asarray(load_rgb(image)), "all_layers_comparison.png": figure} | files
+
+
+def draw_comparative(image, token_maps: TokenMaps, thirds: dict[str, list[int]]) -> tuple[dict, dict[str, np.ndarray]]:
+    """Of the layers of {"early", "middle", "late"} the same dictionary with pictures for layers, and the files.
+
+    Each third has a folder with a grid of its own; `comparative_analysis.png` stands over the three.
+    """
+    photo, title = load_rgb(image), _title(token_maps)
+    results = render_layers(photo, token_maps)
+    groups = {f"{name} layers": layers for name, layers in thirds.items()}
+    files = {"comparative_analysis.png": _layers_figure(photo, token_maps, results, f"{title} over the layers", groups)}
+    parts = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
+    for name, part in parts.items():
+        figure = _layers_figure(photo, token_maps, part, f"{title}, {name} layers")
+        files |= {f"{name}/layer_comparison_grid.png": figure} | _layer_files(part, f"{name}/")
+    return parts, files
+
+
+# files
+
+
+def _save(path: Path, content) -> None:
+    if isinstance(content, dict):
+        np.savez_compressed(path, **content)
+    else:
+        Image.fromarray(content).save(path, dpi=(DPI, DPI))
+
+
+def _is_of_earlier_run(name: str) -> bool:
+    return re.fullmatch(r"layer_\d+_(heatmap|superimposed)\.png|maps\.npz", name) is not None
+
+
+def write_files(folder, files: dict[str, object]) -> list[Path]:
+    """Write {name in the folder: uint8 RGB array for .png, dictionary of arrays for .npz}; returns the paths.
+
+    Everything is written to a temporary folder first and then moved into place, so a failure leaves nothing behind.
+    Of an earlier run, `layer_<i>_heatmap.png`, `layer_<i>_superimposed.png` and `maps.npz` that are not written anew
+    are removed from the folders that are written to: they would show other layers or another photo. No other file
+    is touched. Raises OSError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as staging:
+            for name, content in files.items():
+                path = Path(staging, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _save(path, content)
+            for name in files:
+                (folder / name).parent.mkdir(exist_ok=True)
+                Path(staging, name).replace(folder / name)
+    except BaseException:
+        for path in made:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    paths = [folder / name for name in files]
+    for parent in {path.parent for path in paths}:
+        for path in parent.iterdir():
+            if _is_of_earlier_run(path.name) and path not in paths:
+                path.unlink()
+    return paths
+
+
+# the documented entry points
+
+
+def show_progress(quiet: bool):
+    """A tqdm bar over the noisy copies, silent if `quiet` or where stderr is no terminal."""
+    return functools.partial(tqdm, desc="noisy copies", unit="copy", leave=False, disable=True if quiet else None)
+
+
+def create_layer_comparison_grid(
+    model, processor, image, prompt, layer_range="auto", save_dir="cam_results_grid",
+    *, num_samples=5, noise_std=0.1, quiet=False, **settings,
+):  # fmt: skip
+    """Grid of heatmaps and overlays over a range of layers, all from one answer and one pass.
+
+    `image` is a path or PIL image; `layer_range` is "auto" (six layers), "early", "middle", "late" (thirds), "all" or
+    a list of indices. `settings` are further keywords of `compute_token_maps`: seed, max_new_tokens, answer, target,
+    tap, score, method. Writes layer_comparison_grid.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
+
+    Returns {layer: {"superimposed", "heatmap", "cam"}}: uint8 RGB (height, width, 3) twice, and the raw map, float32
+    (H, W). A layer without gradient has a grey panel and a zero map. Raises what `compute_token_maps` raises,
+    ValueError for layers that do not exist, OSError if the folder cannot be written.
+    """
+    layers = select_layers(layer_range, get_model_layers(model)[1])
+    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    results, files = draw_grid(image, compute_token_maps(model, processor, image, prompt, layers, **settings))
+    write_files(save_dir, files)
+    return results
+
+
+def visualize_multiple_layers(
+    model, processor, image, prompt, layer_indices=None, save_dir="cam_results_multilayer",
+    *, num_samples=5, noise_std=0.1, quiet=False, **settings,
+):  # fmt: skip
+    """Heatmaps and overlays of the given layers (six representative ones for None), as the grid otherwise.
+
+    Writes original_image.png, all_layers_comparison.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
+    Further arguments, result and errors are those of `create_layer_comparison_grid`.
+    """
+    layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
+    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    results, files = draw_multilayer(image, compute_token_maps(model, processor, image, prompt, layers, **settings))
+    write_files(save_dir, files)
+    return results
+
+
+def create_comparative_analysis(
+    model, processor, image, prompt, save_dir="cam_results_comparative",
+    *, num_samples=5, noise_std=0.1, quiet=False, **settings,
+):  # fmt: skip
+    """Early, middle and late layers side by side, up to four of each third, all from one answer and one pass.
+
+    Writes comparative_analysis.png, and a grid with its layers' files to each of early/, middle/ and late/.
+    Returns {"early": {layer: ...}, "middle": {...}, "late": {...}} with dictionaries as those of
+    `create_layer_comparison_grid`, whose further arguments and errors these are.
+    """
+    thirds = representative_thirds(get_model_layers(model)[1])
+    layers = [layer for part in thirds.values() for layer in part]
+    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
+    results, files = draw_comparative(image, token_maps, thirds)
+    write_files(save_dir, files)
+    return results
