@@ -343,6 +343,16 @@ def test_model_that_answers_nothing_is_told_of_answer(model, processor, image, m
         compute_token_maps(model, processor, image, PROMPT, [0])
 
 
+def test_answer_holds_no_token_that_stands_for_a_picture(model, processor, image):
+    wanted = torch.zeros(model.config.text_config.vocab_size)
+    wanted[[model.config.image_token_id, model.config.video_token_id, model.config.vision_start_token_id]] = 99
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: output + wanted)
+    found = compute_token_maps(model, processor, image, PROMPT, [0], use_smooth=False, max_new_tokens=4)
+    handle.remove()
+    assert len(found.tokens) == 4
+    assert not wanted[found.tokens].any()
+
+
 def test_special_tokens_within_the_answer_are_forced_but_not_scored(model, processor, image, monkeypatch):
     special = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
     answering(monkeypatch, model, [special, *processor.tokenizer("cat")["input_ids"]])
