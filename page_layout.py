@@ -38,6 +38,8 @@ def excerpt(text: str, span: tuple[int, int], columns: int) -> tuple[str, tuple[
     if len(text) <= limit:
         return text, span
     start = 0 if span[1] <= limit else min(max(span[0] - limit // 4, 0), len(text) - limit)
+    word = text.find(" ", start, span[0]) + 1  # not in the middle of a word, where there are words
+    start = word if 0 < word - start < 20 and start else start
     before, after = "… " * (start > 0), " …" * (start + limit < len(text))
     shift = len(before) - start
     cut = before + text[start : start + limit] + after
@@ -140,7 +142,7 @@ def best_columns(aspect: float, count: int, width: float, height: float) -> int:
 
     def merit(columns):
         rows = -(-count // columns)
-        return panel_width(aspect, columns, rows, width, height) * 0.7 ** (rows - 1) * count / (columns * rows)
+        return panel_width(aspect, columns, rows, width, height) * rows**-0.5 * count / (columns * rows)
 
     return max(range(1, min(count, 12) + 1), key=merit)
 

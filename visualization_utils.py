@@ -232,7 +232,7 @@ def _layers_figure(photo: Image.Image, token_maps: TokenMaps, results: dict, tit
         for i, layer in enumerate(members):
             _layer_cell(page, left + i * pitch + (pitch - GAP) / 2, y, panel, layer, results[layer])
         y += BAND + pair[1] + GAP
-    arrangement = f"Heatmap and overlay of each layer, one {'above' if aspect >= 1 else 'beside'} the other. "
+    arrangement = f"Of each layer the heatmap {'above' if aspect >= 1 else 'beside'} the overlay. "
     caption = _caption(token_maps, photo, layers, arrangement, drawn)
     return page.finish(_footer(page, y + GAP, token_maps.settings["method"], caption))
 
@@ -283,7 +283,11 @@ def draw_comparative(image, token_maps: TokenMaps, thirds: dict[str, list[int]])
     photo, title = load_rgb(image), _title(token_maps)
     results = render_layers(photo, token_maps)
     groups = {f"{name} layers": layers for name, layers in thirds.items()}
-    files = {"comparative_analysis.png": _layers_figure(photo, token_maps, results, f"{title} over the layers", groups)}
+    files = {
+        "comparative_analysis.png": _layers_figure(
+            photo, token_maps, results, f"{title}: early, middle and late layers", groups
+        )
+    }
     parts = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
     for name, part in parts.items():
         figure = _layers_figure(photo, token_maps, part, f"{title}, {name} layers")

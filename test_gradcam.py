@@ -1,0 +1,406 @@
+"""Smooth Grad-CAM of a Qwen2.5-VL from the command line: which parts of a photo an answer comes from.
+
+Exit code 0: everything that was asked for is written. 2: the request cannot be met as it stands (a wrong flag, photo,
+model folder or layer, an answer that is empty or not finite), with one line that says why. 1: anything else, such as
+memory that ran out. Nothing is written unless everything is.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import math
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
+
+from smooth_gradcam import (
+    METHODS,
+    SCORES,
+    TokenMaps,
+    compute_token_maps,
+    find_target,
+    get_model_layers,
+    load_rgb,
+    resolve_layers,
+)
+from visualization_utils import (
+    LAYER_RANGES,
+    draw_comparative,
+    draw_grid,
+    draw_multilayer,
+    draw_single,
+    representative_thirds,
+    select_layers,
+    show_progress,
+    write_files,
+)
+
+HERE = Path(__file__).resolve().parent
+FOLDERS = {"single": "single", "grid": "grid", "multi": "multilayer", "comparative": "comparative"}  # of each mode
+LAYER_FLAGS = {"single": "--layer", "grid": "--layer_range", "multi": "--layers"}  # which chooses layers in a mode
+MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+MAX_ASPECT = 200  # beyond it the processor refuses a photo
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
+EXAMPLES = """examples:
+  python test_gradcam.py --mode single --layer 27
+  python test_gradcam.py --mode grid --layer_range all --num_samples 3
+  python test_gradcam.py --mode multi --layers 6 12 18 27 --method hirescam --score logprob
+"""
+
+
+def single_layer_visualization(
+    model,
+    processor,
+    image,
+    prompt,
+    layer_idx=-1,
+    num_samples=10,
+    noise_std=0.15,
+    save_dir="cam_results_single",
+    *,
+    quiet=False,
+    **settings,
+):
+    """Explain the answer at one decoder layer, and write the photo, heatmap, overlay and a figure of the three.
+
+    `image` is a path or PIL image, `layer_idx` counts from the end if negative; `settings` are further keywords of
+    `compute_token_maps`: seed, max_new_tokens, answer, target, tap, score, method. Writes original_image.png,
+    heatmap.png, superimposed_result.png and visualization.png.
+
+    Returns {"superimposed", "heatmap": uint8 RGB (height, width, 3), "cam": the raw map, float32 (H, W), "layer": its
+    index, "answer", "target": what was explained}. A layer without gradient has grey panels and a zero map. Raises
+    what `compute_token_maps` raises, and OSError if the folder cannot be written.
+    """
+    (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
+    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    token_maps = compute_token_maps(model, processor, image, prompt, [layer], **settings)
+    result, files = draw_single(image, token_maps)
+    write_files(save_dir, files)
+    return result | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
+
+
+# the command line
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, as for every other bad input
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _layer_or_range(text: str) -> int | str:
+    if text in LAYER_RANGES:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(LAYER_RANGES)}, and no index") from None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags, their defaults and what they do."""
+    parser = _Parser(
+        prog="test_gradcam.py",
+        description="Show where in a photo the answer of a Qwen2.5-VL comes from (Smooth Grad-CAM).",
+        epilog=EXAMPLES,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--mode", choices=FOLDERS, default="single", help="one layer, a range, chosen layers, or thirds compared")
+    add("--layer", type=int, default=-1, help="single mode: layer index, negative ones count from the end")
+    add("--layers", type=int, nargs="+", help="multi mode: layer indices (default: six representative ones)")
+    add(
+        "--layer_range",
+        type=_layer_or_range,
+        nargs="+",
+        default="auto",
+        help=f"grid mode: {', '.join(LAYER_RANGES)}, or layer indices",
+    )
+    add("--model_path", default=str(HERE / "demo_model"), help="model folder, or a name on the Hugging Face hub")
+    add("--image_path", default=str(HERE / "demo.jpeg"), help="photo to explain")
+    add("--prompt", default="Describe the main content in this image in detail.", help="question about the photo")
+    add("--num_samples", type=int, default=10, help="noisy copies: 3-5 preview, 10 standard, 20-50 high quality")
+    add("--noise_std", type=float, default=0.15, help="noise in shares of the pixel range; 0 is plain Grad-CAM")
+    add("--output_dir", default="cam_results", help="each mode writes to a folder of its own in this one")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps, or map to spread the model over all devices")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--max_new_tokens", type=int, default=128, help="where the generated answer is cut off")
+    add("--answer", help="explain this text in place of the generated answer")
+    add("--target", help="explain only this word or phrase of the answer")
+    add("--score", choices=SCORES, default="logit", help="what is summed over the explained tokens")
+    add("--method", choices=METHODS, default="gradcam", help="gradients pooled, or each token's own")
+    add("--tap", choices=("input", "output"), default="input", help="side of a layer that is read")
+    add("--max_pixels", type=int, default=1_000_000, help="cap on the photo's pixels; never raises the model's own")
+    add("--save_raw", action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--verbose", action="store_true", help="what the libraries report, and the traceback of an error")
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The flags, once it is known that each can act. Raises ValueError, or SystemExit as argparse does."""
+    args = make_parser().parse_args(argv)
+    given = {word.split("=")[0] for word in argv}
+    own = LAYER_FLAGS.get(args.mode)
+    for mode, flag in LAYER_FLAGS.items():
+        if flag in given and flag != own:
+            instead = f"use {own}" if own else "early, middle and late layers are chosen by itself"
+            raise ValueError(f"{flag} acts in {mode} mode only; in {args.mode} mode {instead}")
+    if args.answer is not None and "--max_new_tokens" in given:
+        raise ValueError("--max_new_tokens cannot act beside --answer: nothing is generated")
+    if isinstance(args.layer_range, list) and isinstance(args.layer_range[0], str) and len(args.layer_range) == 1:
+        args.layer_range = args.layer_range[0]
+    return args
+
+
+# what can be checked before the model is loaded
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Raises ValueError naming the flag, its value and what is valid."""
+    for flag in ("num_samples", "max_new_tokens", "max_pixels"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)} must be 1 or more")
+    if not (math.isfinite(args.noise_std) and args.noise_std >= 0):
+        raise ValueError(f"--noise_std {args.noise_std} must be finite and 0 or more (0.1 is 10 % of the pixel range)")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")
+    for flag in ("prompt", "answer", "target"):
+        text = getattr(args, flag)
+        if text is not None and not text.strip():
+            raise ValueError(f"--{flag} {text!r} is empty: give a text")
+        if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"--{flag} {text!r} is not valid text in the terminal's encoding")
+    if args.answer is not None:
+        find_target(args.answer, args.target)
+
+
+def load_photo(path: str) -> Image.Image:
+    """The photo as RGB, the right way up. Raises ValueError if it is none or far too long for the processor."""
+    photo = load_rgb(path)
+    if max(photo.size) > MAX_ASPECT * min(photo.size):
+        raise ValueError(
+            f"{path} is {photo.width} x {photo.height} pixels: sides up to 1 : {MAX_ASPECT} can be processed"
+        )
+    return photo
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError if the folder, or those missing above it, cannot be made and written to."""
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as exc:
+        raise ValueError(f"--output_dir: {folder} cannot be written: {exc.strerror or exc}") from exc
+
+
+def resolve_device(name: str) -> str:
+    """A device that is there: auto is cuda if there is one, else cpu. Raises ValueError."""
+    if name == "map":
+        return name
+    cuda = torch.cuda.device_count()
+    there = ["cpu", *["cuda"] * (cuda > 0), *(f"cuda:{i}" for i in range(cuda))]
+    there += ["mps"] * torch.backends.mps.is_available()
+    if name == "auto":
+        return "cuda" if cuda else "cpu"
+    if name not in there:
+        raise ValueError(f"--device {name} is not there: choose auto, map, {', '.join(there)}")
+    return name
+
+
+def count_layers(model_path: str) -> int:
+    """Decoder layers of the checkpoint, from its config.json. Raises ValueError if it is no Qwen-VL."""
+    folder = Path(model_path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"--model_path {model_path} is no model folder: it has no config.json")
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or model_path.startswith(".")):
+        raise ValueError(f"--model_path {model_path} does not exist: give a model folder or a name on the hub")
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model_path)
+    except (OSError, ValueError) as exc:
+        missing = "neither a folder nor a name on the hub that can be reached"
+        raise ValueError(f"--model_path {model_path} is {'unreadable' if folder.exists() else missing}: {exc}") from exc
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ValueError(f"--model_path {model_path} is of type {kind}, no vision-language model of {MODEL_TYPES}")
+    return {**config, **config.get("text_config", {})}["num_hidden_layers"]
+
+
+def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str, list[int]]:
+    """The layers that the mode explains, of each third in comparative mode. Raises ValueError."""
+    if args.mode == "single":
+        return resolve_layers([args.layer], total)
+    if args.mode == "comparative":
+        return representative_thirds(total)
+    return select_layers(args.layer_range if args.mode == "grid" else args.layers or "auto", total)
+
+
+# model
+
+
+def cap_pixels(image_processor, max_pixels: int) -> None:
+    """Lower the processor's cap on a photo's pixels, never raise it. Raises ValueError below one image token."""
+    side = image_processor.patch_size * image_processor.merge_size
+    if max_pixels < side * side:
+        raise ValueError(f"--max_pixels {max_pixels} is less than one image token: give {side * side} or more")
+    size = dict(image_processor.size)
+    longest = min(size["longest_edge"], max_pixels)  # in pixels, whatever the names say
+    shortest = min(size["shortest_edge"], longest)
+    image_processor.size = type(image_processor.size)(shortest_edge=shortest, longest_edge=longest)
+    if hasattr(image_processor, "max_pixels"):  # transformers 4 keeps them twice
+        image_processor.min_pixels, image_processor.max_pixels = shortest, longest
+
+
+def load_processor(model_path: str, max_pixels: int):
+    """The model's processor, capped. Raises ValueError if it is missing or not one of a vision-language model."""
+    try:
+        processor = AutoProcessor.from_pretrained(model_path)
+    except ImportError:  # of a package, not of the model
+        raise
+    except Exception as exc:
+        raise ValueError(f"--model_path {model_path} lacks its processor: {exc}") from exc
+    for part in ("image_processor", "tokenizer", "chat_template"):
+        if getattr(processor, part, None) is None:
+            raise ValueError(f"--model_path {model_path} lacks its processor: there is no {part}")
+    cap_pixels(processor.image_processor, max_pixels)
+    return processor
+
+
+def load_model(model_path: str, device: str, dtype: str):
+    """The model in evaluation mode. Raises ValueError if weights are missing: they would be random."""
+    where = {"device_map": "auto"} if device == "map" else {}
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            model_path, dtype=dtype, output_loading_info=True, **where
+        )
+    except OSError as exc:
+        raise ValueError(f"--model_path {model_path} lacks its weights: {exc}") from exc
+    if info["missing_keys"]:
+        raise ValueError(f"--model_path {model_path} lacks weights, such as {sorted(info['missing_keys'])[0]}")
+    return (model if where else model.to(device)).eval()
+
+
+# the run
+
+
+def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """What --save_raw writes: maps (layers, H, W) float32 and all it takes to know what they are; JSON for records."""
+    asked = {name: getattr(args, name) for name in ("mode", "model_path", "image_path", "max_pixels", "dtype")}
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {
+        "maps": np.stack(list(token_maps.maps.values())),
+        "layers": np.array(list(token_maps.maps)),
+        "no_gradient": np.array(sorted(token_maps.no_gradient), dtype=int),
+        "grid": np.array(token_maps.grid),
+        "tokens": np.array(token_maps.tokens),
+        "target_tokens": np.array(token_maps.target_tokens),
+        "target_span": np.array(token_maps.target_span),
+        "prompt": np.array(token_maps.prompt),
+        "answer": np.array(token_maps.answer),
+        "target": np.array(token_maps.target),
+        "seed": np.array(token_maps.settings["seed"]),
+        "settings": np.array(json.dumps(token_maps.settings | asked)),
+        "versions": np.array(json.dumps(versions)),
+    }
+
+
+def draw(mode: str, photo: Image.Image, token_maps: TokenMaps, layers) -> dict[str, np.ndarray]:
+    """{file name: picture} of a mode."""
+    if mode == "comparative":
+        return draw_comparative(photo, token_maps, layers)[1]
+    return {"single": draw_single, "grid": draw_grid, "multi": draw_multilayer}[mode](photo, token_maps)[1]
+
+
+def run(args: argparse.Namespace) -> tuple[TokenMaps, list[Path]]:
+    """Check, load, explain, draw and write; returns the maps and the files."""
+    check_values(args)
+    photo = load_photo(args.image_path)
+    folder = Path(args.output_dir, FOLDERS[args.mode])
+    for part in ("", "early", "middle", "late") if args.mode == "comparative" else ("",):
+        check_writable(folder / part)
+    device = resolve_device(args.device)
+    layers = choose_layers(args, count_layers(args.model_path))
+    processor = load_processor(args.model_path, args.max_pixels)
+    model = load_model(args.model_path, device, args.dtype)
+    names = ("num_samples", "noise_std", "seed", "max_new_tokens", "answer", "target", "tap", "score", "method")
+    token_maps = compute_token_maps(
+        model,
+        processor,
+        photo,
+        args.prompt,
+        sum(layers.values(), []) if isinstance(layers, dict) else layers,
+        progress=show_progress(args.quiet),
+        **{name: getattr(args, name) for name in names},
+    )
+    files = draw(args.mode, photo, token_maps, layers)
+    if args.save_raw:
+        files["maps.npz"] = raw_arrays(token_maps, args)
+    return token_maps, write_files(folder, files)
+
+
+def report(token_maps: TokenMaps, paths: list[Path]) -> None:
+    """Print the answer, what was explained, and the files."""
+    scored, count = len(token_maps.target_tokens), len(token_maps.tokens)
+    whole = token_maps.target == token_maps.answer
+    print(f"answer: {token_maps.answer}")
+    print(f"explained: {'the whole answer' if whole else repr(token_maps.target)} ({scored} of {count} tokens)", end="")
+    print(f" at layer {', '.join(map(str, token_maps.maps))}")
+    for layer in sorted(token_maps.no_gradient):
+        print(f"layer {layer}: no gradient reaches it there, so it has no map and its pictures are grey panels")
+    for path in paths:
+        print(f"wrote {path}")
+
+
+def _hush() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def _is_bad_input(exc: Exception) -> bool:
+    """A request that cannot be met as it stands: the core says of it which flag or dtype would do."""
+    return isinstance(exc, ValueError) or (
+        isinstance(exc, RuntimeError) and any(remedy in str(exc) for remedy in ("--answer", "bfloat16 or float32"))
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # an answer in a script that the terminal lacks is no error
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        args = parse_args(argv)
+        with warnings.catch_warnings():
+            if not args.verbose:
+                _hush()
+            report(*run(args))
+    except Exception as exc:
+        if "--verbose" in argv:
+            traceback.print_exc()
+        message = " ".join(str(exc).split()) or type(exc).__name__
+        print(f"test_gradcam.py: error: {message}", file=sys.stderr)
+        return 2 if _is_bad_input(exc) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

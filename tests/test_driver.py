@@ -1,0 +1,461 @@
+"""The command line, in-process: what each mode writes, what each flag changes, what is refused before anything is."""
+
+import functools
+import json
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import test_gradcam
+from smooth_gradcam import compute_token_maps
+from test_gradcam import EXAMPLES, cap_pixels, load_model, load_processor, make_parser, single_layer_visualization
+from visualization_utils import (
+    create_comparative_analysis,
+    create_layer_comparison_grid,
+    select_layers,
+    visualize_multiple_layers,
+)
+
+PICTURES = ("heatmap", "superimposed")
+ANSWER = "the red cat"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, make_model, processor):
+    folder = tmp_path_factory.mktemp("model")
+    make_model(torch.float32, layers=4).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_path(tmp_path_factory, image):
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    image.save(path)
+    return path
+
+
+load_once = functools.cache(load_model)  # tests that only want a run share the model
+
+
+@pytest.fixture
+def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch):
+    """Run the driver on the tiny model; returns (exit code, stdout, stderr). Later flags win over the usual ones."""
+
+    monkeypatch.setattr(test_gradcam, "load_model", load_once)
+
+    def drive(*flags):
+        usual = ["--model_path", model_folder, "--image_path", photo_path, "--output_dir", tmp_path / "out"]
+        usual += ["--num_samples", 2, "--device", "cpu"]
+        try:
+            code = test_gradcam.main([str(word) for word in (*usual, *flags)])
+        except SystemExit as exc:
+            code = exc.code
+        return code, *capsys.readouterr()
+
+    return drive
+
+
+@pytest.fixture
+def raw(drive, tmp_path):
+    """The maps.npz of a run in single mode at layer 1."""
+
+    def raw(*flags):
+        code, _, err = drive("--layer", 1, "--save_raw", "--quiet", *flags)
+        assert code == 0, err
+        with np.load(tmp_path / "out/single/maps.npz") as file:
+            return dict(file)
+
+    return raw
+
+
+@pytest.fixture
+def no_model(drive, monkeypatch):
+    """Loading a model or its processor fails the test."""
+    for name in ("load_model", "load_processor"):
+        monkeypatch.setattr(test_gradcam, name, lambda *_: pytest.fail("loaded"))
+
+
+def written(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def of_layers(*layers, folder=""):
+    return {f"{folder}layer_{layer}_{kind}.png" for layer in layers for kind in PICTURES}
+
+
+SINGLE = {"original_image.png", "heatmap.png", "superimposed_result.png", "visualization.png"}
+MODES = {
+    "single": (["--layer", "2"], "single", SINGLE),
+    "grid": (["--layer_range", "1", "-1"], "grid", {"layer_comparison_grid.png"} | of_layers(1, 3)),
+    "multi": (
+        ["--layers", "3", "0"],
+        "multilayer",
+        {"all_layers_comparison.png", "original_image.png"} | of_layers(0, 3),
+    ),
+    "comparative": (
+        [],
+        "comparative",
+        {"comparative_analysis.png"}
+        | {f"{third}/layer_comparison_grid.png" for third in ("early", "middle", "late")}
+        | of_layers(0, folder="early/")
+        | of_layers(1, folder="middle/")
+        | of_layers(2, 3, folder="late/"),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, mode):
+    flags, folder, names = MODES[mode]
+    code, out, err = drive("--mode", mode, *flags, "--answer", ANSWER)
+    assert (code, err) == (0, "")
+    assert written(tmp_path / "out") == {f"{folder}/{name}" for name in names}
+    lines = out.splitlines()
+    assert lines[0] == f"answer: {ANSWER}"
+    assert lines[1].startswith("explained: the whole answer")
+    assert {line.removeprefix("wrote ") for line in lines[2:]} == {
+        str(tmp_path / "out" / folder / name) for name in names
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_have_the_size_of_the_photo(drive, tmp_path, mode, image):
+    flags, folder, names = MODES[mode]
+    drive("--mode", mode, *flags, "--answer", ANSWER)
+    for name in names:
+        if "layer_" in name and "comparison" not in name:
+            assert Image.open(tmp_path / "out" / folder / name).size == image.size
+
+
+def test_generated_answer_is_explained_without_answer_flag(drive):
+    code, out, _ = drive("--max_new_tokens", 4, "--layer", 0)
+    assert code == 0
+    assert len(out.splitlines()[0]) > len("answer: ")
+
+
+def test_a_layer_without_gradient_is_said_and_grey(drive, tmp_path):
+    code, out, _ = drive("--mode", "multi", "--layers", 0, 3, "--tap", "output", "--answer", ANSWER)
+    assert code == 0
+    assert "layer 3: no gradient" in out
+    pixels = np.asarray(Image.open(tmp_path / "out/multilayer/layer_3_heatmap.png"))
+    assert np.ptp(pixels, axis=-1).max() == 0
+    assert np.ptp(np.asarray(Image.open(tmp_path / "out/multilayer/layer_0_heatmap.png")), axis=-1).max() > 0
+
+
+def test_an_earlier_runs_layers_are_removed_and_nothing_else(drive, tmp_path):
+    folder = tmp_path / "out/grid"
+    drive("--mode", "grid", "--layer_range", 0, 1, "--answer", ANSWER, "--save_raw")
+    (folder / "mine.png").write_bytes(b"mine")
+    drive("--mode", "grid", "--layer_range", 2, "--answer", ANSWER)
+    assert written(folder) == {"mine.png", "layer_comparison_grid.png"} | of_layers(2)
+
+
+# every flag
+
+
+@pytest.fixture(scope="session")
+def plain():
+    return ["--answer", ANSWER]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--noise_std", "0.3"],
+        ["--noise_std", "0"],
+        ["--num_samples", "3"],
+        ["--seed", "1"],
+        ["--layer", "2"],
+        ["--prompt", "cat"],
+        ["--answer", "cat red"],
+        ["--target", "red"],
+        ["--score", "logprob"],
+        ["--method", "hirescam"],
+        ["--tap", "output"],
+        ["--dtype", "bfloat16"],
+        ["--max_pixels", str(8 * 28 * 28)],
+    ],
+    ids=" ".join,
+)
+def test_a_flag_changes_the_map(raw, plain, flags):
+    maps, changed = raw(*plain)["maps"], raw(*plain, *flags)["maps"]
+    assert maps.shape != changed.shape or not np.array_equal(maps, changed)
+
+
+def test_the_same_flags_give_the_same_map(raw, plain):
+    np.testing.assert_array_equal(raw(*plain)["maps"], raw(*plain)["maps"])
+
+
+def test_max_new_tokens_cuts_the_answer(raw):
+    assert len(raw("--max_new_tokens", 2)["tokens"]) == 2
+    assert len(raw("--max_new_tokens", 5)["tokens"]) == 5
+
+
+def test_raw_file_holds_what_the_pass_knows(raw, model_folder, image):
+    file = raw("--answer", ANSWER, "--target", "red", "--seed", 5)
+    model = load_model(str(model_folder), "cpu", "auto")
+    processor = load_processor(str(model_folder), 10**6)
+    prompt = str(file["prompt"])
+    settings = {"num_samples": 2, "noise_std": 0.15, "seed": 5, "answer": ANSWER, "target": "red"}
+    expected = compute_token_maps(model, processor, image, prompt, [1], **settings)
+    np.testing.assert_array_equal(file["maps"], expected.maps[1][None])
+    assert file["maps"].dtype == np.float32
+    assert tuple(file["grid"]) == expected.grid == (4, 6)
+    assert file["layers"].tolist() == [1]
+    assert file["tokens"].tolist() == expected.tokens
+    assert file["target_tokens"].tolist() == expected.target_tokens
+    assert (str(file["answer"]), str(file["target"]), int(file["seed"])) == (ANSWER, "red", 5)
+    assert json.loads(str(file["settings"])).items() >= expected.settings.items()
+    assert json.loads(str(file["versions"]))["torch"] == torch.__version__.split("+")[0]
+
+
+def test_max_pixels_only_lowers_the_cap(raw, plain):
+    assert raw(*plain, "--max_pixels", 10**9)["grid"].tolist() == [4, 6]
+    assert np.prod(raw(*plain, "--max_pixels", 6 * 28 * 28)["grid"]) <= 6
+    assert np.prod(raw(*plain, "--max_pixels", 28 * 28)["grid"]) == 1  # below the processor's smallest picture
+
+
+def test_cap_never_raises_what_the_processor_allows(model_folder):
+    processor = load_processor(str(model_folder), 10**9).image_processor
+    assert dict(processor.size)["longest_edge"] == 200 * 28 * 28
+    with pytest.raises(ValueError, match="784"):
+        cap_pixels(processor, 783)
+
+
+def test_progress_is_silent_where_there_is_no_terminal(drive):
+    assert drive("--answer", ANSWER)[2] == ""
+
+
+def test_examples_of_the_help_can_be_parsed(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        test_gradcam.main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    lines = [line.strip() for line in EXAMPLES.splitlines()[1:]]
+    assert len(lines) == 3
+    for line in lines:
+        assert line in text
+        assert shlex.split(line)[:2] == ["python", "test_gradcam.py"]
+        test_gradcam.parse_args(shlex.split(line)[2:])
+
+
+def test_defaults_stand_in_the_help():
+    text = " ".join(make_parser().format_help().split())
+    for default in ("single", "-1", "auto", "10", "0.15", "cam_results", "128", "1000000", "logit", "gradcam", "input"):
+        assert f"(default: {default})" in text
+
+
+def test_no_function_of_the_driver_looks_like_a_test():
+    assert not [name for name in vars(test_gradcam) if name.startswith("test_")]
+
+
+# bad input
+
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory, image, model_folder):
+    """A folder of things that do not work."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("no image")
+    image.save(folder / "whole.png")
+    (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:700])
+    Image.new("RGB", (2010, 10)).save(folder / "long.png")
+    (folder / "no_config").mkdir()
+    (folder / "llama").mkdir()
+    (folder / "llama/config.json").write_text('{"model_type": "llama", "num_hidden_layers": 4}')
+    (folder / "broken").mkdir()
+    (folder / "broken/config.json").write_text('{"model_type": ')
+    shutil.copytree(model_folder, folder / "no_processor", ignore=shutil.ignore_patterns("*processor*"))
+    shutil.copytree(
+        model_folder, folder / "no_tokenizer", ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*")
+    )
+    shutil.copytree(model_folder, folder / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+BAD = {  # flags: what the message says
+    "--image_path {bad}/none.png": "none.png does not exist",
+    "--image_path {bad}": "is a folder",
+    "--image_path {bad}/empty.png": "cannot be read as an image",
+    "--image_path {bad}/text.png": "cannot be read as an image",
+    "--image_path {bad}/cut.png": "truncated",
+    "--image_path {bad}/long.png": "2010 x 10 pixels: sides up to 1 : 200",
+    "--layer 4": "layer 4 does not exist: the model has 0 to 3, or -4 to -1",
+    "--layer -5": "layer -5 does not exist",
+    "--layer one": "invalid int value: 'one'",
+    "--mode grid --layer_range 1 9": "layer 9 does not exist",
+    "--mode grid --layer_range deep": "'deep' is none of auto, early, middle, late, all",
+    "--mode grid --layer_range early 3": "layer 'early'",
+    "--mode multi --layers 0 4": "layer 4 does not exist",
+    "--mode single --layers 1 2": "--layers acts in multi mode only; in single mode use --layer",
+    "--mode single --layer_range all": "--layer_range acts in grid mode only",
+    "--mode grid --layer 1": "--layer acts in single mode only; in grid mode use --layer_range",
+    "--mode multi --layer=1": "--layer acts in single mode only; in multi mode use --layers",
+    "--mode comparative --layers 1": "--layers acts in multi mode only",
+    "--mode all": "invalid choice: 'all'",
+    "--unknown 1": "unrecognized arguments: --unknown 1",
+    "--num_samples 0": "--num_samples 0 must be 1 or more",
+    "--noise_std -0.1": "--noise_std -0.1 must be finite",
+    "--noise_std nan": "--noise_std nan must be finite",
+    "--noise_std inf": "--noise_std inf must be finite",
+    "--max_new_tokens 0": "--max_new_tokens 0 must be 1 or more",
+    "--max_new_tokens 5 --answer cat": "--max_new_tokens cannot act beside --answer",
+    "--max_pixels 0": "--max_pixels 0 must be 1 or more",
+    "--seed -1": "--seed -1 must be 0 to",
+    "--prompt ' '": "--prompt ' ' is empty",
+    "--prompt \udcff": "is not valid text",
+    "--answer ''": "--answer '' is empty",
+    "--target ''": "--target '' is empty",
+    "--answer cat --target dog": "target='dog' is not in the answer 'cat'",
+    "--device gpu": "--device gpu is not there: choose auto, map, cpu",
+    "--model_path {bad}/none": "none does not exist",
+    "--model_path {bad}/no_config": "has no config.json",
+    "--model_path {bad}/empty.png": "has no config.json",
+    "--model_path {bad}/llama": "is of type llama, no vision-language model",
+    "--model_path {bad}/broken": "is unreadable",
+    "--output_dir {bad}/text.png": "text.png/single cannot be written: Not a directory",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+@pytest.mark.usefixtures("no_model")
+def test_bad_input_is_refused_before_the_model_is_loaded(drive, bad, tmp_path, flags):
+    code, out, err = drive(*(word.format(bad=bad) for word in shlex.split(flags)))
+    assert (code, out) == (2, "")
+    assert BAD[flags] in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+BAD_MODEL = {
+    "--model_path {bad}/no_processor": "lacks its processor",
+    "--model_path {bad}/no_tokenizer": "lacks its processor",
+    "--model_path {bad}/no_weights": "lacks its weights",
+    "--max_pixels 700": "less than one image token: give 784 or more",
+    "--target zebra --max_new_tokens 3": "target='zebra' is not in the answer",
+    "--answer <|image_pad|>": "must be text",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_MODEL)
+def test_bad_input_that_only_the_model_shows_is_refused(drive, bad, tmp_path, flags):
+    code, out, err = drive(*(word.format(bad=bad) for word in shlex.split(flags)))
+    assert (code, out) == (2, "")
+    assert BAD_MODEL[flags] in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_folder_without_room_for_a_third_is_refused(drive, tmp_path):
+    (tmp_path / "out/comparative").mkdir(parents=True)
+    (tmp_path / "out/comparative/late").touch()
+    code, _, err = drive("--mode", "comparative")
+    assert code == 2
+    assert "comparative/late cannot be written" in err
+
+
+def test_a_name_on_the_hub_is_looked_up_there(drive, monkeypatch):
+    asked = []
+    config = {"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": 28}}
+    hub = type("Hub", (), {"get_config_dict": staticmethod(lambda name: (asked.append(name) or config, {}))})
+    monkeypatch.setattr(test_gradcam, "PretrainedConfig", hub)
+    code, _, err = drive("--model_path", "Qwen/Qwen2.5-VL-7B-Instruct", "--layer", 28)
+    assert (code, asked) == (2, ["Qwen/Qwen2.5-VL-7B-Instruct"])
+    assert "the model has 0 to 27" in err
+
+
+def test_missing_weights_are_an_error_and_never_random(drive, model_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "holes"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if "layers.2.mlp.up_proj" in name))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = drive("--model_path", folder)
+    assert code == 2
+    assert "lacks weights, such as" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("the model answers with nothing: give a text to explain with answer= (--answer)"), 2),
+        (RuntimeError("the gradient at layer 3 is not finite: load the model as bfloat16 or float32"), 2),
+        (RuntimeError("out of memory with 16000 image tokens: (--max_pixels)"), 1),
+        (MemoryError(), 1),
+    ],
+)
+def test_a_failing_pass_writes_nothing_and_says_why_in_one_line(drive, monkeypatch, tmp_path, error, code):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(test_gradcam, "compute_token_maps", fail)
+    result, out, err = drive()
+    assert (result, out) == (code, "")
+    assert err == f"test_gradcam.py: error: {str(error) or 'MemoryError'}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_write_leaves_nothing_behind(drive, monkeypatch, tmp_path):
+    def fail(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    code, out, err = drive("--answer", ANSWER)
+    assert (code, out) == (1, "")
+    assert "No space left" in err
+    assert not (tmp_path / "out").exists()
+
+
+# the documented functions
+
+
+def check_result(result, image, grid):
+    for kind in ("superimposed", "heatmap"):
+        assert result[kind].shape == (image.height, image.width, 3)
+        assert result[kind].dtype == np.uint8
+    assert result["cam"].shape == grid
+    assert result["cam"].dtype == np.float32
+
+
+def test_documented_functions_return_pictures_and_maps(make_model, processor, image, tmp_path):
+    model, settings = make_model(torch.float32, layers=4), {"num_samples": 2, "answer": ANSWER}
+    common = (model, processor, image, "What is there?")
+    single = single_layer_visualization(*common, save_dir=tmp_path / "single", **settings)
+    check_result(single, image, (4, 6))
+    assert (single["layer"], single["answer"]) == (3, ANSWER)
+    grid = create_layer_comparison_grid(*common, layer_range="late", save_dir=tmp_path / "grid", **settings)
+    multi = visualize_multiple_layers(*common, layer_indices=[-1, 0], save_dir=tmp_path / "multi", **settings)
+    thirds = create_comparative_analysis(*common, save_dir=tmp_path / "thirds", **settings)
+    assert (list(grid), list(multi), list(thirds)) == ([2, 3], [3, 0], ["early", "middle", "late"])
+    assert [list(third) for third in thirds.values()] == [[0], [1], [2, 3]]
+    for result in (*grid.values(), *multi.values(), *thirds["late"].values()):
+        check_result(result, image, (4, 6))
+    np.testing.assert_array_equal(grid[3]["cam"], multi[3]["cam"])
+    np.testing.assert_array_equal(grid[3]["cam"], thirds["late"][3]["cam"])
+
+
+def test_layers_that_do_not_exist_name_the_valid_range(model, processor, image, tmp_path):
+    for function in (create_layer_comparison_grid, visualize_multiple_layers):
+        with pytest.raises(ValueError, match="0 to 2"):
+            function(model, processor, image, "What?", [0, 3], tmp_path / "out")
+    with pytest.raises(ValueError, match="layer_range='deep' must be one of auto, early"):
+        create_layer_comparison_grid(model, processor, image, "What?", "deep", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranges_of_28_layers():
+    assert select_layers("auto", 28) == [0, 5, 11, 16, 22, 27]
+    assert select_layers("early", 28) == list(range(9))
+    assert select_layers("middle", 28) == list(range(9, 18))
+    assert select_layers("late", 28) == list(range(18, 28))
+    assert select_layers("all", 28) == list(range(28))
+    assert select_layers([27, -1, 0], 28) == [27, 0]
