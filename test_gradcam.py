@@ -278,6 +278,8 @@ def load_processor(model_path: str, max_pixels: int):
     for part in ("image_processor", "tokenizer", "chat_template"):
         if getattr(processor, part, None) is None:
             raise ValueError(f"--model_path {model_path} lacks its processor: there is no {part}")
+    if processor.image_token not in processor.tokenizer.get_vocab():  # transformers 5 makes do with an empty one
+        raise ValueError(f"--model_path {model_path} lacks its processor: the tokenizer has no {processor.image_token}")
     cap_pixels(processor.image_processor, max_pixels)
     return processor
 
@@ -301,22 +303,15 @@ def load_model(model_path: str, device: str, dtype: str):
 
 def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """What --save_raw writes: maps (layers, H, W) float32 and all it takes to know what they are; JSON for records."""
+    records = ("grid", "prompt", "answer", "tokens", "target", "target_span", "target_tokens")
     asked = {name: getattr(args, name) for name in ("mode", "model_path", "image_path", "max_pixels", "dtype")}
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {
+    return {name: np.array(getattr(token_maps, name)) for name in records} | {
         "maps": np.stack(list(token_maps.maps.values())),
         "layers": np.array(list(token_maps.maps)),
         "no_gradient": np.array(sorted(token_maps.no_gradient), dtype=int),
-        "grid": np.array(token_maps.grid),
-        "tokens": np.array(token_maps.tokens),
-        "target_tokens": np.array(token_maps.target_tokens),
-        "target_span": np.array(token_maps.target_span),
-        "prompt": np.array(token_maps.prompt),
-        "answer": np.array(token_maps.answer),
-        "target": np.array(token_maps.target),
         "seed": np.array(token_maps.settings["seed"]),
         "settings": np.array(json.dumps(token_maps.settings | asked)),
-        "versions": np.array(json.dumps(versions)),
+        "versions": np.array(json.dumps({name: importlib.metadata.version(name) for name in PACKAGES})),
     }
 
 

@@ -54,6 +54,7 @@ INNER = WIDTH - 2 * MARGIN
 TEXT, SMALL, TITLE = 8, 7, 11  # points
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
+EARLIER = re.compile(r"layer_\d+_(heatmap|superimposed)\.png|maps\.npz")  # what a run with other layers left
 METHOD_NAMES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM"}
 
 
@@ -305,10 +306,6 @@ def _save(path: Path, content) -> None:
         Image.fromarray(content).save(path, dpi=(DPI, DPI))
 
 
-def _is_of_earlier_run(name: str) -> bool:
-    return re.fullmatch(r"layer_\d+_(heatmap|superimposed)\.png|maps\.npz", name) is not None
-
-
 def write_files(folder, files: dict[str, object]) -> list[Path]:
     """Write {name in the folder: uint8 RGB array for .png, dictionary of arrays for .npz}; returns the paths.
 
@@ -336,7 +333,7 @@ def write_files(folder, files: dict[str, object]) -> list[Path]:
     paths = [folder / name for name in files]
     for parent in {path.parent for path in paths}:
         for path in parent.iterdir():
-            if _is_of_earlier_run(path.name) and path not in paths:
+            if EARLIER.fullmatch(path.name) and path not in paths:
                 path.unlink()
     return paths
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import page_layout
 import test_gradcam
 from smooth_gradcam import compute_token_maps
 from test_gradcam import EXAMPLES, cap_pixels, load_model, load_processor, make_parser, single_layer_visualization
@@ -47,6 +48,7 @@ def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch):
     """Run the driver on the tiny model; returns (exit code, stdout, stderr). Later flags win over the usual ones."""
 
     monkeypatch.setattr(test_gradcam, "load_model", load_once)
+    monkeypatch.setattr(page_layout, "DPI", 40)  # quicker
 
     def drive(*flags):
         usual = ["--model_path", model_folder, "--image_path", photo_path, "--output_dir", tmp_path / "out"]
@@ -426,7 +428,8 @@ def check_result(result, image, grid):
     assert result["cam"].dtype == np.float32
 
 
-def test_documented_functions_return_pictures_and_maps(make_model, processor, image, tmp_path):
+def test_documented_functions_return_pictures_and_maps(make_model, processor, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_layout, "DPI", 40)
     model, settings = make_model(torch.float32, layers=4), {"num_samples": 2, "answer": ANSWER}
     common = (model, processor, image, "What is there?")
     single = single_layer_visualization(*common, save_dir=tmp_path / "single", **settings)
