@@ -271,15 +271,13 @@ def load_processor(model_path: str, max_pixels: int):
     """The model's processor, capped. Raises ValueError if it is missing or not one of a vision-language model."""
     try:
         processor = AutoProcessor.from_pretrained(model_path)
-    except ImportError:  # of a package, not of the model
-        raise
-    except Exception as exc:
-        raise ValueError(f"--model_path {model_path} lacks its processor: {exc}") from exc
+    except Exception as exc:  # transformers raises anything here, from OSError to ImportError
+        raise ValueError(f"--model_path {model_path} lacks a processor that can be loaded: {exc}") from exc
     for part in ("image_processor", "tokenizer", "chat_template"):
         if getattr(processor, part, None) is None:
-            raise ValueError(f"--model_path {model_path} lacks its processor: there is no {part}")
+            raise ValueError(f"--model_path {model_path} lacks a processor that can be loaded: there is no {part}")
     if processor.image_token not in processor.tokenizer.get_vocab():  # transformers 5 makes do with an empty one
-        raise ValueError(f"--model_path {model_path} lacks its processor: the tokenizer has no {processor.image_token}")
+        raise ValueError(f"--model_path {model_path} lacks its tokenizer: it has no {processor.image_token}")
     cap_pixels(processor.image_processor, max_pixels)
     return processor
 

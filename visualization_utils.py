@@ -45,12 +45,10 @@ from smooth_gradcam import (
 )
 
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
-AUTO_LAYERS = 6  # representative layers of "auto"
-LAYERS_PER_THIRD = 4  # representative layers of each third in the comparative analysis
+AUTO_LAYERS, LAYERS_PER_THIRD = 6, 4  # representative layers of "auto", and of a third in the comparative analysis
 
 WIDTH, BODY_HEIGHT = 7.2, 7.0  # two columns of a paper; what header and caption leave of its page
-MARGIN = 0.12
-INNER = WIDTH - 2 * MARGIN
+MARGIN, INNER = 0.12, WIDTH - 0.24  # inner: between the margins
 TEXT, SMALL, TITLE = 8, 7, 11  # points
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
@@ -250,7 +248,7 @@ def _layer_files(results: dict, folder: str = "") -> dict[str, np.ndarray]:
 
 
 def draw_single(image, token_maps: TokenMaps) -> tuple[dict, dict[str, np.ndarray]]:
-    """Of one layer's map ({"superimposed", "heatmap", "cam"}, {file name: uint8 RGB array})."""
+    """One layer's ({"superimposed", "heatmap", "cam"}, {file name: uint8 RGB array})."""
     photo = load_rgb(image)
     ((layer, result),) = render_layers(photo, token_maps).items()
     return result, {
