@@ -122,7 +122,7 @@ def _text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
     prompt, _ = excerpt(token_maps.prompt, (0, 0), EXCERPT["prompt"])
     answer, span = excerpt(token_maps.answer, token_maps.target_span, EXCERPT["answer"])
     target, _ = excerpt(token_maps.target, (0, 0), EXCERPT["target"])
-    explained = f"“{target}” as marked above: {len(token_maps.target_tokens)} of {len(token_maps.tokens)} tokens"
+    explained = f"{len(token_maps.target_tokens)} of {len(token_maps.tokens)} tokens, marked above: “{target}”"
     if token_maps.target == token_maps.answer:
         span, explained = (0, 0), f"the whole answer: {len(token_maps.tokens)} tokens"
     return [("Prompt", prompt, (0, 0)), ("Answer", answer, span), ("Explained", explained, (0, 0))]
