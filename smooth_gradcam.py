@@ -29,6 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 
+class ExplanationError(RuntimeError):
+    """The model gave nothing that can be explained: no answer, no gradient, or values that are not finite."""
+
+
 @dataclass(frozen=True)
 class TokenMaps:
     """What one run of the pass knows: the raw maps of all requested layers, and the answer they explain."""
@@ -208,7 +212,7 @@ def _explained(tokenizer, tokens: list[int], target: str | None) -> tuple[str, t
     """The decoded answer, the span of characters to be explained, and the tokens (T,) that have a part in it."""
     answer = _decode(tokenizer, tokens)
     if not answer.strip():
-        raise RuntimeError("the model answers with nothing: give a text to explain with answer= (--answer)")
+        raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
     start, end = find_target(answer, target)
     scored = [i for i, (first, last) in enumerate(token_spans(tokenizer, tokens)) if first < end and last > start]
     return answer, (start, end), scored
@@ -375,7 +379,7 @@ def _features_and_gradients(model, forced, taps, predicting: list[int], expected
     logits = logits[[position - length for position in predicting]]  # (T, vocabulary)
     value = SCORES[score](_at_least_float32(logits), torch.tensor(expected, device=logits.device))
     if not value.isfinite():
-        raise RuntimeError(f"the answer's score is {value.item()} in {model.dtype}: load it as bfloat16 or float32")
+        raise ExplanationError(f"the answer's score is {value.item()} in {model.dtype}: load it as bfloat16 or float32")
     features, unused = list(captured.values()), [None] * len(captured)
     gradients = torch.autograd.grad(value, features, allow_unused=True) if value.requires_grad else unused
     return {key: (a.detach(), g) for key, a, g in zip(captured, features, gradients, strict=True)}
@@ -433,7 +437,7 @@ def _layer_map(key, features, gradient, positions, grid, vision_config, method) 
         return None
     features, gradient = (_image_rows(key, tensor, positions) for tensor in (features, gradient))  # (k * N, C)
     if not gradient.isfinite().all():
-        raise RuntimeError(f"the gradient at layer {key} is not finite: load the model as bfloat16 or float32")
+        raise ExplanationError(f"the gradient at layer {key} is not finite: load the model as bfloat16 or float32")
     if not gradient.any():
         return None
     return _to_grid(key, METHODS[method](features, gradient).float().cpu().numpy(), grid, vision_config)
@@ -502,8 +506,9 @@ def compute_token_maps(
     method          "gradcam" (the paper's, gradients pooled over the image tokens) or "hirescam" (each token's own)
     progress        wraps the iterable over the copies, e.g. tqdm; None is silent
 
-    Raises ValueError for bad arguments, and RuntimeError if the model answers with nothing, runs out of memory, or
-    gives a score or gradient that is not finite. The model and the random state of the caller stay as they are.
+    Raises ValueError for bad arguments, ExplanationError if the model answers with nothing or gives a score or gradient
+    that is not finite, and RuntimeError if memory runs out. The model and the random state of the caller stay as they
+    are.
     """
     _check_settings(num_samples, noise_std, seed, max_new_tokens, tap, score, method)
     if not isinstance(prompt, str) or not prompt.strip():
@@ -593,7 +598,7 @@ class SmoothQwenGradCAM:
         """(superimposed, heatmap): uint8 RGB arrays (height, width, 3) of the photo's own size.
 
         `use_smooth=False` is plain Grad-CAM, without noise. Afterwards `self.result` has the raw map and the answer.
-        Raises RuntimeError if no gradient reaches the layer, beside what `compute_token_maps` raises.
+        Raises ExplanationError if no gradient reaches the layer, beside what `compute_token_maps` raises.
         """
         layers = [self.target_layer]
         self.result = compute_token_maps(
@@ -601,7 +606,7 @@ class SmoothQwenGradCAM:
         )
         ((layer, cam),) = self.result.maps.items()
         if layer in self.result.no_gradient:
-            raise RuntimeError(
+            raise ExplanationError(
                 f"layer {layer} has no gradient: behind it no path leads from the image tokens to the answer. "
                 'Choose an earlier one, or tap="input" with a decoder layer'
             )

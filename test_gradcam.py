@@ -25,6 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedC
 from smooth_gradcam import (
     METHODS,
     SCORES,
+    ExplanationError,
     TokenMaps,
     compute_token_maps,
     find_target,
@@ -367,13 +368,6 @@ def _hush() -> None:
     warnings.simplefilter("ignore")
 
 
-def _is_bad_input(exc: Exception) -> bool:
-    """A request that cannot be met as it stands: the core says of it which flag or dtype would do."""
-    return isinstance(exc, ValueError) or (
-        isinstance(exc, RuntimeError) and any(remedy in str(exc) for remedy in ("--answer", "bfloat16 or float32"))
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -391,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         message = " ".join(str(exc).split()) or type(exc).__name__
         print(f"test_gradcam.py: error: {message}", file=sys.stderr)
-        return 2 if _is_bad_input(exc) else 1
+        return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
     return 0
 
 

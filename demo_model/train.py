@@ -31,11 +31,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from export import IMAGE_MEAN, IMAGE_STD, build_model, build_processor, save
 
-STAGES = {"vision": 0.16, "core": 0.44, "full": 0.40}  # shares of --minutes
+STAGES = {"vision": 0.16, "core": 0.50, "full": 0.34}  # shares of --minutes
 CORE_LAYERS, FULL_LAYERS = 7, 28
 TOPICS = ("where", "there", "count", "place", "beside", "list", "strange")
-TOPIC_WEIGHTS = (0.25, 0.16, 0.08, 0.13, 0.2, 0.12, 0.06)
-QUESTIONS = 5  # an image: one description and four of the topics above
+TOPIC_WEIGHTS = (0.34, 0.26, 0.05, 0.05, 0.2, 0.06, 0.04)  # by how hard they are to learn
+QUESTIONS = 6  # an image: one description and five of the topics above
 WINDOW = 4  # image tokens along one side of an attention window: 112 pixels / 28
 
 
@@ -54,6 +54,7 @@ class Packer:
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         )
         self.image_pad, self.vision_end = ids("<|image_pad|>")[0], ids("<|vision_end|>")
+        self.names = [ids(f" {kind}")[0] for kind in scenes.KINDS]
         self.turn, self.end = ids("<|im_end|>\n<|im_start|>assistant\n"), ids("<|im_end|>")
 
     def pack(self, pairs, h, w):
@@ -95,6 +96,7 @@ def make_batch(packer, seed, batch_size):
     pad = [length - len(ids) for ids, *_ in packed]
     return {
         "grid": (h, w),
+        "names": packer.names,
         "images": np.stack(images),
         "kinds": np.stack(kinds),
         "places": np.stack(places),
@@ -272,45 +274,50 @@ def build_optimizers(model, heads, stage, muon_rate, adam_rate):
     ]
 
 
+def naming_loss(model, tokens, kinds, names):
+    """Brings an object's image tokens near the word for it: what a question names is then easy to find."""
+    on = (kinds >= 0) & (kinds < len(scenes.KINDS))
+    words = model.model.language_model.embed_tokens.weight[torch.as_tensor(names, device=tokens.device)]
+    tokens = F.layer_norm(tokens[on], tokens.shape[-1:])
+    return F.cross_entropy(tokens @ words.T, kinds[on])
+
+
 def losses(model, heads, batch, stage, device):
     """The training loss and what is worth showing of it."""
-    freeze = stage == "full"
-    with torch.set_grad_enabled(not freeze):
-        tokens = vision_forward(model.model.visual, batch["images"], batch["grid"])
+    tokens = vision_forward(model.model.visual, batch["images"], batch["grid"])  # (B, N, D)
     kinds, places = (torch.from_numpy(batch[name]).to(device) for name in ("kinds", "places"))
-    shown, loss = {}, 0.0
-    if not freeze:
-        by_kind, by_place = heads(tokens).float().split((len(scenes.KINDS) + 1, len(scenes.PLACES)), -1)
-        loss = F.cross_entropy(by_kind.flatten(0, 1), kinds.flatten()) + 0.5 * F.cross_entropy(
-            by_place.flatten(0, 1), places.flatten()
-        )
-        on = places >= 0
-        shown["cells"] = (by_kind.argmax(-1) == kinds)[on].float().mean().item()
-        shown["places"] = (by_place.argmax(-1) == places)[on].float().mean().item()
+    by_kind, by_place = heads(tokens).float().split((len(scenes.KINDS) + 1, len(scenes.PLACES)), -1)
+    loss = F.cross_entropy(by_kind.flatten(0, 1), kinds.flatten())
+    loss = loss + 0.5 * F.cross_entropy(by_place.flatten(0, 1), places.flatten())
+    on = places >= 0
+    shown = {
+        "cells": (by_kind.argmax(-1) == kinds)[on].float().mean().item(),
+        "places": (by_place.argmax(-1) == places)[on].float().mean().item(),
+    }
     if stage != "vision":
         logits, answer = answer_logits(model, batch, tokens, device)
         said = F.cross_entropy(logits.float(), answer)
-        loss = said + 0.3 * loss
+        loss = said + 0.3 * (loss + naming_loss(model, tokens, kinds, batch["names"]))
         shown["answer"] = said.item()
         shown["tokens"] = (logits.argmax(-1) == answer).float().mean().item()
     return loss, shown
 
 
 def rate(spent, step, stage):
-    """Warm-up over 50 steps; the last stage (and the vision stage a little) cools down."""
+    """Warm-up over 50 steps; the first two stages cool down a little at their end, the last one all the way."""
     warm = min(1.0, (step + 1) / 50)
     if stage == "full":
-        return warm * max(0.02, min(1.0, 1.25 * (1 - spent)))
+        return warm * max(0.02, min(0.7, 1.1 * (1 - spent)))
     return warm * (1.0 if spent < 0.7 else 1.0 - 0.6 * (spent - 0.7) / 0.3)
 
 
 def run_stage(run, model, heads, stage, queue, device, options):
     minutes = STAGES[stage] * options.minutes
     optimizers = build_optimizers(model, heads, stage, options.muon_rate, options.adam_rate)
+    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     if run["optimizers"]:
         for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     recent, last = deque(maxlen=50), time.monotonic()
     shown_at = saved_at = last
     while run["minutes"] < minutes:

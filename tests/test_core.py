@@ -10,7 +10,14 @@ from conftest import make_image
 from torch import nn
 
 import smooth_gradcam as core
-from smooth_gradcam import compute_token_maps, find_target, get_model_layers, resolve_layers, token_spans
+from smooth_gradcam import (
+    ExplanationError,
+    compute_token_maps,
+    find_target,
+    get_model_layers,
+    resolve_layers,
+    token_spans,
+)
 
 PROMPT = "What is it?"
 ANSWER = "the red cat 猫"
@@ -339,7 +346,7 @@ def test_end_of_turn_is_not_explained(model, processor, image, monkeypatch):
 
 def test_model_that_answers_nothing_is_told_of_answer(model, processor, image, monkeypatch):
     answering(monkeypatch, model, [processor.tokenizer.eos_token_id])
-    with pytest.raises(RuntimeError, match="answers with nothing.*answer="):
+    with pytest.raises(ExplanationError, match="answers with nothing.*answer="):
         compute_token_maps(model, processor, image, PROMPT, [0])
 
 
@@ -453,7 +460,7 @@ def test_gradient_that_is_not_finite_names_its_layer(model, processor, image):
 
     handle = decoder(model)[2].register_forward_pre_hook(poison)
     try:
-        with pytest.raises(RuntimeError, match="gradient at layer 1 is not finite.*bfloat16 or float32"):
+        with pytest.raises(ExplanationError, match="gradient at layer 1 is not finite.*bfloat16 or float32"):
             compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN)
     finally:
         handle.remove()
@@ -462,7 +469,7 @@ def test_gradient_that_is_not_finite_names_its_layer(model, processor, image):
 def test_score_that_is_not_finite_names_the_dtype(model, processor, image):
     handle = model.lm_head.register_forward_hook(lambda module, args, output: output * float("inf"))
     try:
-        with pytest.raises(RuntimeError, match="score is .*torch.float64.*bfloat16 or float32"):
+        with pytest.raises(ExplanationError, match="score is .*torch.float64.*bfloat16 or float32"):
             compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN)
     finally:
         handle.remove()

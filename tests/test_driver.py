@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-import page_layout
 import test_gradcam
-from smooth_gradcam import compute_token_maps
+import visualization_utils
+from smooth_gradcam import ExplanationError, compute_token_maps
 from test_gradcam import EXAMPLES, cap_pixels, load_model, load_processor, make_parser, single_layer_visualization
 from visualization_utils import (
     create_comparative_analysis,
@@ -48,7 +48,7 @@ def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch):
     """Run the driver on the tiny model; returns (exit code, stdout, stderr). Later flags win over the usual ones."""
 
     monkeypatch.setattr(test_gradcam, "load_model", load_once)
-    monkeypatch.setattr(page_layout, "DPI", 40)  # quicker
+    monkeypatch.setattr(visualization_utils, "DPI", 40)  # quicker
 
     def drive(*flags):
         usual = ["--model_path", model_folder, "--image_path", photo_path, "--output_dir", tmp_path / "out"]
@@ -389,8 +389,8 @@ def test_missing_weights_are_an_error_and_never_random(drive, model_folder, tmp_
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (RuntimeError("the model answers with nothing: give a text to explain with answer= (--answer)"), 2),
-        (RuntimeError("the gradient at layer 3 is not finite: load the model as bfloat16 or float32"), 2),
+        (ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)"), 2),
+        (ExplanationError("the gradient at layer 3 is not finite: load the model as bfloat16 or float32"), 2),
         (RuntimeError("out of memory with 16000 image tokens: (--max_pixels)"), 1),
         (MemoryError(), 1),
     ],
@@ -429,7 +429,7 @@ def check_result(result, image, grid):
 
 
 def test_documented_functions_return_pictures_and_maps(make_model, processor, image, tmp_path, monkeypatch):
-    monkeypatch.setattr(page_layout, "DPI", 40)
+    monkeypatch.setattr(visualization_utils, "DPI", 40)
     model, settings = make_model(torch.float32, layers=4), {"num_samples": 2, "answer": ANSWER}
     common = (model, processor, image, "What is there?")
     single = single_layer_visualization(*common, save_dir=tmp_path / "single", **settings)

@@ -4,17 +4,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import page_layout
-from page_layout import Page, excerpt, font_families, split_at_span, text_width, wrap
+import visualization_utils
 from smooth_gradcam import TokenMaps, colorize_cam
 from visualization_utils import (
+    Page,
     draw_comparative,
     draw_grid,
     draw_multilayer,
     draw_single,
+    excerpt,
+    font_families,
     representative_thirds,
+    split_at_span,
     split_thirds,
     spread,
+    text_width,
+    wrap,
     write_files,
 )
 
@@ -25,7 +30,7 @@ ANSWER = "There is a dog at the top left, and a red car in the center."
 
 @pytest.fixture(autouse=True)
 def _coarse(monkeypatch):
-    monkeypatch.setattr(page_layout, "DPI", 100)  # quicker
+    monkeypatch.setattr(visualization_utils, "DPI", 100)  # quicker
 
 
 def make_photo(grid):
@@ -114,7 +119,7 @@ def test_every_layer_is_in_the_figure_and_has_its_files():
     names = {f"layer_{i}_{kind}.png" for i in range(28) for kind in ("heatmap", "superimposed")}
     assert set(files) == names | {"original_image.png", "all_layers_comparison.png"}
     few = draw_multilayer(make_photo(grid), make_maps({0: maps[0]}))[1]
-    assert len(files["all_layers_comparison.png"]) < 11 * page_layout.DPI  # a page
+    assert len(files["all_layers_comparison.png"]) < 11 * visualization_utils.DPI  # a page
     assert share_of(few["all_layers_comparison.png"], blueish) > 0.05
 
 
@@ -163,8 +168,8 @@ def test_any_text_can_be_drawn(text):
     grid = FORMATS["landscape"]
     maps = make_maps({0: hot_spot(grid, (0, 0))}, answer=text, prompt=text)
     figure = draw_single(make_photo(grid), maps)[1]["visualization.png"]
-    assert figure.shape[1] == round(7.2 * page_layout.DPI)
-    assert len(figure) < 8 * page_layout.DPI
+    assert figure.shape[1] == round(7.2 * visualization_utils.DPI)
+    assert len(figure) < 8 * visualization_utils.DPI
     assert (figure[:, -4:] == 255).all()  # nothing runs out of the page
 
 
@@ -207,9 +212,9 @@ def test_explained_part_changes_the_figure_and_is_yellow():
 def test_colour_scale_runs_from_the_maps_blue_to_its_red():
     page = Page(2, ["DejaVu Sans"])
     page.colour_scale(0.5, 0.2, 1, 0.2, colorize_cam(np.linspace(0, 1, 256)), (0, 1), 7)
-    row = page.finish(1)[round(0.3 * page_layout.DPI)].astype(int)
-    assert is_blue(row[round(0.51 * page_layout.DPI)])
-    assert is_red(row[round(1.49 * page_layout.DPI)])
+    row = page.finish(1)[round(0.3 * visualization_utils.DPI)].astype(int)
+    assert is_blue(row[round(0.51 * visualization_utils.DPI)])
+    assert is_red(row[round(1.49 * visualization_utils.DPI)])
 
 
 @pytest.mark.parametrize("size", [(4000, 20), (20, 4000), (28, 28)])
