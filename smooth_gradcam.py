@@ -557,8 +557,9 @@ def upsample_cam(cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def colorize_cam(cam01: np.ndarray) -> np.ndarray:
-    """Jet colours of a map in [0, 1], (...) -> (..., 3) uint8 RGB: red is high, blue is low."""
-    distance = np.abs(4 * np.asarray(cam01, dtype=np.float32)[..., None] - np.array([3, 2, 1]))  # from red, green, blue
+    """Jet in 256 colours of a map in [0, 1], (...) -> (..., 3) uint8 RGB: red is high, blue is low."""
+    level = np.round(255 * np.asarray(cam01, dtype=np.float32)) / 255  # more colours look the same and make large files
+    distance = np.abs(4 * level[..., None] - np.array([3, 2, 1]))  # from red, green, blue
     return np.round(255 * (1.5 - distance).clip(0, 1)).astype(np.uint8)
 
 

@@ -39,12 +39,12 @@ from smooth_gradcam import (
 )
 
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
-AUTO_LAYERS, LAYERS_PER_THIRD = 6, 4  # representative layers of "auto", and of a third in the comparative analysis
+AUTO_LAYERS, LAYERS_PER_THIRD = 6, 3  # representative layers of "auto", and of a third in the comparative analysis
 
 WIDTH, BODY_HEIGHT = 7.2, 7.0  # two columns of a paper; what header and caption leave of its page
 MARGIN, INNER = 0.12, WIDTH - 0.24  # inner: between the margins
 GAP, BAND = 0.08, 0.18  # between pictures; the line that a panel's title stands on
-DPI, LINE = 250, 1.35 / 72  # line: its height per point of text
+DPI, LINE = 200, 1.35 / 72  # line: its height per point of text
 MARKER = "#ffe08a"  # behind the explained part of the answer
 TEXT, SMALL, TITLE = 8, 7, 11  # points
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
@@ -72,7 +72,7 @@ def split_thirds(total: int) -> dict[str, list[int]]:
 
 
 def representative_thirds(total: int) -> dict[str, list[int]]:
-    """Up to four layers of each third: what the comparative analysis shows."""
+    """Up to three layers of each third: what the comparative analysis shows."""
     return {name: spread(layers, LAYERS_PER_THIRD) for name, layers in split_thirds(total).items()}
 
 
@@ -578,7 +578,7 @@ def create_comparative_analysis(
     model, processor, image, prompt, save_dir="cam_results_comparative",
     *, num_samples=5, noise_std=0.1, quiet=False, **settings,
 ):  # fmt: skip
-    """Early, middle and late layers side by side, up to four of each third, all from one answer and one pass.
+    """Early, middle and late layers side by side, up to three of each third, all from one answer and one pass.
 
     Writes comparative_analysis.png, and a grid with its layers' files to each of early/, middle/ and late/.
     Returns {"early": {layer: ...}, "middle": {...}, "late": {...}} with dictionaries as those of
