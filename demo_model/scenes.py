@@ -86,7 +86,7 @@ def sprite(kind: str, level: int) -> np.ndarray:
 def random_size(rng: np.random.Generator, max_tokens: int = 190) -> tuple[int, int]:
     """(height, width) in pixels: landscape, portrait or square, 49 to `max_tokens` image tokens, small ones oftener."""
     sizes = [(h, w) for h in range(7, 17) for w in range(7, 17) if h * w <= max_tokens and max(h, w) <= 2 * min(h, w)]
-    weight = np.array([1.0 / (h * w) ** 2.5 for h, w in sizes])
+    weight = np.array([1.0 / (h * w) for h, w in sizes])
     h, w = sizes[rng.choice(len(sizes), p=weight / weight.sum())]
     return h * TOKEN, w * TOKEN
 
