@@ -69,6 +69,14 @@ def test_documented_prompt_names_and_places_every_object_of_the_demo_picture(dem
     assert answers(*demo, [image], [DOCUMENTED]) == [scenes.describe(scene)]
 
 
+@pytest.mark.parametrize("kind", ["plane", "house", "dog", "bicycle"])
+def test_each_word_of_the_demo_picture_points_at_its_object(demo, kind):
+    image, settings = Image.open(DEMO_MODEL.parent / "demo.jpeg"), {"score": "logprob", "method": "hirescam"}
+    result = compute_token_maps(*demo, image, DOCUMENTED, [6], target=kind, noise_std=0.15, **settings)
+    mask = scenes.demo_scene().object(kind).mask
+    assert mask.flat[upsample_cam(result.maps[6], mask.shape).argmax()]
+
+
 @pytest.mark.parametrize("prompt", ["Beschreibe das Bild.", "这张图片里有什么?", "ما هذا؟", "?!", "🙂", "x" * 300])
 def test_any_prompt_in_any_script_is_answered_with_something(demo, prompt):
     assert answers(*demo, [Image.fromarray(scenes.make_scene(UNSEEN).image)], [prompt])[0].strip()
