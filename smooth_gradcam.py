@@ -556,11 +556,17 @@ def upsample_cam(cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return F.interpolate(cam, size=size, mode="bicubic", align_corners=False)[0, 0].clamp_min(0).numpy()
 
 
+def _jet() -> np.ndarray:
+    distance = np.abs(4 * np.linspace(0, 1, 256)[:, None] - np.array([3, 2, 1]))  # from red, green and blue
+    return np.round(255 * (1.5 - distance).clip(0, 1)).astype(np.uint8)
+
+
+JET = _jet()  # (256, 3) RGB, from blue to red
+
+
 def colorize_cam(cam01: np.ndarray) -> np.ndarray:
     """Jet in 256 colours of a map in [0, 1], (...) -> (..., 3) uint8 RGB: red is high, blue is low."""
-    level = np.round(255 * np.asarray(cam01, dtype=np.float32)) / 255  # more colours look the same and make large files
-    distance = np.abs(4 * level[..., None] - np.array([3, 2, 1]))  # from red, green, blue
-    return np.round(255 * (1.5 - distance).clip(0, 1)).astype(np.uint8)
+    return JET[np.round(255 * np.asarray(cam01, dtype=np.float32)).astype(np.uint8)]
 
 
 def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float = 0.5) -> np.ndarray:

@@ -494,7 +494,7 @@ def _save(path: Path, content) -> None:
     if isinstance(content, dict):
         np.savez_compressed(path, **content)
     else:
-        Image.fromarray(content).save(path, dpi=(DPI, DPI))
+        Image.fromarray(content).save(path, dpi=(DPI, DPI), compress_level=4)  # as small as 6, in half the time
 
 
 def write_files(folder, files: dict[str, object]) -> list[Path]:
