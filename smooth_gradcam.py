@@ -204,7 +204,7 @@ def find_target(answer: str, target: str | None) -> tuple[int, int]:
     whole_word = re.search(rf"(?<!\w){re.escape(target)}(?!\w)", answer)
     start = whole_word.start() if whole_word else answer.find(target)
     if start < 0 or not target.strip():
-        raise ValueError(f"target={target!r} is not in the answer {answer!r}")
+        raise ValueError(f"target={target!r} is not in the answer {answer!r} (letter case counts)")
     return start, start + len(target)
 
 

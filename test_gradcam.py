@@ -10,6 +10,8 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
+import re
 import sys
 import tempfile
 import traceback
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
 from smooth_gradcam import (
@@ -48,6 +51,7 @@ from visualization_utils import (
 HERE = Path(__file__).resolve().parent
 FOLDERS = {"single": "single", "grid": "grid", "multi": "multilayer", "comparative": "comparative"}  # of each mode
 LAYER_FLAGS = {"single": "--layer", "grid": "--layer_range", "multi": "--layers"}  # which chooses layers in a mode
+PATH_FLAGS = ("image_path", "model_path", "output_dir")
 MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 MAX_ASPECT = 200  # beyond it the processor refuses a photo
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
@@ -94,7 +98,7 @@ def single_layer_visualization(
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -164,7 +168,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             raise ValueError(f"{flag} acts in {mode} mode only; in {args.mode} mode {instead}")
     if args.answer is not None and "--max_new_tokens" in given:
         raise ValueError("--max_new_tokens cannot act beside --answer: nothing is generated")
-    if isinstance(args.layer_range, list) and isinstance(args.layer_range[0], str) and len(args.layer_range) == 1:
+    if isinstance(args.layer_range, list) and any(isinstance(part, str) for part in args.layer_range):
+        if len(args.layer_range) > 1:
+            raise ValueError(f"--layer_range takes one of {', '.join(LAYER_RANGES)}, or layer indices, not both or two")
         args.layer_range = args.layer_range[0]
     return args
 
@@ -181,10 +187,10 @@ def check_values(args: argparse.Namespace) -> None:
         raise ValueError(f"--noise_std {args.noise_std} must be finite and 0 or more (0.1 is 10 % of the pixel range)")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")
-    for flag in ("prompt", "answer", "target"):
+    for flag in ("prompt", "answer", "target", *PATH_FLAGS):
         text = getattr(args, flag)
         if text is not None and not text.strip():
-            raise ValueError(f"--{flag} {text!r} is empty: give a text")
+            raise ValueError(f"--{flag} {text!r} is empty: give a {'path' if flag in PATH_FLAGS else 'text'}")
         if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"--{flag} {text!r} is not valid text in the terminal's encoding")
     if args.answer is not None:
@@ -208,7 +214,9 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as exc:
-        raise ValueError(f"--output_dir: {folder} cannot be written: {exc.strerror or exc}") from exc
+        raise ValueError(
+            f"--output_dir: {folder} cannot be written ({exc.strerror or exc}): choose a folder that you can write to"
+        ) from exc
 
 
 def resolve_device(name: str) -> str:
@@ -237,10 +245,17 @@ def count_layers(model_path: str) -> int:
     except (OSError, ValueError) as exc:
         missing = "neither a folder nor a name on the hub that can be reached"
         raise ValueError(f"--model_path {model_path} is {'unreadable' if folder.exists() else missing}: {exc}") from exc
+    if not isinstance(config, dict):
+        raise ValueError(f"--model_path {model_path} has a config.json that is no record")
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        raise ValueError(f"--model_path {model_path} is of type {kind}, no vision-language model of {MODEL_TYPES}")
-    return {**config, **config.get("text_config", {})}["num_hidden_layers"]
+        raise ValueError(
+            f"--model_path {model_path} is of type {kind}, no vision-language model: {', '.join(MODEL_TYPES)}"
+        )
+    layers = {**config, **config.get("text_config", {})}.get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise ValueError(f"--model_path {model_path} has a config.json without num_hidden_layers")
+    return layers
 
 
 def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str, list[int]]:
@@ -290,8 +305,15 @@ def load_model(model_path: str, device: str, dtype: str):
         model, info = AutoModelForImageTextToText.from_pretrained(
             model_path, dtype=dtype, output_loading_info=True, **where
         )
+    except torch.OutOfMemoryError:
+        raise
     except OSError as exc:
         raise ValueError(f"--model_path {model_path} lacks its weights: {exc}") from exc
+    except (SafetensorError, RuntimeError, ValueError) as exc:
+        raise ValueError(
+            f"--model_path {model_path} has weights that are damaged (a git-lfs pointer?) or do not fit its config: "
+            f"{exc}"
+        ) from exc
     if info["missing_keys"]:
         raise ValueError(f"--model_path {model_path} lacks weights, such as {sorted(info['missing_keys'])[0]}")
     return (model if where else model.to(device)).eval()
@@ -379,11 +401,18 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not args.verbose:
                 _hush()
-            report(*run(args))
+            token_maps, paths = run(args)
+            report(token_maps, paths)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has read enough; the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
     except Exception as exc:
         if "--verbose" in argv:
             traceback.print_exc()
         message = " ".join(str(exc).split()) or type(exc).__name__
+        message = re.sub(r"^(prompt|answer|target)=", r"--\1 ", message)  # the flag by which it was given
         print(f"test_gradcam.py: error: {message}", file=sys.stderr)
         return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
     return 0

@@ -17,6 +17,7 @@ import tempfile
 import unicodedata
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ MARKER = "#ffe08a"  # behind the explained part of the answer
 TEXT, SMALL, TITLE = 8, 7, 11  # points
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
-EARLIER = re.compile(r"layer_\d+_(heatmap|superimposed)\.png|maps\.npz")  # what a run with other layers left
+EARLIER = re.compile(r"layer_\d+_(heatmap|superimposed)\.png")  # what a run with other layers left
 METHOD_NAMES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM"}
 
 
@@ -501,19 +502,23 @@ def write_files(folder, files: dict[str, object]) -> list[Path]:
     """Write {name in the folder: uint8 RGB array for .png, dictionary of arrays for .npz}; returns the paths.
 
     Everything is written to a temporary folder first and then moved into place, so a failure leaves nothing behind.
-    Of an earlier run, `layer_<i>_heatmap.png`, `layer_<i>_superimposed.png` and `maps.npz` that are not written anew
-    are removed from the folders that are written to: they would show other layers or another photo. No other file
-    is touched. Raises OSError if the folder cannot be written.
+    Of an earlier run, `layer_<i>_heatmap.png` and `layer_<i>_superimposed.png` that are not written anew are removed
+    from the folders that are written to: they would show other layers or another photo. No other file is touched.
+    Raises ValueError where a folder stands in a file's place, OSError if the folder cannot be written.
     """
     folder = Path(folder)
+    for name in files:
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a folder where a file is to be written: choose another folder")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as staging:
-            for name, content in files.items():
-                path = Path(staging, name)
+            paths = [Path(staging, name) for name in files]
+            for path in paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _save(path, content)
+            with ThreadPoolExecutor() as pool:  # compression takes longest, and runs on all cores
+                list(pool.map(_save, paths, files.values()))
             for name in files:
                 (folder / name).parent.mkdir(exist_ok=True)
                 Path(staging, name).replace(folder / name)

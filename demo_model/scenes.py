@@ -4,7 +4,7 @@ A scene is one to four objects (Microsoft's Fluent 3D emoji, `objects/`) on a dr
 exact visible mask and one of nine places, a 3 x 3 division of the picture. Scenes in which two place words would both
 be fair, or in which an object is mostly hidden, are not made. Everything follows from one integer seed.
 
-    python demo_model/scenes.py scene.png --seed 7            # a scene, and scene_<object>_mask.png for each object
+    python demo_model/scenes.py build/scene.png --seed 7      # a scene, and scene_<object>_mask.png for each object
     python demo_model/scenes.py demo.jpeg --demo              # the picture that comes with the project
 
 Legend: H, W pixels of the scene; h, w image tokens (28 x 28 pixels each: 2 x 2 patches of 14 pixels).
@@ -346,6 +346,7 @@ def main():
     parser.add_argument("--demo", action="store_true", help="the scene of demo.jpeg, without masks")
     options = parser.parse_args()
     scene = demo_scene() if options.demo else make_scene(options.seed)
+    options.path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(scene.image).save(options.path, **({"quality": 90} if options.demo else {}))
     for thing in () if options.demo else scene.objects:
         Image.fromarray(thing.mask).save(options.path.with_name(f"{options.path.stem}_{thing.kind}_mask.png"))

@@ -154,7 +154,7 @@ def test_an_earlier_runs_layers_are_removed_and_nothing_else(drive, tmp_path):
     drive("--mode", "grid", "--layer_range", 0, 1, "--answer", ANSWER, "--save_raw")
     (folder / "mine.png").write_bytes(b"mine")
     drive("--mode", "grid", "--layer_range", 2, "--answer", ANSWER)
-    assert written(folder) == {"mine.png", "layer_comparison_grid.png"} | of_layers(2)
+    assert written(folder) == {"mine.png", "maps.npz", "layer_comparison_grid.png"} | of_layers(2)
 
 
 # every flag
@@ -293,7 +293,7 @@ BAD = {  # flags: what the message says
     "--layer one": "invalid int value: 'one'",
     "--mode grid --layer_range 1 9": "layer 9 does not exist",
     "--mode grid --layer_range deep": "'deep' is none of auto, early, middle, late, all",
-    "--mode grid --layer_range early 3": "layer 'early'",
+    "--mode grid --layer_range early 3": "--layer_range takes one of auto, early",
     "--mode multi --layers 0 4": "layer 4 does not exist",
     "--mode single --layers 1 2": "--layers acts in multi mode only; in single mode use --layer",
     "--mode single --layer_range all": "--layer_range acts in grid mode only",
@@ -314,14 +314,14 @@ BAD = {  # flags: what the message says
     "--prompt \udcff": "is not valid text",
     "--answer ''": "--answer '' is empty",
     "--target ''": "--target '' is empty",
-    "--answer cat --target dog": "target='dog' is not in the answer 'cat'",
+    "--answer cat --target dog": "--target 'dog' is not in the answer 'cat'",
     "--device gpu": "--device gpu is not there: choose auto, map, cpu",
     "--model_path {bad}/none": "none does not exist",
     "--model_path {bad}/no_config": "has no config.json",
     "--model_path {bad}/empty.png": "has no config.json",
     "--model_path {bad}/llama": "is of type llama, no vision-language model",
     "--model_path {bad}/broken": "is unreadable",
-    "--output_dir {bad}/text.png": "text.png/single cannot be written: Not a directory",
+    "--output_dir {bad}/text.png": "text.png/single cannot be written (Not a directory)",
 }
 
 
@@ -340,7 +340,7 @@ BAD_MODEL = {
     "--model_path {bad}/no_tokenizer": "no_tokenizer lacks",
     "--model_path {bad}/no_weights": "lacks its weights",
     "--max_pixels 700": "less than one image token: give 784 or more",
-    "--target zebra --max_new_tokens 3": "target='zebra' is not in the answer",
+    "--target zebra --max_new_tokens 3": "--target 'zebra' is not in the answer",
     "--answer <|image_pad|>": "must be text",
 }
 
@@ -384,6 +384,16 @@ def test_missing_weights_are_an_error_and_never_random(drive, model_folder, tmp_
     code, _, err = drive("--model_path", folder)
     assert code == 2
     assert "lacks weights, such as" in err
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\nsize 9\n", b""])
+def test_damaged_weights_are_refused_with_their_folder(drive, model_folder, tmp_path, content):
+    folder = tmp_path / "damaged"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").write_bytes(content)
+    code, _, err = drive("--model_path", folder)
+    assert code == 2
+    assert f"--model_path {folder} has weights that are damaged" in err
 
 
 @pytest.mark.parametrize(

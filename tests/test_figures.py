@@ -244,9 +244,18 @@ def test_an_earlier_result_survives_a_failure(tmp_path):
     assert not np.asarray(Image.open(tmp_path / "layer_1_heatmap.png")).any()
 
 
-def test_only_pictures_of_layers_and_raw_maps_of_an_earlier_run_are_removed(tmp_path):
+def test_only_pictures_of_layers_of_an_earlier_run_are_removed(tmp_path):
     for name in ("layer_3_heatmap.png", "maps.npz", "layer_3_heatmap.png.bak", "layer_x_heatmap.png", "notes.txt"):
         (tmp_path / name).touch()
     write_files(tmp_path, {"layer_4_heatmap.png": np.zeros((2, 2, 3), np.uint8)})
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"layer_4_heatmap.png", "layer_3_heatmap.png.bak", "layer_x_heatmap.png", "notes.txt"}
+    kept = {"maps.npz", "layer_3_heatmap.png.bak", "layer_x_heatmap.png", "notes.txt"}
+    assert left == {"layer_4_heatmap.png"} | kept
+
+
+def test_a_folder_in_a_files_place_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "b.png").mkdir()
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    with pytest.raises(ValueError, match="b.png is a folder"):
+        write_files(tmp_path, {"a.png": pixels, "b.png": pixels})
+    assert {path.name for path in tmp_path.iterdir()} == {"b.png"}
