@@ -54,24 +54,24 @@ def interval(right: int, total: int) -> str:
     return f"{100 * share:5.1f} %  ({100 * (middle - half):.1f} to {100 * (middle + half):.1f}; {right} of {total})"
 
 
-def by_size(numbers) -> list[list[tuple[int, scenes.Scene]]]:
+def by_size(numbers, size=None) -> list[list[tuple[int, scenes.Scene]]]:
     """Numbered scenes in batches of at most 16 of one size."""
     groups = {}
     for number in numbers:
-        scene = scenes.make_scene(UNSEEN + number)
+        scene = scenes.make_scene(UNSEEN + number, size=size)
         groups.setdefault(scene.image.shape, []).append((number, scene))
     return [group[i : i + 16] for group in groups.values() for i in range(0, len(group), 16)]
 
 
-def evaluate(model, processor, count: int) -> dict[str, tuple[int, int]]:
-    """Name of each figure -> (right, total), over `count` unseen scenes."""
+def evaluate(model, processor, count: int, size=None) -> dict[str, tuple[int, int]]:
+    """Name of each figure -> (right, total), over `count` unseen scenes, of (height, width) if given."""
     right, total = Counter(), Counter()
 
     def note(name, good):
         right[name] += bool(good)
         total[name] += 1
 
-    for batch in by_size(range(count)):
+    for batch in by_size(range(count), size):
         pictures = [Image.fromarray(scene.image) for _, scene in batch]
         for (_, scene), answer in zip(
             batch, answers(model, processor, pictures, [scenes.DESCRIBE[0]] * len(batch)), strict=True
@@ -99,13 +99,14 @@ def main():
     )
     parser.add_argument("--model_path", default=str(Path(__file__).parent))
     parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of every scene, in pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(options.model_path).to(options.device).eval()
     processor = AutoProcessor.from_pretrained(options.model_path)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{options.scenes} unseen scenes, {platform.machine()} {options.device}, {versions}")
-    for name, (right, total) in evaluate(model, processor, options.scenes).items():
+    for name, (right, total) in evaluate(model, processor, options.scenes, options.size).items():
         print(f"{name:40s} {interval(right, total)}")
 
 
