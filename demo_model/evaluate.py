@@ -73,9 +73,8 @@ def evaluate(model, processor, count: int, size=None) -> dict[str, tuple[int, in
 
     for batch in by_size(range(count), size):
         pictures = [Image.fromarray(scene.image) for _, scene in batch]
-        for (_, scene), answer in zip(
-            batch, answers(model, processor, pictures, [scenes.DESCRIBE[0]] * len(batch)), strict=True
-        ):
+        described = answers(model, processor, pictures, [scenes.DESCRIBE[0]] * len(batch))
+        for (_, scene), answer in zip(batch, described, strict=True):
             said = read_description(answer)
             names = [kind for kind, _ in said]
             note("scenes with nothing invented", set(names) <= {thing.kind for thing in scene.objects})
@@ -86,9 +85,8 @@ def evaluate(model, processor, count: int, size=None) -> dict[str, tuple[int, in
                     note("named objects placed right", (thing.kind, scenes.PLACES[thing.place]) in said)
         for topic in TOPICS:
             asked = [scenes.ask(scene, np.random.default_rng((UNSEEN, number)), topic) for number, scene in batch]
-            for (_, truth), answer in zip(
-                asked, answers(model, processor, pictures, [q for q, _ in asked]), strict=True
-            ):
+            given = answers(model, processor, pictures, [question for question, _ in asked])
+            for (_, truth), answer in zip(asked, given, strict=True):
                 note(f"question '{topic}' answered right", answer == truth)
     return {name: (right[name], total[name]) for name in total}
 

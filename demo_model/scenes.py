@@ -295,9 +295,8 @@ def beside(scene: Scene, side: str, kind: str) -> str:
 
 def strange_prompt(rng: np.random.Generator) -> str:
     """Words of no meaning in some script: the model is to answer with a description all the same."""
-    first, last = ((97, 122), (65, 90), (0x4E00, 0x4FFF), (0x430, 0x44F), (0x3B1, 0x3C9), (0x627, 0x64A))[
-        rng.integers(6)
-    ]
+    scripts = ((97, 122), (65, 90), (0x4E00, 0x4FFF), (0x430, 0x44F), (0x3B1, 0x3C9), (0x627, 0x64A))
+    first, last = scripts[rng.integers(len(scripts))]
     words = ["".join(map(chr, rng.integers(first, last + 1, rng.integers(1, 7)))) for _ in range(rng.integers(1, 6))]
     return " ".join(words) + str(rng.choice(["", "?", ".", "!"]))
 
