@@ -4,7 +4,8 @@ The method is that of "From Redundancy to Relevance" (NAACL 2025): Grad-CAM of t
 
     alpha_k = mean over image tokens of d score / d A_k          M = ReLU(sum_k alpha_k A_k)
 
-averaged over noisy copies of the photo as in SmoothGrad, 1/n sum M(photo + noise).
+averaged over noisy copies of the photo as in SmoothGrad, 1/n sum M(photo + noise). Gradients pass the model's norms
+as if their denominators were constants (`frozen_norms`): without that, the maps of a transformer rest on very little.
 
 The file reads in the order in which data flows: photo and prompt, answer, features and gradients, token map, colours.
 
@@ -16,8 +17,9 @@ import inspect
 import math
 import operator
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +48,7 @@ class TokenMaps:
     target_span: tuple[int, int]  # where it stands in `answer`, in characters
     target_tokens: list[int]  # T indices into `tokens`: what was scored
     no_gradient: frozenset  # layers whose gradient is exactly zero: say so in words, never paint their (zero) map
-    settings: dict  # num_samples, noise_std, seed, score, method, tap, max_new_tokens as they were used
+    settings: dict  # num_samples, noise_std, seed, score, method, tap, norms, contrast, ... as they were used
 
 
 # photo and prompt
@@ -168,10 +170,10 @@ def _generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) 
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), None)]
 
 
-def _tokenise(tokenizer, answer: str) -> list[int]:
-    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    if not answer.strip() or set(tokens) & set(tokenizer.all_special_ids):
-        raise ValueError(f"answer={answer!r} must be text that is not empty, without special tokens")
+def _tokenise(tokenizer, text: str, name: str = "answer") -> list[int]:
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not text.strip() or set(tokens) & set(tokenizer.all_special_ids):
+        raise ValueError(f"{name}={text!r} must be text that is not empty, without special tokens")
     return tokens
 
 
@@ -194,28 +196,116 @@ def token_spans(tokenizer, tokens: list[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def find_target(answer: str, target: str | None) -> tuple[int, int]:
-    """(start, end) in characters of the first `target` in `answer`, as a whole word if there is one; None is all.
+def _occurrences(answer: str, target: str, name: str) -> list[tuple[int, int]]:
+    """Where the target stands in the answer, as a whole word if it does so anywhere. ValueError if nowhere."""
+    literal = re.escape(target)
+    found = list(re.finditer(rf"(?<!\w){literal}(?!\w)", answer)) or list(re.finditer(literal, answer))
+    if not found or not target.strip():
+        other = re.search(literal, answer, re.IGNORECASE) if target.strip() else None
+        hint = f"letter case counts: there is {other[0]!r}" if other else "letter case counts"
+        raise ValueError(f"{name}={target!r} is not in the answer {answer!r} ({hint})")
+    return [match.span() for match in found]
 
-    Raises ValueError, with the answer, if it is not there.
+
+def find_target(answer: str, target: str | None, occurrence: int = 1) -> tuple[int, int]:
+    """(start, end) in characters of `target` in `answer`, the first or the given occurrence; None is all of it.
+
+    Where the target stands as a whole word, only whole words count: "cat" is not sought in "cattle".
+    Raises ValueError, with the answer, if it is not there, or not as often.
     """
+    if not hasattr(occurrence, "__index__") or occurrence < 1:
+        raise ValueError(f"target_occurrence={occurrence!r} must be a whole number, 1 or more")
     if target is None:
+        if occurrence > 1:
+            raise ValueError(f"target_occurrence={occurrence} needs a target")
         return 0, len(answer)
-    whole_word = re.search(rf"(?<!\w){re.escape(target)}(?!\w)", answer)
-    start = whole_word.start() if whole_word else answer.find(target)
-    if start < 0 or not target.strip():
-        raise ValueError(f"target={target!r} is not in the answer {answer!r} (letter case counts)")
-    return start, start + len(target)
+    found = _occurrences(answer, target, "target")
+    if occurrence > len(found):
+        times = "once" if len(found) == 1 else f"{len(found)} times"
+        raise ValueError(f"target_occurrence={occurrence}: {target!r} is {times} in the answer {answer!r}")
+    return found[occurrence - 1]
 
 
-def _explained(tokenizer, tokens: list[int], target: str | None) -> tuple[str, tuple[int, int], list[int]]:
-    """The decoded answer, the span of characters to be explained, and the tokens (T,) that have a part in it."""
-    answer = _decode(tokenizer, tokens)
-    if not answer.strip():
-        raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
-    start, end = find_target(answer, target)
-    scored = [i for i, (first, last) in enumerate(token_spans(tokenizer, tokens)) if first < end and last > start]
-    return answer, (start, end), scored
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+FUNCTION_WORDS = """
+a an the this that these those some any each every all both no not nor and or but so than then as if while because of
+in on at by for from to into onto with without within over under above below between among through across along around
+near behind beside beyond against toward towards about up down out off upon is are was were be been being am do does
+did done has have had having can could will would shall should may might must i you he she it we they me him her us
+them my your his its our their there here who whom whose which what when where why how it's that's there's isn't aren't
+also just very too such other another more most much many only own same
+的 了 着 在 是 和 与 及 或 有 也 都 就 而 但 把 被 这 那 其 之 一个 这个 那个 上 下 里 中 个
+"""  # of English and Chinese
+
+
+def _is_word_character(character: str) -> bool:
+    return character.isalnum() or unicodedata.category(character)[0] == "M"  # letters, digits, marks above and below
+
+
+def split_words(answer: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, end) in characters of each word of the answer, whose tokens have these spans; see `token_spans`.
+
+    A word is a run of letters, digits and their marks, across an apostrophe or hyphen inside it and a decimal point.
+    In scripts that set no blanks (Chinese, Japanese, Thai, Lao, Khmer, Burmese) it is what the model has as a token.
+    """
+    cuts = {start for start, _ in spans if not any(first < start < last for first, last in spans)}
+    words = []
+    for i, character in enumerate(answer):
+        inside = bool(words) and words[-1][1] == i
+        joined = inside and bool(UNSPACED.match(character)) == bool(UNSPACED.match(answer[i - 1]))
+        if _is_word_character(character):
+            if joined and not (UNSPACED.match(character) and i in cuts):
+                words[-1] = words[-1][0], i + 1
+            else:
+                words.append((i, i + 1))
+        elif inside and i + 1 < len(answer) and _is_word_character(answer[i + 1]):
+            number = answer[i - 1].isdigit() and answer[i + 1].isdigit()
+            if character in "-'\u2019" or (character in ".," and number):
+                words[-1] = words[-1][0], i + 1
+    return words
+
+
+def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple[int, int]]:
+    """The spans in characters of the chosen words, in the answer's order: see `compute_word_maps`.
+
+    "content" leaves out the words of `FUNCTION_WORDS`, English and Chinese, whatever their letter case. Raises
+    ValueError if nothing is left, or for a word that is not in the answer.
+    """
+    if words in ("content", "all"):
+        found = split_words(answer, spans)
+        if words == "content":
+            found = [span for span in found if answer[slice(*span)].lower() not in FUNCTION_WORDS.split()]
+        if not found:
+            raise ValueError(f"words={words!r}: there is none in the answer {answer!r}; name the parts to explain")
+        return found
+    found = set()
+    for word in words.split(",") if isinstance(words, str) else words:
+        found.update(_occurrences(answer, word.strip(), "words"))
+    if not found:
+        raise ValueError(f'words={words!r} must be "content", "all", or words of the answer {answer!r}')
+    return sorted(found)
+
+
+class _Part(NamedTuple):
+    """A part of the answer that is explained."""
+
+    span: tuple[int, int]  # in characters
+    tokens: list[int]  # T indices into the answer's tokens: those that have a part in it
+
+
+def _covering(spans: list[tuple[int, int]], part: tuple[int, int]) -> _Part:
+    start, end = part
+    return _Part(part, [i for i, (first, last) in enumerate(spans) if first < end and last > start])
+
+
+def _contrast_tokens(tokenizer, answer: str, spans, part: _Part, contrast: str) -> list[int]:
+    """The tokens that put `contrast` in the place of the part; what the part's tokens say besides is kept."""
+    first, last = spans[part.tokens[0]][0], spans[part.tokens[-1]][1]
+    if not contrast.strip():
+        raise ValueError(f"contrast={contrast!r} must be a text that is not empty")
+    return _tokenise(tokenizer, answer[first : part.span[0]] + contrast + answer[part.span[1] : last], "contrast")
 
 
 def _teacher_force(inputs: dict[str, Tensor], tokens: list[int]) -> dict[str, Tensor]:
@@ -227,6 +317,20 @@ def _teacher_force(inputs: dict[str, Tensor], tokens: list[int]) -> dict[str, Te
         name: torch.cat([value, fills.get(name, zeros).to(value)], dim=1) if value.shape == ids.shape else value
         for name, value in inputs.items()  # (1, P) -> (1, L)
     }
+
+
+class _Scored(NamedTuple):
+    """Tokens (T,) whose scores are summed, and the positions (T,) of the sequence that predict them."""
+
+    expected: list[int]
+    predicting: list[int]
+
+
+def _read(inputs, tokens: list[int], parts: list[Iterable[int]]) -> tuple[dict[str, Tensor], list[_Scored]]:
+    """The inputs with the answer as far as the parts need it, and what of each part is scored there."""
+    before = inputs["input_ids"].shape[1] - 1  # the position that predicts the answer's first token
+    scored = [_Scored([tokens[i] for i in part], [before + i for i in part]) for part in parts]
+    return _teacher_force(inputs, tokens[: max(i for part in parts for i in part)]), scored
 
 
 # features and gradients
@@ -326,6 +430,33 @@ def _captured(taps: list[_Tap]):
 
 
 @contextmanager
+def frozen_norms(model):
+    """Inside, gradients pass every RMSNorm as if its denominator were a constant; values stay as they are.
+
+    y = w x / rms(x) does not change with the length of x, so its true gradient is orthogonal to x: of what a token's
+    hidden states contribute, A_i . g_i, each norm takes away the part along A_i, which is most of it. With rms(x) held
+    constant, the sum of A_i . g_i over the tokens is what is passed on instead (Ali et al., "XAI for Transformers:
+    Better Explanations through Conservative Propagation", ICML 2022, eq. 7-9).
+    """
+
+    def hook(module, args, output):
+        scale = (output / args[0]).detach().nan_to_num(0, 0, 0)  # w / rms(x)
+        frozen = args[0] * scale
+        return output.detach() + (frozen - frozen.detach()) if output.requires_grad else output
+
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    handles = [module.register_forward_hook(hook) for module in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+NORMS = {"frozen": frozen_norms, "live": nullcontext}
+
+
+@contextmanager
 def _borrowed(model):
     """Evaluation mode and frozen parameters inside; afterwards the model is as the caller left it, come what may."""
     training = [module for module in model.modules() if module.training]
@@ -364,25 +495,41 @@ def logprob_score(logits: Tensor, tokens: Tensor) -> Tensor:
 SCORES = {"logit": logit_score, "logprob": logprob_score}
 
 
-def _features_and_gradients(model, forced, taps, predicting: list[int], expected: list[int], score):
-    """One forward and one backward for all taps: {key: (features, gradient or None)}, each as the layer shapes it.
+def _features_and_gradients(model, forced, taps, targets: list[_Scored], score: str, norms: str):
+    """One forward, and of each target one backward: yields {key: (features, gradient or None)} for all taps.
 
-    Scored are the tokens `expected` (T,), whose logits stand at the positions `predicting` (T,).
+    Features and gradients have the shape that the layer gives them.
     """
     length = forced["input_ids"].shape[1]
-    keep = {"logits_to_keep": length - predicting[0]} if "logits_to_keep" in _accepted(model) else {}
-    with _captured(taps) as captured:
+    first = min(position for target in targets for position in target.predicting)
+    keep = {"logits_to_keep": length - first} if "logits_to_keep" in _accepted(model) else {}
+    with NORMS[norms](model), _captured(taps) as captured:
         logits = model(**forced, **keep, use_cache=False).logits[0]  # (L, vocabulary), or the last of it
     if len(captured) < len(taps):
         missing = next(tap.key for tap in taps if tap.key not in captured)
         raise ValueError(f"layer {missing} takes no part in the forward pass")
-    logits = logits[[position - length for position in predicting]]  # (T, vocabulary)
-    value = SCORES[score](_at_least_float32(logits), torch.tensor(expected, device=logits.device))
-    if not value.isfinite():
-        raise ExplanationError(f"the answer's score is {value.item()} in {model.dtype}: load it as bfloat16 or float32")
-    features, unused = list(captured.values()), [None] * len(captured)
-    gradients = torch.autograd.grad(value, features, allow_unused=True) if value.requires_grad else unused
-    return {key: (a.detach(), g) for key, a, g in zip(captured, features, gradients, strict=True)}
+    features = list(captured.values())
+    for i, target in enumerate(targets, 1):
+        rows = logits[[position - length for position in target.predicting]]  # (T, vocabulary)
+        value = SCORES[score](_at_least_float32(rows), torch.tensor(target.expected, device=rows.device))
+        if not value.isfinite():
+            raise ExplanationError(f"the score is {value.item()} in {model.dtype}: load it as bfloat16 or float32")
+        gradients = [None] * len(features)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value, features, allow_unused=True, retain_graph=i < len(targets))
+        yield {key: (a.detach(), g) for key, a, g in zip(captured, features, gradients, strict=True)}
+
+
+def _contrasted(pairs: dict, others: dict) -> dict:
+    """The first features with the difference of the gradients. What stands before the answer is the same in both."""
+    result = {}
+    for key, (features, gradient) in pairs.items():
+        other = others[key][1]
+        if gradient is not None and gradient.dim() > 2:  # sequences that may end differently
+            length = min(gradient.shape[1], other.shape[1])
+            features, gradient, other = (tensor[:, :length] for tensor in (features, gradient, other))
+        result[key] = features, None if gradient is None else gradient - other
+    return result
 
 
 # token map
@@ -396,13 +543,18 @@ def gradcam(features: Tensor, gradients: Tensor) -> Tensor:
 def hirescam(features: Tensor, gradients: Tensor) -> Tensor:
     """HiResCAM, ReLU(sum_k g_k A_k) with each token's own gradient: (N, C), (N, C) -> (N,).
 
-    All but zero at what enters the last decoder layer: there a token acts through a norm alone, which takes away its
-    length, and the sum is the effect of its length.
+    With live norms all but zero at what enters the last decoder layer: there a token acts through a norm alone, which
+    takes away its length, and the sum is the effect of its length.
     """
     return (features * gradients).sum(-1).relu()
 
 
-METHODS = {"gradcam": gradcam, "hirescam": hirescam}
+def best(features: Tensor, gradients: Tensor) -> Tensor:
+    """The geometric mean of Grad-CAM and HiResCAM: high where both say so. (N, C), (N, C) -> (N,)."""
+    return (gradcam(features, gradients) * hirescam(features, gradients)).sqrt()
+
+
+METHODS = {"gradcam": gradcam, "hirescam": hirescam, "best": best}
 
 
 def _image_rows(key, tensor: Tensor, positions: Tensor) -> Tensor:
@@ -443,7 +595,7 @@ def _layer_map(key, features, gradient, positions, grid, vision_config, method) 
     return _to_grid(key, METHODS[method](features, gradient).float().cpu().numpy(), grid, vision_config)
 
 
-def _check_settings(num_samples, noise_std, seed, max_new_tokens, tap, score, method):
+def _check_settings(num_samples, noise_std, seed, max_new_tokens, **choices):
     for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
         if not hasattr(value, "__index__") or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
@@ -451,9 +603,10 @@ def _check_settings(num_samples, noise_std, seed, max_new_tokens, tap, score, me
         raise ValueError(f"seed={seed!r} must be a whole number")
     if not (math.isfinite(noise_std) and noise_std >= 0):
         raise ValueError(f"noise_std={noise_std!r} must be finite and 0 or more (0.1 is 10 % of the pixel range)")
-    for name, value, valid in (("tap", tap, TAPS), ("score", score, SCORES), ("method", method, METHODS)):
-        if value not in valid:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(valid)}")
+    valid = {"tap": TAPS, "score": SCORES, "method": METHODS, "norms": NORMS}
+    for name, value in choices.items():
+        if value not in valid[name]:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(valid[name])}")
 
 
 @contextmanager
@@ -483,9 +636,12 @@ def compute_token_maps(
     max_new_tokens: int = 128,
     answer: str | None = None,
     target: str | None = None,
+    target_occurrence: int = 1,
+    contrast: str | None = None,
     tap: str = "input",
     score: str = "logit",
     method: str = "gradcam",
+    norms: str = "frozen",
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> TokenMaps:
     """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
@@ -494,23 +650,93 @@ def compute_token_maps(
     layers          decoder layer indices (negative ones from the end), or modules of the model; the maps' keys are
                     the index of a decoder layer, the name in the model of any other module (read at its output)
     num_samples     noisy copies whose maps are averaged
-    noise_std       standard deviation of the noise, for pixel values in [0, 1]; 0 is plain Grad-CAM
-    use_smooth      False: one clean copy, plain Grad-CAM
+    noise_std       standard deviation of the noise, for pixel values in [0, 1]; 0 is no noise
+    use_smooth      False: one clean copy, without noise
     seed            of the noise: the same seed gives the same maps
     max_new_tokens  where the generated answer is cut off
     answer          explain this text in place of the generated answer
-    target          score only the tokens of this part of the answer (its first occurrence)
+    target          score only the tokens of this part of the answer; None is the whole answer
+    target_occurrence  which one, where the answer has the target several times: 1 is the first
+    contrast        explain the target's score minus that of this text in its place, after the same words
     tap             read decoder layers at the hidden states that enter them ("input"), or at their "output", where
                     the last layer has no gradient
     score           "logit" (the paper's) or "logprob": what is summed over the explained tokens
-    method          "gradcam" (the paper's, gradients pooled over the image tokens) or "hirescam" (each token's own)
+    method          "gradcam" (the paper's, gradients pooled over the image tokens), "hirescam" (each token's own), or
+                    "best" (the geometric mean of the two)
+    norms           "frozen": gradients pass the norms as if their denominators were constants (`frozen_norms`);
+                    "live": plain gradients, as the paper's code and other tools have them
     progress        wraps the iterable over the copies, e.g. tqdm; None is silent
 
     Raises ValueError for bad arguments, ExplanationError if the model answers with nothing or gives a score or gradient
     that is not finite, and RuntimeError if memory runs out. The model and the random state of the caller stay as they
     are.
     """
-    _check_settings(num_samples, noise_std, seed, max_new_tokens, tap, score, method)
+    if contrast is not None and target is None:
+        raise ValueError(f"contrast={contrast!r} needs a target, whose place it takes")
+    return _compute_maps(
+        model,
+        processor,
+        image,
+        prompt,
+        layers,
+        lambda text, spans: [find_target(text, target, target_occurrence)],
+        contrast=contrast,
+        num_samples=num_samples,
+        noise_std=noise_std,
+        use_smooth=use_smooth,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        answer=answer,
+        tap=tap,
+        score=score,
+        method=method,
+        norms=norms,
+        progress=progress,
+    )[0]
+
+
+def compute_word_maps(
+    model, processor, image, prompt: str, layers: Iterable[int | nn.Module], *, words="content", **settings
+) -> list[TokenMaps]:
+    """The raw maps of each word of the answer, in its order: one forward per noisy copy serves all words and layers.
+
+    words     "content" (all but function words), "all", or the words themselves, each at all its occurrences, as a list
+              or as "dog,apple"; `split_words` says what a word is, `choose_words` what a function word
+    settings  keywords of `compute_token_maps` but target, target_occurrence and contrast
+
+    Raises what `compute_token_maps` raises, ValueError too for words that are not in the answer.
+    """
+    defaults = inspect.getfullargspec(compute_token_maps).kwonlydefaults
+    defaults = {name: value for name, value in defaults.items() if name not in ("target", "target_occurrence")}
+
+    def choose(answer, spans):
+        return choose_words(answer, spans, words)
+
+    return _compute_maps(model, processor, image, prompt, layers, choose, **(defaults | settings))
+
+
+def _compute_maps(
+    model,
+    processor,
+    image,
+    prompt,
+    layers,
+    choose,  # (answer, its tokens' spans) -> the spans of the parts to be explained
+    *,
+    num_samples,
+    noise_std,
+    use_smooth,
+    seed,
+    max_new_tokens,
+    answer,
+    contrast,
+    tap,
+    score,
+    method,
+    norms,
+    progress,
+) -> list[TokenMaps]:
+    _check_settings(num_samples, noise_std, seed, max_new_tokens, tap=tap, score=score, method=method, norms=norms)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt={prompt!r} must be a text that is not empty")
     if not use_smooth or noise_std == 0:
@@ -523,22 +749,35 @@ def compute_token_maps(
         with _memory_explained(len(positions)):
             generate = answer is None
             tokens = _generate(model, tokenizer, inputs, max_new_tokens) if generate else _tokenise(tokenizer, answer)
-            text, span, scored = _explained(tokenizer, tokens, target)
-            forced, before = _teacher_force(inputs, tokens), inputs["input_ids"].shape[1] - 1
-            predicting, expected = [before + i for i in scored], [tokens[i] for i in scored]
-            maps, alive = {layer.key: np.zeros(grid, np.float32) for layer in taps}, set()
+            text, spans = _decode(tokenizer, tokens), token_spans(tokenizer, tokens)
+            if not text.strip():
+                raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
+            parts = [_covering(spans, span) for span in choose(text, spans)]
+            readings = [_read(inputs, tokens, [part.tokens for part in parts])]
+            if contrast is not None:
+                begin = parts[0].tokens[0]
+                other = _contrast_tokens(tokenizer, text, spans, parts[0], contrast)
+                readings.append(_read(inputs, tokens[:begin] + other, [range(begin, begin + len(other))]))
+            maps = [{layer.key: np.zeros(grid, np.float32) for layer in taps} for _ in parts]
+            alive = [set() for _ in parts]
             for _ in (progress or iter)(range(num_samples)):
                 pixels = add_noise(inputs["pixel_values"], noise_std, processor.image_processor, generator)
-                noisy = forced | {"pixel_values": pixels}
-                for key, pair in _features_and_gradients(model, noisy, taps, predicting, expected, score).items():
-                    heat = _layer_map(key, *pair, positions, grid, model.config.vision_config, method)
-                    if heat is not None:
-                        maps[key] += heat / num_samples
-                        alive.add(key)
+                runs = [
+                    _features_and_gradients(model, forced | {"pixel_values": pixels}, taps, scored, score, norms)
+                    for forced, scored in readings
+                ]
+                for i, pairs in enumerate(zip(*runs, strict=True)):
+                    for key, pair in (pairs[0] if contrast is None else _contrasted(*pairs)).items():
+                        heat = _layer_map(key, *pair, positions, grid, model.config.vision_config, method)
+                        if heat is not None:
+                            maps[i][key] += heat / num_samples
+                            alive[i].add(key)
     settings = {"num_samples": num_samples, "noise_std": noise_std, "seed": seed, "score": score, "method": method}
-    settings |= {"tap": tap, "max_new_tokens": max_new_tokens}
-    dead = frozenset(maps) - alive
-    return TokenMaps(maps, grid, prompt, text, tokens, text[slice(*span)], span, scored, dead, settings)
+    settings |= {"tap": tap, "norms": norms, "contrast": contrast, "max_new_tokens": max_new_tokens}
+    return [
+        TokenMaps(m, grid, prompt, text, tokens, text[slice(*span)], span, list(scored), frozenset(m) - live, settings)
+        for (span, scored), m, live in zip(parts, maps, alive, strict=True)
+    ]
 
 
 # colours
