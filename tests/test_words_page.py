@@ -1,0 +1,640 @@
+"""The page of the words mode in a real browser: what it shows, against the figures' own drawing."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_image
+from matplotlib import colormaps
+from PIL import Image
+
+from smooth_gradcam import JET, normalize_cam, overlay_cam, render_cam, upsample_cam
+
+TEMPLATE = Path(__file__).parents[1] / "words_page.html"
+ANSWER = "A red cat sits on the old house."
+WORDS = ["red", "cat", "house"]
+LAYERS = [0, 5, 16]
+SIZE = 168, 112
+GRID = 4, 6
+
+
+# data
+
+
+def encode(cam):
+    scaled = np.round(cam / (cam.max() or 1) * 65535).astype("<u2")
+    return base64.b64encode(scaled.tobytes()).decode()
+
+
+def make_cams(words, layers, grid):
+    """Random maps >= 0, {(word, layer): (H, W)}, about half of each zero, of strengths that differ."""
+    rng = np.random.default_rng(0)
+    cams = {}
+    for word in range(words):
+        for layer in range(layers):
+            cams[word, layer] = np.maximum(rng.normal(size=grid), 0).astype(np.float32) / (1 + word + 3 * layer)
+            cams[word, layer].flat[0] += 0.1  # never all zero
+    return cams
+
+
+def make_data(
+    *, answer=ANSWER, words=WORDS, layers=LAYERS, size=SIZE, grid=GRID, cams=None, dead=(), spans=None, **changes
+):
+    """What Python hands the page; `dead` are (word, layer) without gradient. Returns (data, photo, cams)."""
+    photo = make_image(*size)
+    file = io.BytesIO()
+    photo.save(file, "PNG")
+    cams = make_cams(len(words), len(layers), grid) if cams is None else cams
+    spans = [(answer.index(word), answer.index(word) + len(word)) for word in words] if spans is None else spans
+    data = {
+        "photo": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
+        "width": size[0],
+        "height": size[1],
+        "file_name": "photo.jpeg",
+        "prompt": "What is in this image?",
+        "answer": answer,
+        "grid": list(grid),
+        "layers": list(layers),
+        "settings": "Score: sum of the logits.",
+        "words": [
+            {
+                "text": word,
+                "start": spans[i][0],
+                "end": spans[i][1],
+                "tokens": [" " + word[:1], word[1:]],
+                "probabilities": [0.75, 0.5],
+                "maps": ["" if (i, j) in dead else encode(cams[i, j]) for j in range(len(layers))],
+                "maxima": [float(cams[i, j].max()) for j in range(len(layers))],
+            }
+            for i, word in enumerate(words)
+        ],
+    }
+    return data | changes, photo, cams
+
+
+def fill(data):
+    """The template with the data in it, in which nothing can end the script."""
+    text = json.dumps(data, ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text)
+
+
+# browser
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """One headless Chromium. Without it the tests are skipped, but fail where CI_BROWSER=1 promises one."""
+    required = os.environ.get("CI_BROWSER") == "1"
+    missing = pytest.fail if required else pytest.skip
+    try:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+    except ImportError:
+        missing("selenium is not installed (tests/requirements.txt)")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromedriver = shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        missing("no Chromium with its driver on the PATH (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "force-color-profile=srgb"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """A page in the browser, by what a person does to it and sees of it."""
+
+    def __init__(self, driver, path):
+        self.driver, self.path = driver, path
+
+    def open(self, data, address="", width=1440, height=900, media=(), mobile=False):
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.media(**dict(media))
+        self.path.write_text(fill(data), encoding="utf-8")
+        self.driver.get("about:blank")  # else an address that differs in its hash alone would not load anew
+        self.driver.get(self.path.as_uri() + address)
+        self.wait("document.documentElement.dataset.ready === 'yes'")
+        return self
+
+    def media(self, medium="", **features):
+        listed = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": medium, "features": listed})
+
+    def js(self, script, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def wait(self, condition, seconds=10):
+        end = time.monotonic() + seconds
+        while not self.js(f"return Boolean({condition})"):
+            assert time.monotonic() < end, f"never true: {condition}"
+            time.sleep(0.02)
+
+    def find(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def word(self, i):
+        return self.find(f".word[data-word='{i}']")
+
+    def keys(self, *names):
+        """Keys to whatever has the focus."""
+        from selenium.webdriver import ActionChains
+        from selenium.webdriver.common.keys import Keys
+
+        ActionChains(self.driver).send_keys(*(getattr(Keys, name) for name in names)).perform()
+
+    def point_at(self, element):
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver, duration=0).move_to_element(element).perform()
+
+    def choose(self, name, value):
+        self.find(f"#{name} option[value={value}]").click()
+
+    def pixels(self, selector="#canvas"):
+        url = self.js("return document.querySelector(arguments[0]).toDataURL()", selector)
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB")).astype(int)
+
+    def open_numbers(self):
+        self.find("#numbers summary").click()
+        self.wait("document.querySelector('#numbers caption')")  # the browser tells of the opening a little later
+
+    def status(self):
+        return self.find("#status").text
+
+    def address(self):
+        return self.js("return location.hash")
+
+    def log(self, kind):
+        return self.driver.get_log(kind)
+
+
+@pytest.fixture
+def page(driver, tmp_path):
+    """An empty page. After each test: nothing was requested but files, data and blobs, and the console is clean."""
+    page = Page(driver, tmp_path / "index.html")
+    yield page
+    events = [json.loads(entry["message"])["message"] for entry in page.log("performance")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert any(url.startswith("file:") for url in urls)
+    assert {url.split(":")[0] for url in urls} <= {"file", "data", "blob", "about"}
+    assert not [entry for entry in page.log("browser") if entry["level"] == "SEVERE"]
+
+
+def assert_same(pixels, expected, opacity=0.5):
+    """Equal but for rounding: the map's colour may be the next of the 256."""
+    assert pixels.shape == expected.shape
+    difference = np.abs(pixels - expected)
+    assert difference.max() <= 4 * opacity + 1
+    assert difference.mean() < 0.1
+
+
+def is_shown(page, photo, cam):
+    assert_same(page.pixels(), render_cam(photo, cam)[0])
+
+
+# the file
+
+
+def test_template_has_one_placeholder_and_refers_to_nothing_outside():
+    text = TEMPLATE.read_text(encoding="utf-8")
+    assert text.count("__DATA__") == 1
+    assert not re.findall(r"https?:|//\w|\bsrc=|<link|@import|url\(", text)
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|\son\w+=", text)
+
+
+# the maps
+
+
+def test_each_word_and_layer_has_its_own_map_as_the_figures_draw_it(page):
+    data, photo, cams = make_data()
+    page.open(data)
+    for word in range(len(WORDS)):
+        page.word(word).click()
+        for i, button in enumerate(page.driver.find_elements("css selector", "#strip button")):
+            button.click()
+            is_shown(page, photo, cams[word, i])
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [((90, 170), (6, 3)), ((640, 48), (1, 40)), ((40, 320), (40, 1)), ((112, 112), (1, 1)), ((101, 67), (3, 5))],
+    ids=["portrait", "one row", "one column", "one cell", "odd"],
+)
+def test_photo_and_grid_of_any_shape(page, size, grid):
+    data, photo, cams = make_data(size=size, grid=grid, words=["cat"], layers=[7])
+    is_shown(page.open(data), photo, cams[0, 0])
+
+
+def test_map_of_zeros_is_painted_as_zero(page):
+    data, photo, cams = make_data(words=["cat"], layers=[7], cams={(0, 0): np.zeros(GRID, np.float32)})
+    is_shown(page.open(data), photo, cams[0, 0])
+    page.choose("scale", "word")
+    is_shown(page, photo, cams[0, 0])
+
+
+def test_layer_without_gradient_is_grey_with_words(page):
+    data, photo, cams = make_data(dead={(0, 1)})
+    page.open(data, "#word=0&layer=5")
+    pixels = page.pixels()
+    assert (pixels == pixels[..., :1]).all()  # no colour, of photo or map
+    assert (pixels[[0, -1]] == 204).all()
+    assert (pixels < 100).any()  # letters
+    assert "no gradient: no map" in page.status()
+    assert page.js("return getComputedStyle(document.getElementById('bar')).visibility") == "hidden"
+    assert (page.pixels("#strip button:nth-child(2) canvas") == page.pixels("#canvas")[:1, :1, :1]).any()
+    assert np.ptp(page.pixels("#strip button:nth-child(1) canvas"), axis=2).any()
+    page.open_numbers()
+    assert "no gradient: no map" in page.find("#numbers table").text
+    page.keys("ARROW_DOWN")
+    is_shown(page, photo, cams[0, 0])
+
+
+def test_opacity_mixes_photo_and_map(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=1&layer=0")
+    page.find("#opacity").click()  # its middle
+    page.keys("END")
+    heatmap = render_cam(photo, cams[1, 0])[1]
+    assert_same(page.pixels(), heatmap, 1)
+    page.keys(*["ARROW_LEFT"] * 20)
+    assert page.find("#opacity-value").text == "80 %"
+    assert_same(page.pixels(), overlay_cam(np.asarray(photo), heatmap, 0.8), 0.8)
+    page.keys("HOME")
+    assert (page.pixels() == np.asarray(photo)).all()
+
+
+def test_colour_maps(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=1&layer=0")
+    index = np.round(255 * normalize_cam(upsample_cam(cams[1, 0], SIZE[::-1]))).astype(int)
+    for name in ("cividis", "grey", "jet"):
+        grey = np.arange(256)[:, None].repeat(3, 1)
+        colours = {"jet": JET, "grey": grey, "cividis": np.round(255 * np.array(colormaps["cividis"].colors))}[name]
+        page.choose("colours", name)
+        assert_same(page.pixels(), overlay_cam(np.asarray(photo), colours[index]))
+        assert_same(page.pixels("#bar canvas"), colours[None])
+
+
+def test_scale_by_the_word_compares_its_layers(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=1&layer=16")
+    page.choose("scale", "word")
+    share = cams[1, 2].max() / max(cams[1, i].max() for i in range(3))
+    assert share < 0.5
+    index = np.round(255 * share * normalize_cam(upsample_cam(cams[1, 2], SIZE[::-1]))).astype(int)
+    assert_same(page.pixels(), overlay_cam(np.asarray(photo), JET[index]))
+    assert "word’s maximum" in page.find("#meaning").text
+    page.choose("scale", "map")
+    is_shown(page, photo, cams[1, 2])
+
+
+def test_large_photo_is_drawn_at_once(page):
+    data, photo, cams = make_data(size=(1024, 768), grid=(27, 36))
+    page.open(data, "#word=1&layer=0")
+    is_shown(page, photo, cams[1, 0])
+    step = "const start = performance.now(); change({ layer: arguments[0] }); return performance.now() - start"
+    assert min(page.js(step, layer) for layer in (1, 2, 1, 2)) < 500  # milliseconds, on a slow machine
+
+
+# hand and keys
+
+
+def test_hovering_previews_and_leaving_returns_to_the_pinned_word(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=0&layer=0")
+    page.point_at(page.word(2))
+    is_shown(page, photo, cams[2, 0])
+    assert page.address() == "#word=0&layer=0"
+    page.point_at(page.find("h1"))
+    is_shown(page, photo, cams[0, 0])
+
+
+def test_click_pins(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=0&layer=0")
+    page.word(2).click()
+    page.point_at(page.find("h1"))
+    is_shown(page, photo, cams[2, 0])
+    assert [page.word(i).get_attribute("aria-pressed") for i in range(3)] == ["false", "false", "true"]
+
+
+def test_tap_pins(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=0&layer=0", width=390, height=844, mobile=True)
+    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    box = page.word(1).rect
+    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    for kind, points in (("touchStart", [at]), ("touchEnd", [])):
+        page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    page.wait("document.querySelector('.word.pinned').dataset.word === '1'")
+    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+    is_shown(page, photo, cams[1, 0])
+    assert page.address() == "#word=1&layer=0"
+
+
+def test_arrow_keys_change_word_and_layer_and_stop_at_the_ends(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=0&layer=5")
+    page.keys("ARROW_RIGHT")
+    is_shown(page, photo, cams[1, 1])
+    page.keys("ARROW_UP")
+    is_shown(page, photo, cams[1, 2])
+    page.keys("ARROW_UP", "ARROW_LEFT", "ARROW_LEFT", "ARROW_LEFT")
+    is_shown(page, photo, cams[0, 2])
+    page.keys("ARROW_DOWN", "ARROW_DOWN", "ARROW_DOWN")
+    is_shown(page, photo, cams[0, 0])
+    assert page.address() == "#word=0&layer=0"
+
+
+def test_tab_previews_enter_pins(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=0&layer=0")
+    page.word(0).click()
+    page.keys("TAB")
+    is_shown(page, photo, cams[1, 0])
+    assert page.address() == "#word=0&layer=0"
+    assert page.js("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keys("ENTER")
+    assert page.address() == "#word=1&layer=0"
+
+
+def test_escape_returns_to_the_pinned_word_then_to_the_photo(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=1&layer=0")
+    page.point_at(page.word(2))
+    page.keys("ESCAPE")
+    is_shown(page, photo, cams[1, 0])
+    page.keys("ESCAPE")
+    assert (page.pixels() == np.asarray(photo)).all()
+    assert page.address() == "#word=none&layer=0"
+    page.keys("ARROW_RIGHT")
+    is_shown(page, photo, cams[1, 0])
+
+
+def test_photo_only_and_back(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=1&layer=0")
+    page.find("#photo-only").click()
+    assert (page.pixels() == np.asarray(photo)).all()
+    assert "photo only" in page.status()
+    page.find("#photo-only").click()
+    is_shown(page, photo, cams[1, 0])
+
+
+def test_layer_slider_is_labelled_with_the_layer(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=1&layer=0")
+    page.find("#layer").send_keys("")
+    page.js("document.getElementById('layer').focus()")
+    page.keys("ARROW_RIGHT", "ARROW_UP")
+    is_shown(page, photo, cams[1, 2])
+    assert page.find("#layer-value").text == "16"
+    assert page.find("#layer").get_attribute("aria-valuetext") == "layer 16"
+
+
+def test_right_to_left_answer_is_walked_in_its_direction(page):
+    words = ["קטה", "אדום", "בית"]
+    data, photo, cams = make_data(answer="קטה אדום ליד בית", words=words)
+    page.open(data, "#word=0&layer=0")
+    page.keys("ARROW_LEFT")
+    is_shown(page, photo, cams[1, 0])
+    assert page.word(1).rect["x"] < page.word(0).rect["x"]
+
+
+# the address
+
+
+def test_address_links_a_view(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=2&layer=16")
+    is_shown(page, photo, cams[2, 2])
+    page.js("location.hash = '#word=1&layer=0'")
+    page.wait("document.querySelector('.word.pinned').dataset.word === '1'")
+    is_shown(page, photo, cams[1, 0])
+    page.js("location.hash = '#word=none'")
+    page.wait("!document.querySelector('.word.pinned')")
+    assert (page.pixels() == np.asarray(photo)).all()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["#word=3&layer=1", "#word=-1&layer=", "#word=1.5&layer=x", "#word=length", "#word=01", "#%E0%A4%A", "#&=&"],
+)
+def test_wrong_address_is_ignored(page, address):
+    data, photo, cams = make_data()
+    is_shown(page.open(data, address), photo, cams[0, 1])  # the first word, the middle layer
+
+
+# text that is not ours
+
+
+def test_hostile_text_stays_text_and_spans_count_characters(page):
+    hostile = "<img src=x onerror=\"document.title='hacked'\"> </script><script>document.title='hacked'</script> &amp; "
+    answer = hostile + "\u2028 “it's” 🐕‍🦺 a 狗在房子里 \U00020000 dog\n<b>end</b>"
+    words = ["🐕‍🦺", "狗", "房子", "dog", "<b>end</b>"]
+    data, photo, cams = make_data(answer=answer, words=words, file_name=hostile, prompt=hostile, settings=hostile)
+    for word in data["words"]:
+        word["tokens"], word["probabilities"] = [hostile], [1.0]
+    page.open(data, "#word=4&layer=0")
+    assert page.js("return document.getElementById('answer').textContent") == answer
+    assert page.js("return [...document.querySelectorAll('.word')].map((word) => word.textContent)") == words
+    for name in ("prompt", "file"):
+        assert page.js("return document.getElementById(arguments[0]).textContent", name) == hostile
+    assert page.js("return document.querySelector('#tokens code').textContent") == hostile
+    assert page.js("return document.querySelectorAll('img, b, main script').length") == 0
+    assert page.js("return document.title").startswith(hostile[:10])
+    is_shown(page, photo, cams[4, 0])
+    page.word(1).click()
+    is_shown(page, photo, cams[1, 0])
+
+
+def test_words_that_overlap_are_all_shown_and_the_answer_is_not_changed(page):
+    answer = "The red cat sits"
+    data, photo, cams = make_data(answer=answer, words=["red cat", "cat", "sits"])
+    page.open(data, "#word=0&layer=0")
+    assert page.js("return document.getElementById('answer').textContent") == answer
+    for word in (1, 2):
+        page.keys("ARROW_RIGHT")
+        is_shown(page, photo, cams[word, 0])
+
+
+def test_no_request_can_leave_even_if_asked_for(page):
+    page.open(make_data()[0])
+    page.js(
+        "window.stopped = []; addEventListener('securitypolicyviolation', (event) => stopped.push(event.blockedURI));"
+        "new Image().src = 'http://127.0.0.1:9/image'; fetch('http://127.0.0.1:9/fetch').catch(() => {})"
+    )
+    page.wait("stopped.length === 2")
+    events = [json.loads(entry["message"])["message"] for entry in page.log("performance")]
+    ends = [event["params"].get("blockedReason") for event in events if event["method"] == "Network.loadingFailed"]
+    assert set(ends) == {"csp"}
+    page.log("browser")  # the refusals
+    page.open(make_data()[0])
+
+
+# the rest of the page
+
+
+def test_saved_picture_is_the_view_in_the_photos_size(page, tmp_path):
+    behavior = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behavior)
+    data, photo, cams = make_data()
+    page.open(data, "#word=1&layer=16", width=390, height=844)  # shown smaller or larger than it is
+    page.find("#save").click()
+    path, end = tmp_path / "photo_cat_layer_16.png", time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < end, list(tmp_path.iterdir())
+        time.sleep(0.02)
+    saved = Image.open(path)
+    assert saved.size == SIZE
+    assert_same(np.asarray(saved.convert("RGB")).astype(int), render_cam(photo, cams[1, 2])[0])
+
+
+@pytest.mark.parametrize("strength", [1, 1e-6, 4e7])
+def test_table_has_the_raw_numbers(page, strength):
+    _, _, cams = make_data()
+    cams = {key: cam * np.float32(strength) for key, cam in cams.items()}
+    data, _, _ = make_data(cams=cams)
+    page.open(data, "#word=1&layer=5")
+    page.open_numbers()
+    unit = re.search(r"units of (1e-?\d+)", page.find("#numbers caption").text)
+    unit = float(unit[1]) if unit else 1
+    rows = page.js(
+        "return [...document.querySelectorAll('#numbers tr')].slice(1)"
+        ".map((row) => [...row.querySelectorAll('td')].map((cell) => Number(cell.textContent)))"
+    )
+    np.testing.assert_allclose(np.array(rows) * unit, cams[1, 1], atol=0.01 * cams[1, 1].max())
+    top = page.find("#numbers td.top").text
+    assert float(top) == np.max(rows)
+    page.keys("ARROW_UP")
+    assert page.find("#numbers td.top").text != top
+
+
+def test_tokens_probabilities_and_maximum_are_told(page):
+    data, _, cams = make_data()
+    page.open(data, "#word=1&layer=5")
+    cells = page.js("return [...document.querySelectorAll('#tokens td')].map((cell) => cell.textContent)")
+    assert cells == [" c", "0.750", "at", "0.500"]
+    maximum = float(re.search(r"maximum ([\d.e-]+)", page.status())[1])
+    assert maximum == pytest.approx(cams[1, 1].max(), rel=0.005)
+    assert page.status().startswith("cat · layer 5")
+    assert page.find("#status").get_attribute("aria-live") == "polite"
+
+
+def test_no_words_at_all(page):
+    data, photo, _ = make_data(words=[])
+    page.open(data, "#word=0&layer=5")
+    assert (page.pixels() == np.asarray(photo)).all()
+    assert page.status() == "no word to explain"
+    assert page.find("#answer").text == ANSWER
+    assert page.find("#save").is_displayed()
+    page.keys("ARROW_RIGHT", "ARROW_UP", "ESCAPE")
+    assert (page.pixels() == np.asarray(photo)).all()
+
+
+def test_every_control_has_a_name(page):
+    page.open(make_data()[0])
+    nodes = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    roles = {"button", "slider", "combobox", "image", "img", "DisclosureTriangle", "link"}
+    named = [
+        (node["role"]["value"], node["name"]["value"]) for node in nodes if node.get("role", {}).get("value") in roles
+    ]
+    assert len(named) > len(WORDS) + len(LAYERS) + 8
+    assert [role for role, name in named if not name.strip()] == []
+
+
+# looks
+
+
+@pytest.mark.parametrize("size", [SIZE, (90, 170), (640, 48)], ids=["landscape", "portrait", "panorama"])
+def test_phone_needs_no_scrolling_sideways_and_keeps_the_picture_in_view(page, size):
+    words = ["word", "x" * 300]
+    layers = list(range(28))
+    data, _, _ = make_data(
+        answer=f"A {words[0]} " + "and more " * 300 + words[1], words=words, size=size, layers=layers
+    )
+    page.open(data, width=390, height=844, mobile=True)
+    page.open_numbers()
+    assert page.js("return document.documentElement.scrollWidth") <= 390
+    page.js("scrollTo(0, 700)")
+    box = page.find("#view").rect
+    top = page.js("return document.getElementById('view').getBoundingClientRect().top")
+    assert top == 0
+    assert box["height"] <= 0.45 * 844 + 1
+
+
+def test_wide_screen_has_the_picture_left_of_the_answer_and_all_of_it_in_view(page):
+    data, _, _ = make_data(size=(90, 170))
+    page.open(data)
+    picture, answer = page.find("#canvas").rect, page.find("#answer").rect
+    assert picture["x"] + picture["width"] < answer["x"]
+    assert picture["y"] + picture["height"] < 900
+    assert picture["width"] / picture["height"] == pytest.approx(90 / 170, rel=0.01)
+    assert page.js("return document.documentElement.scrollWidth") <= 1440
+
+
+CONTRAST = """
+const luminance = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map((c) => c / 255)
+  .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const ground = (node) => {
+  const colour = getComputedStyle(node).backgroundColor;
+  return /, 0\\)$/.test(colour) ? ground(node.parentElement) : colour;
+};
+const ratios = {};
+for (const node of document.querySelectorAll("body *")) {
+  const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+  if (!own || !node.checkVisibility() || ["SCRIPT", "STYLE", "NOSCRIPT"].includes(node.tagName)) continue;
+  const pair = [getComputedStyle(node).color, ground(node)].map(luminance).sort((a, b) => b - a);
+  ratios[`${node.tagName}#${node.id}.${node.className}`] = (pair[0] + 0.05) / (pair[1] + 0.05);
+}
+return ratios;
+"""
+
+
+def test_light_and_dark_differ_and_both_can_be_read(page):
+    data, _, _ = make_data()
+    grounds = set()
+    for scheme in ("light", "dark"):
+        page.open(data, media={"prefers_color_scheme": scheme, "prefers_reduced_motion": "reduce"})
+        page.find("#photo-only").click()
+        page.word(1).click()
+        page.open_numbers()
+        ratios = page.js(CONTRAST)
+        assert len(ratios) > 15
+        assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
+        grounds.add(page.js("return getComputedStyle(document.body).backgroundColor"))
+    assert len(grounds) == 2
+
+
+def test_reduced_motion_is_respected(page):
+    data, _, _ = make_data()
+    duration = "return getComputedStyle(document.querySelector('.word')).transitionDuration"
+    page.open(data, media={"prefers_reduced_motion": "no-preference"})
+    assert page.js(duration) != "0s"
+    page.media(prefers_reduced_motion="reduce")
+    assert page.js(duration) == "0s"
+
+
+def test_print_has_picture_and_text_without_controls(page):
+    data, _, _ = make_data()
+    page.open(data)
+    page.media(medium="print", prefers_color_scheme="dark")
+    shown = {name: page.find(f"#{name}").is_displayed() for name in ("canvas", "answer", "bar", "controls", "layer")}
+    assert shown == {"canvas": True, "answer": True, "bar": True, "controls": False, "layer": False}
+    light = page.js("return getComputedStyle(document.body).color.match(/\\d+/g).map(Number)")
+    assert max(light) < 60
