@@ -6,7 +6,9 @@ memory that ran out. Nothing is written unless everything is.
 """
 
 import argparse
+import csv
 import importlib.metadata
+import io
 import json
 import logging
 import math
@@ -26,21 +28,33 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
 from smooth_gradcam import (
+    BASELINES,
     METHODS,
+    NORMS,
     SCORES,
     ExplanationError,
+    Faithfulness,
     TokenMaps,
+    area,
     compute_token_maps,
     find_target,
     get_model_layers,
+    insertion_deletion,
+    load_mask,
     load_rgb,
+    localization,
+    randomized_maps,
     resolve_layers,
+    spearman,
+    ssim,
 )
 from visualization_utils import (
     LAYER_RANGES,
     draw_comparative,
+    draw_faithfulness,
     draw_grid,
     draw_multilayer,
+    draw_randomization,
     draw_single,
     representative_thirds,
     select_layers,
@@ -49,11 +63,28 @@ from visualization_utils import (
 )
 
 HERE = Path(__file__).resolve().parent
-FOLDERS = {"single": "single", "grid": "grid", "multi": "multilayer", "comparative": "comparative"}  # of each mode
-LAYER_FLAGS = {"single": "--layer", "grid": "--layer_range", "multi": "--layers"}  # which chooses layers in a mode
-PATH_FLAGS = ("image_path", "model_path", "output_dir")
+FOLDERS = {  # of each mode
+    "single": "single",
+    "grid": "grid",
+    "multi": "multilayer",
+    "comparative": "comparative",
+    "evaluate": "evaluate",
+}
+LAYER_FLAGS = {"single": "--layer", "grid": "--layer_range", "multi": "--layers", "evaluate": "--layers"}
+MODES_OF_FLAG = {  # flags that act in some modes only
+    "--layer": ("single",),
+    "--layer_range": ("grid",),
+    "--layers": ("multi", "evaluate"),
+    **dict.fromkeys(("--mask", "--baseline", "--steps", "--batch_size", "--randomize"), ("evaluate",)),
+}
+SHARE = 0.1  # of the image, whose removal the verdict of evaluate mode speaks of
+PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask")
 MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 MAX_ASPECT = 200  # beyond it the processor refuses a photo
+MAP_SETTINGS = (  # flags that are keywords of compute_token_maps
+    *("num_samples", "noise_std", "seed", "max_new_tokens", "answer", "target", "target_occurrence", "contrast"),
+    *("tap", "score", "method", "norms"),
+)
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
 EXAMPLES = """examples:
   python test_gradcam.py --mode single --layer 27
@@ -125,9 +156,14 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--mode", choices=FOLDERS, default="single", help="one layer, a range, chosen layers, or thirds compared")
+    add(
+        "--mode",
+        choices=FOLDERS,
+        default="single",
+        help="one layer, a range, chosen layers, thirds compared, or measured",
+    )
     add("--layer", type=int, default=-1, help="single mode: layer index, negative ones count from the end")
-    add("--layers", type=int, nargs="+", help="multi mode: layer indices (default: six representative ones)")
+    add("--layers", type=int, nargs="+", help="multi and evaluate mode: layer indices (default: six)")
     add(
         "--layer_range",
         type=_layer_or_range,
@@ -147,10 +183,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=int, default=128, help="where the generated answer is cut off")
     add("--answer", help="explain this text in place of the generated answer")
     add("--target", help="explain only this word or phrase of the answer")
+    add("--target_occurrence", type=int, default=1, help="which one, where the answer has the target several times")
+    add("--contrast", help="explain the target's score minus that of this text in its place")
     add("--score", choices=SCORES, default="logit", help="what is summed over the explained tokens")
-    add("--method", choices=METHODS, default="gradcam", help="gradients pooled, or each token's own")
+    add("--method", choices=METHODS, default="gradcam", help="gradients pooled, each token's own, or the mean of both")
+    add(
+        "--norms",
+        choices=NORMS,
+        default="frozen",
+        help="gradients with the norms' denominators held constant, or plain",
+    )
     add("--tap", choices=("input", "output"), default="input", help="side of a layer that is read")
     add("--max_pixels", type=int, default=1_000_000, help="cap on the photo's pixels; never raises the model's own")
+    add("--mask", help="evaluate mode: image of the photo's size, white where the explained object is")
+    add("--baseline", choices=BASELINES, default="blur", help="evaluate mode: what removed image tokens show")
+    add("--steps", type=int, default=64, help="evaluate mode: steps of insertion and deletion")
+    add("--batch_size", type=int, default=8, help="evaluate mode: pictures run through the model at once")
+    add("--randomize", action="store_true", help="evaluate mode: also re-draw the weights of a copy, and compare maps")
     add("--save_raw", action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="what the libraries report, and the traceback of an error")
@@ -161,11 +210,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags, once it is known that each can act. Raises ValueError, or SystemExit as argparse does."""
     args = make_parser().parse_args(argv)
     given = {word.split("=")[0] for word in argv}
-    own = LAYER_FLAGS.get(args.mode)
-    for mode, flag in LAYER_FLAGS.items():
-        if flag in given and flag != own:
-            instead = f"use {own}" if own else "early, middle and late layers are chosen by itself"
-            raise ValueError(f"{flag} acts in {mode} mode only; in {args.mode} mode {instead}")
+    for flag, modes in MODES_OF_FLAG.items():
+        if flag in given and args.mode not in modes:
+            instead = "it has nothing to act on"
+            if flag in LAYER_FLAGS.values():
+                own = LAYER_FLAGS.get(args.mode)
+                instead = f"use {own}" if own else "early, middle and late layers are chosen by itself"
+            raise ValueError(f"{flag} acts in {' and '.join(modes)} mode only; in {args.mode} mode {instead}")
     if args.answer is not None and "--max_new_tokens" in given:
         raise ValueError("--max_new_tokens cannot act beside --answer: nothing is generated")
     if isinstance(args.layer_range, list) and any(isinstance(part, str) for part in args.layer_range):
@@ -180,21 +231,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def check_values(args: argparse.Namespace) -> None:
     """Raises ValueError naming the flag, its value and what is valid."""
-    for flag in ("num_samples", "max_new_tokens", "max_pixels"):
+    for flag in ("num_samples", "max_new_tokens", "max_pixels", "target_occurrence", "steps", "batch_size"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)} must be 1 or more")
     if not (math.isfinite(args.noise_std) and args.noise_std >= 0):
         raise ValueError(f"--noise_std {args.noise_std} must be finite and 0 or more (0.1 is 10 % of the pixel range)")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")
-    for flag in ("prompt", "answer", "target", *PATH_FLAGS):
+    for flag in ("prompt", "answer", "target", "contrast", *PATH_FLAGS):
         text = getattr(args, flag)
         if text is not None and not text.strip():
             raise ValueError(f"--{flag} {text!r} is empty: give a {'path' if flag in PATH_FLAGS else 'text'}")
         if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"--{flag} {text!r} is not valid text in the terminal's encoding")
-    if args.answer is not None:
-        find_target(args.answer, args.target)
+    if args.contrast is not None and args.target is None:
+        raise ValueError(f"--contrast {args.contrast!r} needs a --target, whose place it takes")
+    if args.answer is not None or args.target is None:
+        find_target(args.answer or "", args.target, args.target_occurrence)
 
 
 def load_photo(path: str) -> Image.Image:
@@ -319,7 +372,7 @@ def load_model(model_path: str, device: str, dtype: str):
     return (model if where else model.to(device)).eval()
 
 
-# the run
+# what is written
 
 
 def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -337,16 +390,152 @@ def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.
 
 
 def draw(mode: str, photo: Image.Image, token_maps: TokenMaps, layers) -> dict[str, np.ndarray]:
-    """{file name: picture} of a mode."""
+    """{file name: picture} of a mode that draws maps."""
     if mode == "comparative":
         return draw_comparative(photo, token_maps, layers)[1]
     return {"single": draw_single, "grid": draw_grid, "multi": draw_multilayer}[mode](photo, token_maps)[1]
 
 
-def run(args: argparse.Namespace) -> tuple[TokenMaps, list[Path]]:
-    """Check, load, explain, draw and write; returns the maps and the files."""
+# evaluate mode
+
+
+def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray | None) -> list[dict]:
+    """The measures of each layer with a gradient, then of the random orders' mean: rows of scores.csv."""
+
+    def row(layer, insertion, deletion):
+        areas = [area(curve, measured.shares) for curve in (insertion, deletion)]
+        return {
+            "layer": layer,
+            "insertion": areas[0],
+            "deletion": areas[1],
+            "difference": areas[0] - areas[1],
+            "probability": float(deletion[0]),
+            "without_hottest_10_percent": float(np.interp(SHARE, measured.shares, deletion)),
+            "baseline_picture": float(deletion[-1]),
+        }
+
+    rows = [row(layer, measured.insertion[layer], measured.deletion[layer]) for layer in measured.insertion]
+    for part in rows if mask is not None else []:
+        part |= localization(token_maps.maps[part["layer"]], mask)
+    return [*rows, row("random", measured.random_insertion.mean(0), measured.random_deletion.mean(0))]
+
+
+def randomization_rows(staged: dict[int, TokenMaps]) -> list[dict]:
+    """Likeness of each layer's map to the given one after each stage: rows of randomization.csv."""
+    given = staged[0]
+    return [
+        {
+            "redrawn_layers": number,
+            "layer": layer,
+            "spearman": spearman(cam, token_maps.maps[layer]),
+            "ssim": ssim(cam, token_maps.maps[layer]),
+        }
+        for number, token_maps in staged.items()
+        for layer, cam in given.maps.items()
+        if layer not in given.no_gradient
+    ]
+
+
+def to_csv(rows: list[dict]) -> str:
+    """Rows as comma-separated text with a head; what a row lacks is empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if abs(share) >= 0.1 or share == 0 else f"{100 * share:.1f} %"
+
+
+def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
+    """What the measures say about each layer's map, and in sum, in words."""
+    *layers, random = rows
+    probability = random["probability"]
+    lines = [f"the model gives the explained tokens a mean probability of {probability:.3f}"]
+
+    def cost(row):
+        lost = (probability - row["without_hottest_10_percent"]) / probability
+        return f"costs the answer {_percent(lost)}" if lost >= 0 else f"gives the answer {_percent(-lost)} more"
+
+    for row in layers:
+        line = f"layer {row['layer']}: removing the hottest 10 % of the image {cost(row)} of its probability; "
+        line += f"a random 10 % {cost(random)}"
+        if "energy" in row:
+            place = "on" if row["pointing"] else "next to" if row["near"] else "off"
+            line += f"; the maximum lies {place} the object, {_percent(row['energy'])} of the map inside it"
+        lines.append(line)
+    best = max(layers, key=lambda row: row["difference"])
+    pairs = zip(measured.random_insertion, measured.random_deletion, strict=True)
+    chance = [area(insertion - deletion, measured.shares) for insertion, deletion in pairs]
+    beaten = sum(row["difference"] > max(chance) for row in layers)
+    lines.append(
+        f"most faithful: layer {best['layer']}, insertion {best['insertion']:.2f} - deletion {best['deletion']:.2f} = "
+        f"{best['difference']:.2f}; {len(chance)} random orders: {min(chance):.2f} to {max(chance):.2f}"
+    )
+    lines.append(
+        f"{beaten} of {len(layers)} maps beat every random order"
+        + ("" if beaten == len(layers) else ": do not rely on the others")
+    )
+    if random["baseline_picture"] > 0.5 * probability:
+        kept = _percent(random["baseline_picture"] / probability)
+        lines.append(
+            f"beware: on the baseline picture alone the answer keeps {kept} of its probability: most of it comes from "
+            "the words before, so no map can score high"
+        )
+    return lines
+
+
+def randomization_verdict(rows: list[dict]) -> str:
+    """In words, how much of the maps is left when all weights are re-drawn."""
+    last = max(row["redrawn_layers"] for row in rows)
+    likeness = [row["spearman"] for row in rows if row["redrawn_layers"] == last]
+    mean = float(np.mean(likeness))
+    depends = (
+        "the maps depend on what the model has learned" if mean < 0.5 else "beware: the maps hardly need the model"
+    )
+    return f"with all weights re-drawn the maps keep a mean rank correlation of {mean:.2f}: {depends}"
+
+
+def evaluate(model, processor, photo, token_maps: TokenMaps, mask, args) -> tuple[dict[str, object], list[str]]:
+    """({file name: picture or text}, verdict) of the maps. Raises ExplanationError if no layer has a gradient."""
+    if set(token_maps.maps) <= token_maps.no_gradient:
+        raise ExplanationError("no layer has a gradient, so there is no map to evaluate")
+    measured = insertion_deletion(
+        model,
+        processor,
+        photo,
+        token_maps,
+        steps=args.steps,
+        baseline=args.baseline,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=show_progress(args.quiet, "orders of the image tokens", "order"),
+    )
+    rows = score_rows(token_maps, measured, mask)
+    files = {"faithfulness.png": draw_faithfulness(photo, token_maps, measured, rows), "scores.csv": to_csv(rows)}
+    lines = [*verdict(rows, measured), f"cost: {measured.forwards} pictures run through the model"]
+    if args.randomize:
+        bar = show_progress(args.quiet, "weights re-drawn", "stage")
+        staged = randomized_maps(model, processor, photo, token_maps, seed=args.seed, progress=bar)
+        likeness = randomization_rows(staged)
+        files["randomization.png"] = draw_randomization(photo, staged, likeness)
+        files["randomization.csv"] = to_csv(likeness)
+        lines.append(randomization_verdict(likeness))
+    return files, lines
+
+
+# the run
+
+
+def run(args: argparse.Namespace) -> tuple[TokenMaps, list[Path], list[str]]:
+    """Check, load, explain, draw and write; returns the maps, the files, and what else is to be said."""
     check_values(args)
     photo = load_photo(args.image_path)
+    mask = load_mask(args.mask, photo.size) if args.mask is not None else None
     folder = Path(args.output_dir, FOLDERS[args.mode])
     for part in ("", "early", "middle", "late") if args.mode == "comparative" else ("",):
         check_writable(folder / part)
@@ -354,7 +543,6 @@ def run(args: argparse.Namespace) -> tuple[TokenMaps, list[Path]]:
     layers = choose_layers(args, count_layers(args.model_path))
     processor = load_processor(args.model_path, args.max_pixels)
     model = load_model(args.model_path, device, args.dtype)
-    names = ("num_samples", "noise_std", "seed", "max_new_tokens", "answer", "target", "tap", "score", "method")
     token_maps = compute_token_maps(
         model,
         processor,
@@ -362,16 +550,19 @@ def run(args: argparse.Namespace) -> tuple[TokenMaps, list[Path]]:
         args.prompt,
         sum(layers.values(), []) if isinstance(layers, dict) else layers,
         progress=show_progress(args.quiet),
-        **{name: getattr(args, name) for name in names},
+        **{name: getattr(args, name) for name in MAP_SETTINGS},
     )
-    files = draw(args.mode, photo, token_maps, layers)
+    if args.mode == "evaluate":
+        files, lines = evaluate(model, processor, photo, token_maps, mask, args)
+    else:
+        files, lines = draw(args.mode, photo, token_maps, layers), []
     if args.save_raw:
         files["maps.npz"] = raw_arrays(token_maps, args)
-    return token_maps, write_files(folder, files)
+    return token_maps, write_files(folder, files), lines
 
 
-def report(token_maps: TokenMaps, paths: list[Path]) -> None:
-    """Print the answer, what was explained, and the files."""
+def report(token_maps: TokenMaps, paths: list[Path], lines: list[str]) -> None:
+    """Print the answer, what was explained, the lines of a verdict, and the files."""
     scored, count = len(token_maps.target_tokens), len(token_maps.tokens)
     whole = token_maps.target == token_maps.answer
     print(f"answer: {token_maps.answer}")
@@ -379,6 +570,8 @@ def report(token_maps: TokenMaps, paths: list[Path]) -> None:
     print(f" at layer {', '.join(map(str, token_maps.maps))}")
     for layer in sorted(token_maps.no_gradient):
         print(f"layer {layer}: no gradient reaches it there, so it has no map and its pictures are grey panels")
+    for line in lines:
+        print(line)
     for path in paths:
         print(f"wrote {path}")
 
@@ -401,8 +594,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not args.verbose:
                 _hush()
-            token_maps, paths = run(args)
-            report(token_maps, paths)
+            report(*run(args))
             sys.stdout.flush()
     except BrokenPipeError:  # whoever reads the output has read enough; the files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

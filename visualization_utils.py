@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from matplotlib import font_manager
+from matplotlib import colormaps, font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
@@ -30,6 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from smooth_gradcam import (
+    Faithfulness,
     TokenMaps,
     colorize_cam,
     compute_token_maps,
@@ -51,7 +52,7 @@ TEXT, SMALL, TITLE = 8, 7, 11  # points
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
 EARLIER = re.compile(r"layer_\d+_(heatmap|superimposed)\.png")  # what a run with other layers left
-METHOD_NAMES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM"}
+METHOD_NAMES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM", "best": "Grad-CAM × HiResCAM"}
 
 
 # which layers
@@ -299,6 +300,21 @@ class Page:
 
         self.steps.append(step)
 
+    def plot(self, x, y, width, height, draw, **style):
+        """Axes of that size, drawn upon by a function of them; `style` goes to their `set`."""
+
+        def step(figure):
+            axes = figure.add_axes(self.box(x, y, width, height))
+            axes.tick_params(labelsize=SMALL, length=2, width=0.5)
+            axes.spines[:].set(linewidth=0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.xaxis.label.set_size(SMALL)
+            axes.yaxis.label.set_size(SMALL)
+            draw(axes)
+            axes.set(**style)
+
+        self.steps.append(step)
+
     def finish(self, height: float) -> np.ndarray:
         """The page cut at that height, uint8 RGB at DPI pixels per inch."""
         self.height = height
@@ -330,9 +346,10 @@ def _settings_text(settings: dict) -> str:
     score = {"logit": "sum of the logits", "logprob": "sum of the log-probabilities"}[settings["score"]]
     tap = {"input": "the hidden states entering a layer", "output": "a layer's output"}[settings["tap"]]
     copies, noise = settings["num_samples"], settings["noise_std"]
+    norms = {"frozen": "norms frozen", "live": "norms live"}[settings["norms"]]
     smooth = f"mean of {copies} noisy cop{'y' if copies == 1 else 'ies'}, noise {noise:g}, seed {settings['seed']}"
     return (
-        f"Score: {score} of the explained tokens; method: {METHOD_NAMES[settings['method']]}; read at {tap}; "
+        f"Score: {score} of the explained tokens; method: {METHOD_NAMES[settings['method']]}, {norms}; read at {tap}; "
         f"{smooth if noise else 'no noise'}."
     )
 
@@ -430,6 +447,177 @@ def _layers_figure(photo: Image.Image, token_maps: TokenMaps, results: dict, tit
     return page.finish(_footer(page, y + GAP, token_maps.settings["method"], caption))
 
 
+# figures of measures
+
+
+def _layer_colours(layers: list) -> dict:
+    return dict(zip(layers, colormaps["viridis"](np.linspace(0, 0.92, len(layers))), strict=True))
+
+
+def _curves(measured, curves: dict, random: np.ndarray, colours: dict):
+    """A function that draws the curve of each layer, and of the random orders the range and the mean."""
+
+    def draw(axes):
+        if len(random):
+            axes.fill_between(measured.shares, random.min(0), random.max(0), color="0.88", linewidth=0)
+            axes.plot(measured.shares, random.mean(0), color="0.45", linestyle="--", linewidth=1, label="random")
+        for layer, curve in curves.items():
+            axes.plot(measured.shares, curve, color=colours[layer], linewidth=1.2, label=f"layer {layer}")
+
+    return draw
+
+
+def _by_layer(layers: list, rows: dict[str, tuple[np.ndarray, str, str]], levels: dict[str, tuple[float, str]]):
+    """A function that draws values by layer, {label: (values, colour, marker)}, and dashed levels."""
+
+    def draw(axes):
+        for label, (level, colour) in levels.items():
+            axes.axhline(level, color=colour, linestyle="--", linewidth=0.8, label=label)
+        for label, (values, colour, marker) in rows.items():
+            axes.plot(layers, values, color=colour, marker=marker, markersize=3, linewidth=1.2, label=label)
+        axes.set_xticks(layers if len(layers) <= 10 else spread(layers, 8))
+        axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.6, borderaxespad=0.1, labelspacing=0.25)
+
+    return draw
+
+
+INSERTION, DELETION = "#0072b2", "#d55e00"  # blue and vermilion of the Okabe-Ito palette
+
+
+def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict]) -> np.ndarray:
+    """Insertion and deletion curves, their areas by layer and, if a mask was given, how well the maps fit it.
+
+    `scores` are rows as `test_gradcam.score_rows` makes them. Returns the figure, uint8 RGB (height, width, 3).
+    """
+    photo, texts = load_rgb(image), _text_rows(token_maps)
+    families, drawn = font_families("".join(text for _, text, _ in texts))
+    rows = [row for row in scores if row["layer"] in measured.insertion]
+    layers = [row["layer"] for row in rows]
+    leading = max(rows, key=lambda row: row["difference"])["layer"]
+    page, colours = Page(WIDTH, families), _layer_colours(layers)
+    width, height = fit_box(photo.width / photo.height, 2.3, 1.7)
+    page.picture(MARGIN, MARGIN, width, height, render_cam(photo, token_maps.maps[leading])[0])
+    page.text(MARGIN, MARGIN + height + 0.03, f"layer {leading}, the largest difference", SMALL, color="0.3")
+    x = MARGIN + width + 2 * GAP
+    y = max(_header(page, x, MARGIN, f"{_title(token_maps)}: faithfulness", texts), MARGIN + height + BAND) + 3 * GAP
+
+    margin, plot = 0.5, (2.8, 1.75)  # room for the axis' labels
+    right = margin + plot[0] + 0.65
+    style = {"xlim": (0, 1), "ylim": (0, 1.02), "ylabel": "probability of the explained tokens"}
+    for x, name, curves, random, shown in (
+        (margin, "Insertion", measured.insertion, measured.random_insertion, "revealed"),
+        (right, "Deletion", measured.deletion, measured.random_deletion, "removed"),
+    ):
+        page.text(x + plot[0] / 2, y, name, TEXT, ha="center", weight="bold")
+        label = f"share of the image tokens {shown}, hottest first"
+        page.plot(x, y + BAND, *plot, _curves(measured, curves, random, colours), xlabel=label, **style)
+    y += BAND + plot[1] + 0.42
+    y = _layer_legend(page, y, colours, bool(len(measured.random_insertion))) + 2 * GAP
+
+    def column(name):
+        return np.array([row[name] for row in rows])
+
+    areas = {
+        "insertion": (column("insertion"), INSERTION, "o"),
+        "deletion": (column("deletion"), DELETION, "s"),
+    }
+    levels = {}
+    if len(measured.random_insertion):
+        random_row = next(row for row in scores if row["layer"] == "random")
+        levels["random, insertion"] = random_row["insertion"], INSERTION
+        levels["random, deletion"] = random_row["deletion"], DELETION
+    style = {"ylim": (-0.02, 1.02), "xlabel": "layer"}
+    page.text(margin + plot[0] / 2, y, "Areas under the curves", TEXT, ha="center", weight="bold")
+    page.plot(margin, y + BAND, *plot, _by_layer(layers, areas, levels), ylabel="area", **style)
+    if "energy" in rows[0]:
+        fits = {
+            "maximum on or near the object": (column("near"), "#009e73", "^"),
+            "energy inside it": (column("energy"), "#cc79a7", "o"),
+            "Obj-IoU": (column("obj_iou"), "#e69f00", "s"),
+        }
+        page.text(right + plot[0] / 2, y, "Fit to the object's mask", TEXT, ha="center", weight="bold")
+        page.plot(right, y + BAND, *plot, _by_layer(layers, fits, {}), ylabel="share", **style)
+    else:
+        difference = {"insertion − deletion": (column("difference"), "#009e73", "^")}
+        levels = {"random": (random_row["difference"], "0.45")} if levels else {}
+        style["ylim"] = -0.35, 1.02
+        page.text(right + plot[0] / 2, y, "Insertion − deletion", TEXT, ha="center", weight="bold")
+        page.plot(right, y + BAND, *plot, _by_layer(layers, difference, levels), ylabel="difference", **style)
+    y += BAND + plot[1] + 0.5
+    blank = {"blur": "a blurred copy of the photo", "mean": "the photo's mean colour", "black": "black"}
+    caption = (
+        f"A map is faithful if revealing its hottest image tokens restores the answer early and removing them destroys "
+        f"it early. Removed tokens show {blank[measured.baseline]}. Dashed grey: mean of "
+        f"{len(measured.random_insertion)} random orders, with their range. {_settings_text(token_maps.settings)}"
+        + " Boxes: characters that no installed font can draw."
+        * (not drawn)
+    )
+    return page.finish(page.lines(MARGIN, y, INNER, caption, SMALL, color="0.3") + MARGIN)
+
+
+def _layer_legend(page: Page, y: float, colours: dict, random: bool) -> float:
+    """One line that names the layers' colours, the first and last ones if they are many; returns the y below it."""
+    layers = list(colours)
+    entries = [(f"layer {layer}", colours[layer]) for layer in (layers if len(layers) <= 7 else spread(layers, 7))]
+    entries += [("random", "0.45")] * random
+    pitch = min(0.85, INNER / len(entries))
+    x = (WIDTH - pitch * len(entries)) / 2
+    for i, (label, colour) in enumerate(entries):
+        page.text(x + i * pitch, y, "●", SMALL, color=colour, family="DejaVu Sans")
+        page.text(x + i * pitch + 0.12, y, label, SMALL)
+    return y + SMALL * LINE
+
+
+def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) -> np.ndarray:
+    """The maps of one layer as weights are re-drawn from the top down, and their likeness by layer.
+
+    `staged` is {re-drawn layers: maps}, `scores` rows as `test_gradcam.randomization_rows` makes them. Returns the
+    figure, uint8 RGB (height, width, 3).
+    """
+    photo, given = load_rgb(image), staged[0]
+    texts = _text_rows(given)
+    families, drawn = font_families("".join(text for _, text, _ in texts))
+    layers, numbers = [layer for layer in given.maps if layer not in given.no_gradient], list(staged)
+    page, colours, shown = Page(WIDTH, families), _layer_colours(layers), layers[len(layers) // 2]
+    title = f"{_title(given)}: does the map depend on the model?"
+    y = _header(page, MARGIN, MARGIN, title, texts) + GAP
+
+    columns = min(len(numbers), 8)
+    width = (INNER - (columns - 1) * GAP) / columns
+    height = width * photo.height / photo.width
+    for i, number in enumerate(numbers):
+        x, top = MARGIN + i % columns * (width + GAP), y + i // columns * (height + BAND + GAP)
+        label = "the model" if number == 0 else f"{number} re-drawn"
+        cam = staged[number].maps[shown]
+        picture = grey_panel(*photo.size) if shown in staged[number].no_gradient else render_cam(photo, cam)[1]
+        page.text(x + width / 2, top, label, SMALL, ha="center")
+        page.picture(x, top + BAND, width, height, picture)
+    y += -(-len(numbers) // columns) * (height + BAND + GAP) + 2 * GAP
+
+    margin, plot = 0.55, (2.75, 1.75)
+    for x, name, column in ((margin, "Spearman's rank correlation", "spearman"), (margin + 3.5, "SSIM", "ssim")):
+
+        def draw(axes, column=column):
+            axes.axhline(0, color="0.6", linewidth=0.5)
+            for layer in layers:
+                values = [row[column] for row in scores if row["layer"] == layer]
+                axes.plot(numbers, values, color=colours[layer], marker="o", markersize=2.5, linewidth=1.2)
+            axes.set_xticks(numbers)
+
+        page.text(x + plot[0] / 2, y, name, TEXT, ha="center", weight="bold")
+        style = {"ylim": (-0.55, 1.05), "xlabel": "decoder layers with re-drawn weights, from the top"}
+        page.plot(x, y + BAND, *plot, draw, ylabel="likeness to the model's map", **style)
+    y = _layer_legend(page, y + BAND + plot[1] + 0.42, colours, False) + 2 * GAP
+    caption = (
+        f"Above: the heatmap of layer {shown} as the weights are re-drawn from the top layer down; the last step also "
+        f"re-draws the vision tower. A map that stays the same shows the picture and not what the model has learned "
+        f"(Adebayo et al., 2018). {_settings_text(given.settings)}"
+        + " Boxes: characters that no installed font can draw."
+        * (not drawn)
+    )
+    return page.finish(page.lines(MARGIN, y, INNER, caption, SMALL, color="0.3") + MARGIN)
+
+
 # the files of each mode: {name in the mode's folder: picture}
 
 
@@ -494,12 +682,14 @@ def draw_comparative(image, token_maps: TokenMaps, thirds: dict[str, list[int]])
 def _save(path: Path, content) -> None:
     if isinstance(content, dict):
         np.savez_compressed(path, **content)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
     else:
         Image.fromarray(content).save(path, dpi=(DPI, DPI), compress_level=4)  # as small as 6, in half the time
 
 
 def write_files(folder, files: dict[str, object]) -> list[Path]:
-    """Write {name in the folder: uint8 RGB array for .png, dictionary of arrays for .npz}; returns the paths.
+    """Write {name in the folder: uint8 RGB array for .png, dictionary of arrays for .npz, or text}; returns the paths.
 
     Everything is written to a temporary folder first and then moved into place, so a failure leaves nothing behind.
     Of an earlier run, `layer_<i>_heatmap.png` and `layer_<i>_superimposed.png` that are not written anew are removed
@@ -537,9 +727,9 @@ def write_files(folder, files: dict[str, object]) -> list[Path]:
 # the documented entry points
 
 
-def show_progress(quiet: bool):
-    """A tqdm bar over the noisy copies, silent if `quiet` or where stderr is no terminal."""
-    return functools.partial(tqdm, desc="noisy copies", unit="copy", leave=False, disable=True if quiet else None)
+def show_progress(quiet: bool, what: str = "noisy copies", unit: str = "copy"):
+    """A tqdm bar, silent if `quiet` or where stderr is no terminal."""
+    return functools.partial(tqdm, desc=what, unit=unit, leave=False, disable=True if quiet else None)
 
 
 def create_layer_comparison_grid(
