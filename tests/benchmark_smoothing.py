@@ -1,0 +1,202 @@
+"""What noisy copies do for a map: python tests/benchmark_smoothing.py
+
+On scenes the demo model has never seen, every object word of its own answer is explained with 1 to 50 noisy copies and
+noise of 0 to 0.4 (standard deviation, for pixel values in [0, 1]). Of each map: how often its maximum lies on or at
+most 15 pixels off the object, its Obj-IoU, and on some words the area under the insertion curve. The copies of a
+smaller number are the first ones of the larger. Printed as a table, and written as smoothing.csv and smoothing.png.
+
+"Likeness" is Spearman's correlation of a map with the one of 20 other copies of the same noise: how much of it a
+preview has already.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo_model")]
+import scenes  # noqa: E402
+from evaluate import UNSEEN  # noqa: E402
+
+import smooth_gradcam as core  # noqa: E402
+
+DRAWN = ("gradcam", "hirescam", "best")  # methods
+MEASURES = ("near", "obj_iou", "insertion", "likeness")
+STEPS = 16  # of the insertion curve
+OTHERS = 20  # copies of the map that likeness compares with
+
+
+def copies_of_maps(model, processor, image, answer, words, layer, noise_std, count, seed) -> dict:
+    """{(drawn, word): (count, H, W)} raw maps of each noisy copy, one forward a copy."""
+    inputs = core._prepare_inputs(model, processor, image, scenes.DESCRIBE[0])
+    positions, grid = core._image_grid(model, inputs)
+    tokens = core._tokenise(processor.tokenizer, answer)
+    spans, taps = core.token_spans(processor.tokenizer, tokens), core._find_taps(model, [layer], "input")
+    parts = [core._covering(spans, core.find_target(answer, word)).tokens for word in words]
+    forced, scored = core._read(inputs, tokens, parts)
+    generator, maps = torch.Generator().manual_seed(seed), {}
+    for _ in range(count):
+        pixels = core.add_noise(inputs["pixel_values"], noise_std, processor.image_processor, generator)
+        noisy = forced | {"pixel_values": pixels}
+        runs = core._features_and_gradients(model, noisy, taps, scored, "logit", "frozen")
+        for word, pairs in zip(words, runs, strict=True):
+            for method in DRAWN:
+                cam = core._layer_map(layer, *pairs[layer], positions, grid, model.config.vision_config, method)
+                maps.setdefault((method, word), []).append(cam)
+    return {key: np.stack(stack) for key, stack in maps.items()}
+
+
+def measure_scene(job) -> list[dict]:
+    """The rows of one scene: (drawn, noise, copies, averaging) -> measures, of each of its words."""
+    number, layer, noises, counts, faithful, model_path = job
+    model, processor = _load(model_path)
+    scene = scenes.make_scene(UNSEEN + number)
+    image = Image.fromarray(scene.image)
+    first = core.compute_token_maps(model, processor, image, scenes.DESCRIBE[0], [layer], use_smooth=False)
+    masks = {thing.kind: thing.mask for thing in scene.objects if f" {thing.kind} " in first.answer}
+    targets = {}
+    for word in masks if number < faithful else ():
+        settings = {"answer": first.answer, "target": word, "use_smooth": False}
+        targets[word] = core.compute_token_maps(model, processor, image, first.prompt, [layer], **settings)
+    rows = []
+    for noise in noises:
+        settings = (model, processor, image, first.answer, list(masks), layer, noise)
+        maps = copies_of_maps(*settings, max(counts) if noise else 1, seed=0)
+        others = copies_of_maps(*settings, OTHERS, seed=1) if noise else maps
+        for (drawn, word), stack in maps.items():
+            reference = others[drawn, word].mean(0)
+            for count in counts if noise else [1]:
+                raw, scaled = stack[:count].mean(0), np.mean([core.normalize_cam(cam) for cam in stack[:count]], axis=0)
+                for averaging, cam in {"raw": raw, "normalised": scaled}.items():
+                    row = {"scene": number, "word": word, "drawn": drawn, "noise_std": noise, "num_samples": count}
+                    row |= {"averaging": averaging} | core.localization(cam, masks[word])
+                    row["likeness"] = core.spearman(cam, reference) if noise else 1.0
+                    if word in targets and averaging == "raw":
+                        target = replace(targets[word], maps={layer: cam}, no_gradient=frozenset())
+                        faith = core.insertion_deletion(
+                            model, processor, image, target, steps=STEPS, random_orders=0, batch_size=STEPS
+                        )
+                        row["insertion"] = core.area(faith.insertion[layer], faith.shares)
+                        row["deletion"] = core.area(faith.deletion[layer], faith.shares)
+                    rows.append(row)
+    return rows
+
+
+_loaded = {}
+
+
+def _load(path: str):
+    if path not in _loaded:
+        torch.set_num_threads(1)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path).eval().requires_grad_(False)
+        _loaded[path] = model, AutoProcessor.from_pretrained(path)
+    return _loaded[path]
+
+
+def mean(rows: list[dict], measure: str, **wanted) -> float:
+    """Mean of a measure over the rows that have it and these values."""
+    values = [row[measure] for row in rows if measure in row and all(row[k] == v for k, v in wanted.items())]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def draw(rows: list[dict], noises: list[float], counts: list[int], path: Path) -> None:
+    """Each measure by noise at 10 copies (above) and by copies at each noise, for the default (below)."""
+    figure = Figure(figsize=(9.5, 5.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(MEASURES))
+    names = {"near": "maximum on or near the object", "obj_iou": "Obj-IoU", "insertion": "insertion (area)"}
+    names["likeness"] = f"likeness to {OTHERS} other copies"
+    middle = min(counts, key=lambda count: abs(count - 10))
+    for column, measure in enumerate(MEASURES):
+        above, below = axes[:, column]
+        for drawn, colour in zip(DRAWN, ("#0072b2", "#d55e00", "#009e73"), strict=True):
+            values = [
+                mean(rows, measure, drawn=drawn, noise_std=noise, num_samples=middle if noise else 1, averaging="raw")
+                for noise in noises
+            ]
+            above.plot(noises, values, marker="o", markersize=3, color=colour, label=drawn)
+        noisy = [noise for noise in noises if noise]
+        for noise, shade in zip(noisy, np.linspace(0.75, 0.0, len(noisy)), strict=True):
+            values = [
+                mean(rows, measure, drawn="gradcam", noise_std=noise, num_samples=count, averaging="raw")
+                for count in counts
+            ]
+            colour = (0, 0.45 * shade + 0.1, 0.35 + 0.6 * shade)
+            below.plot(counts, values, marker="o", markersize=3, color=colour, label=f"noise {noise:g}")
+        above.set(title=names[measure], xlabel=f"noise_std, {middle} copies", ylim=(0, 1.03))
+        below.set(xlabel="num_samples", xscale="log", xticks=counts, ylim=(0, 1.03))
+        below.set_xticklabels(counts)
+        below.minorticks_off()
+        for axis in (above, below):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=7)
+            axis.xaxis.label.set_size(8)
+            axis.title.set_size(9)
+    axes[0, 0].legend(fontsize=7, frameon=False, loc="lower left")
+    axes[1, 0].legend(fontsize=7, frameon=False, loc="lower left")
+    axes[0, 0].set_ylabel("three maps", fontsize=8)
+    axes[1, 0].set_ylabel("the default, gradcam", fontsize=8)
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model_path", default=str(ROOT / "demo_model"))
+    parser.add_argument("--scenes", type=int, default=20)
+    parser.add_argument("--faithful", type=int, default=8, help="scenes whose words' insertion is measured")
+    parser.add_argument("--layer", type=int, default=12)
+    parser.add_argument("--noise_std", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--num_samples", type=int, nargs="+", default=[1, 3, 5, 10, 20, 50])
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "build" / "benchmark")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    settings = (options.layer, options.noise_std, options.num_samples, options.faithful, options.model_path)
+    jobs = [(number, *settings) for number in range(options.scenes)]
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        rows = [row for part in pool.imap(measure_scene, jobs) for row in part]
+    words = len({(row["scene"], row["word"]) for row in rows})
+    print(f"{words} words in {options.scenes} scenes, layer {options.layer}, {platform.machine()}", end=", ")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}", end=", ")
+    print(f"{options.processes} processes, {time.perf_counter() - start:.0f} s")
+    measures = ("pointing", *MEASURES[:2], "energy", *MEASURES[2:])
+    keys = sorted({(row["drawn"], row["averaging"], row["noise_std"], row["num_samples"]) for row in rows})
+    table = [
+        dict(zip(("drawn", "averaging", "noise_std", "num_samples"), key, strict=True))
+        | {
+            name: mean(rows, name, drawn=key[0], averaging=key[1], noise_std=key[2], num_samples=key[3])
+            for name in measures
+        }
+        for key in keys
+    ]
+    print(f"{'drawn':20} {'averaging':11} noise copies  " + " ".join(f"{name:>9}" for name in measures))
+    for line in table:
+        print(f"{line['drawn']:20} {line['averaging']:11} {line['noise_std']:5.2f} {line['num_samples']:6d}  ", end="")
+        print(" ".join(f"{line[name]:9.3f}" for name in measures))
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    with (options.output_dir / "smoothing.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    draw(rows, options.noise_std, options.num_samples, options.output_dir / "smoothing.png")
+    print(f"wrote {options.output_dir / 'smoothing.csv'} and smoothing.png")
+
+
+if __name__ == "__main__":
+    main()
