@@ -13,6 +13,7 @@ Shapes:  H, W  rows and columns of image tokens     N = H * W     C  channels of
          P  prompt tokens (the N included)          A  answer tokens     L = P + A     T  answer tokens that are scored
 """
 
+import copy
 import inspect
 import math
 import operator
@@ -24,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
@@ -199,7 +201,9 @@ def token_spans(tokenizer, tokens: list[int]) -> list[tuple[int, int]]:
 def _occurrences(answer: str, target: str, name: str) -> list[tuple[int, int]]:
     """Where the target stands in the answer, as a whole word if it does so anywhere. ValueError if nowhere."""
     literal = re.escape(target)
-    found = list(re.finditer(rf"(?<!\w){literal}(?!\w)", answer)) or list(re.finditer(literal, answer))
+    found = list(re.finditer(rf"(?<!\w){literal}(?!\w)", answer))  # \w knows no marks, such as Hindi vowel signs
+    found = [m for m in found if not any(map(_is_word_character, answer[: m.start()][-1:] + answer[m.end() :][:1]))]
+    found = found or list(re.finditer(literal, answer))
     if not found or not target.strip():
         other = re.search(literal, answer, re.IGNORECASE) if target.strip() else None
         hint = f"letter case counts: there is {other[0]!r}" if other else "letter case counts"
@@ -227,7 +231,7 @@ def find_target(answer: str, target: str | None, occurrence: int = 1) -> tuple[i
 
 
 UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 FUNCTION_WORDS = """
 a an the this that these those some any each every all both no not nor and or but so than then as if while because of
@@ -251,16 +255,18 @@ def split_words(answer: str, spans: list[tuple[int, int]]) -> list[tuple[int, in
     In scripts that set no blanks (Chinese, Japanese, Thai, Lao, Khmer, Burmese) it is what the model has as a token.
     """
     cuts = {start for start, _ in spans if not any(first < start < last for first, last in spans)}
+    unspaced = [bool(UNSPACED.match(character)) for character in answer]
     words = []
     for i, character in enumerate(answer):
         inside = bool(words) and words[-1][1] == i
-        joined = inside and bool(UNSPACED.match(character)) == bool(UNSPACED.match(answer[i - 1]))
-        if _is_word_character(character):
-            if joined and not (UNSPACED.match(character) and i in cuts):
+        if character.isalnum():
+            if inside and unspaced[i] == unspaced[i - 1] and not (unspaced[i] and i in cuts):
                 words[-1] = words[-1][0], i + 1
             else:
                 words.append((i, i + 1))
-        elif inside and i + 1 < len(answer) and _is_word_character(answer[i + 1]):
+        elif inside and (_is_word_character(character) or character in "\u200c\u200d"):  # marks, (non-)joiners
+            words[-1] = words[-1][0], i + 1
+        elif inside and answer[i + 1 : i + 2].isalnum() and not (unspaced[i - 1] or unspaced[i + 1]):
             number = answer[i - 1].isdigit() and answer[i + 1].isdigit()
             if character in "-'\u2019" or (character in ".," and number):
                 words[-1] = words[-1][0], i + 1
@@ -551,7 +557,7 @@ def hirescam(features: Tensor, gradients: Tensor) -> Tensor:
 
 def best(features: Tensor, gradients: Tensor) -> Tensor:
     """The geometric mean of Grad-CAM and HiResCAM: high where both say so. (N, C), (N, C) -> (N,)."""
-    return (gradcam(features, gradients) * hirescam(features, gradients)).sqrt()
+    return gradcam(features, gradients).sqrt() * hirescam(features, gradients).sqrt()  # small values stay above zero
 
 
 METHODS = {"gradcam": gradcam, "hirescam": hirescam, "best": best}
@@ -707,12 +713,13 @@ def compute_word_maps(
     Raises what `compute_token_maps` raises, ValueError too for words that are not in the answer.
     """
     defaults = inspect.getfullargspec(compute_token_maps).kwonlydefaults
-    defaults = {name: value for name, value in defaults.items() if name not in ("target", "target_occurrence")}
+    fixed = ("target", "target_occurrence", "contrast")
+    defaults = {name: value for name, value in defaults.items() if name not in fixed}
 
     def choose(answer, spans):
         return choose_words(answer, spans, words)
 
-    return _compute_maps(model, processor, image, prompt, layers, choose, **(defaults | settings))
+    return _compute_maps(model, processor, image, prompt, layers, choose, contrast=None, **(defaults | settings))
 
 
 def _compute_maps(
@@ -747,8 +754,10 @@ def _compute_maps(
         inputs = _prepare_inputs(model, processor, load_rgb(image), prompt)
         positions, grid = _image_grid(model, inputs)
         with _memory_explained(len(positions)):
-            generate = answer is None
-            tokens = _generate(model, tokenizer, inputs, max_new_tokens) if generate else _tokenise(tokenizer, answer)
+            if answer is None:
+                tokens = _generate(model, tokenizer, inputs, max_new_tokens)
+            else:
+                tokens = _tokenise(tokenizer, answer) if isinstance(answer, str) else answer
             text, spans = _decode(tokenizer, tokens), token_spans(tokenizer, tokens)
             if not text.strip():
                 raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
@@ -857,3 +866,247 @@ class SmoothQwenGradCAM:
                 'Choose an earlier one, or tap="input" with a decoder layer'
             )
         return render_cam(image, cam)
+
+
+# how right a map is
+
+BASELINES = ("blur", "mean", "black")
+NEAR = 15  # pixels off the object that the pointing game lets pass (Zhang et al., "Top-down Neural Attention", 2018)
+
+
+def load_mask(mask, size: tuple[int, int]) -> np.ndarray:
+    """The object's pixels, bool (height, width): where a path or PIL image is lighter than mid grey.
+
+    Raises ValueError if its size is not the photo's (width, height), or if nothing or everything is the object.
+    """
+    image = load_rgb(mask)
+    if image.size != size:
+        raise ValueError(
+            f"the mask has {image.width} x {image.height} pixels, the photo {size[0]} x {size[1]}: they must be equal"
+        )
+    pixels = np.asarray(image.convert("L")) > 127
+    if pixels.all() or not pixels.any():
+        raise ValueError("the mask is all object or has none: white is the object, black is the rest")
+    return pixels
+
+
+def localization(cam: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """How well a raw (H, W) map fits an object's mask, bool (height, width); shares in [0, 1], all 0 for a zero map.
+
+    pointing  1 if the map's maximum lies on the object: the pointing game
+    near      1 if it lies at most 15 pixels off it, the pointing game's usual tolerance
+    energy    share of the map inside the object (Wang et al., Score-CAM, 2020: energy-based pointing game)
+    obj_iou   intersection over union of the object and the map above Otsu's threshold (Obj-IoU; TAM, ICCV 2025)
+    """
+    heat = upsample_cam(cam, mask.shape)
+    if not heat.any():
+        return dict.fromkeys(("pointing", "near", "energy", "obj_iou"), 0.0)
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    off = distance.flat[heat.argmax()]
+    grey = np.round(255 * normalize_cam(heat)).astype(np.uint8)
+    threshold, _ = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    hot = grey > threshold
+    return {
+        "pointing": float(off == 0),
+        "near": float(off <= NEAR),
+        "energy": float(heat[mask].sum() / heat.sum()),
+        "obj_iou": float((hot & mask).sum() / (hot | mask).sum()),
+    }
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Mean probability of the explained tokens as image tokens are revealed or removed, the hottest of a map first."""
+
+    shares: np.ndarray  # (S + 1,) share of the image tokens that is revealed or removed, 0 to 1
+    insertion: dict[int | str, np.ndarray]  # layer -> (S + 1,), from the baseline picture to the photo
+    deletion: dict[int | str, np.ndarray]  # layer -> (S + 1,), from the photo to the baseline picture
+    random_insertion: np.ndarray  # (orders, S + 1), in a random order
+    random_deletion: np.ndarray  # (orders, S + 1)
+    baseline: str
+    forwards: int  # pictures that were run through the model
+
+
+def area(curve: np.ndarray, shares: np.ndarray) -> float:
+    """Area under an insertion or deletion curve, in [0, 1]."""
+    return float(np.trapezoid(curve, shares))
+
+
+def baseline_image(image: Image.Image, baseline: str) -> Image.Image:
+    """What removed image tokens show: the photo blurred by a tenth of its shorter side, its mean colour, or black."""
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline={baseline!r} must be one of {', '.join(BASELINES)}")
+    if baseline == "blur":
+        return image.filter(ImageFilter.GaussianBlur(0.1 * min(image.size)))
+    mean = tuple(np.asarray(image).mean((0, 1)).round().astype(int).tolist())
+    return Image.new("RGB", image.size, mean if baseline == "mean" else "black")
+
+
+def _target_probability(model, forced, pixels: Tensor, scored: _Scored) -> np.ndarray:
+    """Mean probability of the scored tokens for each of B pictures: pixels (B, patches, ...) -> (B,)."""
+    batch = {name: value.repeat(len(pixels), *[1] * (value.dim() - 1)) for name, value in forced.items()}
+    batch["pixel_values"] = pixels.flatten(0, 1)
+    length = batch["input_ids"].shape[1]
+    keep = {"logits_to_keep": length - min(scored.predicting)} if "logits_to_keep" in _accepted(model) else {}
+    with torch.no_grad():
+        logits = model(**batch, **keep, use_cache=False).logits  # (B, L or less, vocabulary)
+    logits = _at_least_float32(logits[:, [position - length for position in scored.predicting]])  # (B, T, vocabulary)
+    expected = torch.tensor(scored.expected, device=logits.device).expand(len(pixels), -1)[..., None]
+    return logits.softmax(-1).gather(2, expected).mean((1, 2)).cpu().numpy()
+
+
+def insertion_deletion(
+    model,
+    processor,
+    image,
+    token_maps: TokenMaps,
+    *,
+    steps: int = 64,
+    baseline: str = "blur",
+    random_orders: int = 5,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Callable[[Iterable], Iterable] | None = None,
+) -> Faithfulness:
+    """Insertion and deletion (Petsiuk et al., RISE, 2018) by whole image tokens, for every map that has a gradient.
+
+    The image tokens are revealed on the baseline picture, or removed from the photo, in `steps` steps (fewer if there
+    are fewer tokens) by their rank in the map, ties at random; what counts is the mean probability of the explained
+    tokens, after the same words. A map is faithful if insertion lies far above deletion; a random order has them about
+    equal, and `random_orders` of them are measured. One map costs 2 * (steps - 1) forward passes, run in batches of
+    `batch_size`. `progress` wraps the iterable over the orders.
+
+    Raises ValueError for bad arguments, and RuntimeError if memory runs out.
+    """
+    for name, value in (("steps", steps), ("random_orders", random_orders), ("batch_size", batch_size)):
+        if not hasattr(value, "__index__") or value < (name != "random_orders"):
+            raise ValueError(f"{name}={value!r} must be a whole number, {int(name != 'random_orders')} or more")
+    photo, rng = load_rgb(image), np.random.default_rng(seed)
+    with _borrowed(model):
+        inputs = _prepare_inputs(model, processor, photo, token_maps.prompt)
+        blank = _prepare_inputs(model, processor, baseline_image(photo, baseline), token_maps.prompt)["pixel_values"]
+        positions, grid = _image_grid(model, inputs)
+        if grid != token_maps.grid:
+            raise ValueError(
+                f"the maps have {token_maps.grid} image tokens, the photo {grid}: another photo or processor"
+            )
+        forced, (scored,) = _read(inputs, token_maps.tokens, [token_maps.target_tokens])
+        count = len(positions)
+        ends = [pixels.unflatten(0, (count, -1)) for pixels in (blank, inputs["pixel_values"])]  # (N, patches, ...)
+        moved = np.unique(np.round(np.linspace(0, count, steps + 1)).astype(int))  # (S + 1,)
+
+        def curve(order, start, end):
+            values = []
+            for i in range(1, len(moved) - 1, batch_size):
+                pixels = start.repeat(len(moved[i : min(i + batch_size, len(moved) - 1)]), 1, 1, 1)  # (B, N, ...)
+                for picture, number in zip(pixels, moved[i:], strict=False):
+                    picture[order[:number]] = end[order[:number]]
+                values.append(_target_probability(model, forced, pixels.flatten(1, 2), scored))
+            return np.concatenate(values) if values else np.zeros(0)
+
+        with _memory_explained(count):
+            bounds = [_target_probability(model, forced, pixels.flatten(0, 1)[None], scored) for pixels in ends]
+            orders = {
+                layer: np.lexsort((rng.random(count), -cam.ravel()))
+                for layer, cam in token_maps.maps.items()
+                if layer not in token_maps.no_gradient
+            }
+            orders |= {("random", i): rng.permutation(count) for i in range(random_orders)}
+            curves = {}
+            for key in (progress or iter)(orders):
+                order = torch.as_tensor(orders[key])
+                curves[key] = [
+                    np.concatenate([bounds[a], curve(order, ends[a], ends[b]), bounds[b]]) for a, b in ((0, 1), (1, 0))
+                ]
+    random = np.array([pair for key, pair in curves.items() if isinstance(key, tuple)])  # (orders, 2, S + 1)
+    random = random.reshape(-1, 2, len(moved))
+    layers = {key: pair for key, pair in curves.items() if not isinstance(key, tuple)}
+    return Faithfulness(
+        moved / count,
+        {layer: insertion for layer, (insertion, _) in layers.items()},
+        {layer: deletion for layer, (_, deletion) in layers.items()},
+        random[:, 0],
+        random[:, 1],
+        baseline,
+        2 + 2 * (len(moved) - 2) * len(curves),
+    )
+
+
+def redraw_weights(modules: Iterable[nn.Module], generator: torch.Generator) -> None:
+    """Re-draw the weights of the modules, in place, each tensor from a normal with its own mean and deviation."""
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        if not parameter.is_floating_point() or parameter.is_meta:
+            raise ValueError(f"weights of {parameter.dtype} on {parameter.device} cannot be re-drawn")
+        values = parameter.detach().float()
+        spread = values.std(correction=0).item()
+        drawn = torch.randn(values.shape, generator=generator) * spread + values.mean().item()
+        parameter.data.copy_(drawn)
+
+
+def randomized_maps(
+    model, processor, image, token_maps: TokenMaps, *, stages: int = 7, seed: int = 0, progress=None
+) -> dict[int, TokenMaps]:
+    """{number of re-drawn decoder layers: maps of the same answer}: cascading randomisation (Adebayo et al., 2018).
+
+    On a copy of the model, which takes its memory again, weights are re-drawn from the top down: the last decoder layer
+    with the norm and, if it is not tied to the embeddings, the head behind it, then further ones, in `stages` even
+    steps down to the first; behind the last step the vision tower as well. 0 are the maps that were given. A map that
+    depends on what the model has learned changes. `progress` wraps the iterable over the stages.
+    """
+    generator, total = torch.Generator().manual_seed(operator.index(seed)), get_model_layers(model)[1]
+    numbers = np.unique(np.round(np.linspace(0, total, min(stages, total) + 1)).astype(int)).tolist()
+    settings = {name: value for name, value in token_maps.settings.items() if name != "answer"}
+    model, results = copy.deepcopy(model), {0: token_maps}
+    layers, _ = get_model_layers(model)
+    parent = operator.attrgetter("model.language_model" if hasattr(model.model, "language_model") else "model")(model)
+    head = model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    for before, number in zip(numbers, (progress or iter)(numbers[1:]), strict=False):
+        fresh = [parent.norm, *[head] * (not tied)] if before == 0 else []
+        fresh += layers[total - number : total - before]
+        if number == total and hasattr(model.model, "visual"):
+            fresh.append(model.model.visual)
+        redraw_weights(fresh, generator)
+        results[number] = _compute_maps(
+            model,
+            processor,
+            image,
+            token_maps.prompt,
+            list(token_maps.maps),
+            lambda text, spans: [token_maps.target_span],
+            answer=token_maps.tokens,
+            use_smooth=True,
+            progress=None,
+            **settings,
+        )[0]
+    return results
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks (n,) of the values, equal ones sharing the mean of theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two maps, -1 to 1; 0 if one of them is the same everywhere."""
+    a, b = _ranks(a.ravel()), _ranks(b.ravel())
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity of two (H, W) maps, each scaled by its maximum: at most 1 (Wang et al., 2004).
+
+    Gaussian window of standard deviation 1.5 and 11 x 11 cells, constants 0.01 and 0.03, data range 1.
+    """
+    a, b = (normalize_cam(cam).astype(np.float64) for cam in (a, b))
+
+    def mean(x):
+        return cv2.GaussianBlur(x, (11, 11), 1.5, borderType=cv2.BORDER_REFLECT)
+
+    a_mean, b_mean = mean(a), mean(b)
+    a_variance, b_variance = mean(a * a) - a_mean**2, mean(b * b) - b_mean**2
+    covariance = mean(a * b) - a_mean * b_mean
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * a_mean * b_mean + c1) * (2 * covariance + c2)
+    return float((similarity / ((a_mean**2 + b_mean**2 + c1) * (a_variance + b_variance + c2))).mean())
