@@ -28,8 +28,31 @@ def decoder(model):
     return get_model_layers(model)[0]
 
 
-def oracle(model, processor, image, layer, method="gradcam", score="logit", pixel_values=None):
-    """The map by the book: full graph with all parameters, full logits, the model's own record of hidden states."""
+def rms(norm, x):
+    return (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+
+
+def dividing_by(model, denominator):
+    """A copy of the model whose norms are weight * (x / denominator(norm, x))."""
+    model = copy.deepcopy(model)
+    for norm in (module for module in model.modules() if isinstance(module, nn.RMSNorm)):
+        norm.forward = lambda x, norm=norm: norm.weight * (x / denominator(norm, x))
+    return model
+
+
+@pytest.fixture(scope="session")
+def oracles(model):
+    """For each way of passing the norms a model whose plain gradients are those: no hook, no code of the core."""
+    return {"live": model, "frozen": dividing_by(model, lambda norm, x: rms(norm, x).detach())}
+
+
+def oracle(
+    model, processor, image, layer, method="gradcam", score="logit", pixel_values=None, scored=slice(None), sign=1
+):
+    """The map by the book: full graph with all parameters, full logits, the model's own record of hidden states.
+
+    `model` is one of the `oracles`; of the answer's tokens the `scored` ones are.
+    """
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
     text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True) + ANSWER
     options = {"return_mm_token_type_ids": True, "return_tensors": "pt"}
@@ -40,47 +63,75 @@ def oracle(model, processor, image, layer, method="gradcam", score="logit", pixe
     ids = inputs["input_ids"][0]
     answer = processor.tokenizer(ANSWER)["input_ids"]
     scores = output.logits[0] if score == "logit" else output.logits[0].log_softmax(-1)
-    total = sum(scores[i - 1, ids[i]] for i in range(len(ids) - len(answer), len(ids)))
+    total = sum(scores[i - 1, ids[i]] for i in range(len(ids) - len(answer), len(ids))[scored])
     hidden = output.hidden_states[layer]
-    (gradient,) = torch.autograd.grad(total, hidden)
+    (gradient,) = torch.autograd.grad(sign * total, hidden)
     at = ids == model.config.image_token_id
     hidden, gradient = hidden[0, at].detach().numpy(), gradient[0, at].numpy()
-    weights = gradient.mean(0, keepdims=True) if method == "gradcam" else gradient
-    return np.maximum((hidden * weights).sum(1), 0)
+    pooled, own = ((hidden * weights).sum(1).clip(0) for weights in (gradient.mean(0, keepdims=True), gradient))
+    return {"gradcam": pooled, "hirescam": own, "best": (pooled * own) ** 0.5}[method]
 
 
+@pytest.mark.parametrize("norms", ["live", "frozen"])
 @pytest.mark.parametrize("score", ["logit", "logprob"])
-@pytest.mark.parametrize("method", ["gradcam", "hirescam"])
-def test_map_equals_full_graph_float64_autograd(model, processor, image, method, score):
-    found = compute_token_maps(model, processor, image, PROMPT, [0, 1, 2], **CLEAN, method=method, score=score)
-    for layer, cam in found.maps.items():
-        expected = oracle(model, processor, image, layer, method, score)
-        np.testing.assert_allclose(cam.ravel(), expected, rtol=1e-6, atol=1e-12)
-        assert expected.max() > 1e-3 or (method == "hirescam" and layer == 2)  # see the next test
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "best"])
+def test_map_equals_full_graph_float64_autograd(model, oracles, processor, image, monkeypatch, method, score, norms):
+    """For the score and for its opposite, which shows what the first ReLU took away."""
+    plain, drawn = core.SCORES[score], set()
+    options = {"method": method, "score": score, "norms": norms}
+    for sign in (1, -1):
+        monkeypatch.setitem(core.SCORES, score, lambda logits, tokens, sign=sign: sign * plain(logits, tokens))
+        found = compute_token_maps(model, processor, image, PROMPT, [0, 1, 2], **CLEAN, **options)
+        for layer, cam in found.maps.items():
+            expected = oracle(oracles[norms], processor, image, layer, method, score, sign=sign)
+            np.testing.assert_allclose(cam.ravel(), expected, rtol=1e-6, atol=1e-12)
+            drawn |= {layer} if cam.max() > 1e-2 else set()
+    assert drawn == ({0, 1} if norms == "live" and method != "gradcam" else {0, 1, 2})  # see below, norms
 
 
-def test_per_token_map_all_but_vanishes_at_the_last_layers_input(model, processor, image):
-    """There a token acts through an RMSNorm alone: its length is of no effect, and sum_k g_k A_k is that effect."""
-    pooled, own = (
-        compute_token_maps(model, processor, image, PROMPT, [1, 2], **CLEAN, method=method).maps
-        for method in ("gradcam", "hirescam")
-    )
-    assert own[2].max() < 1e-4 * own[1].max()
-    assert pooled[2].max() > 1e-2 * pooled[1].max()
+def test_norms_are_frozen_unless_asked_otherwise(model, processor, image):
+    maps = {
+        norms: compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, **norms_option)
+        for norms, norms_option in {"": {}, "frozen": {"norms": "frozen"}, "live": {"norms": "live"}}.items()
+    }
+    np.testing.assert_array_equal(maps[""].maps[1], maps["frozen"].maps[1])
+    assert not np.allclose(maps["live"].maps[1], maps["frozen"].maps[1], rtol=0.1)
+    assert {name: found.settings["norms"] for name, found in maps.items() if name} == {
+        "frozen": "frozen",
+        "live": "live",
+    }
 
 
-def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, processor, image):
+def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, oracles, processor, image):
     copies = []
     record = model.model.visual.patch_embed.register_forward_pre_hook(lambda module, args: copies.append(args[0]))
     found = compute_token_maps(model, processor, image, PROMPT, [1], num_samples=3, noise_std=0.2, answer=ANSWER)
     record.remove()
     assert len(copies) == 3
-    expected = np.mean([oracle(model, processor, image, 1, pixel_values=pixels) for pixels in copies], axis=0)
-    np.testing.assert_allclose(found.maps[1].ravel(), expected, rtol=1e-6, atol=1e-12)
+    one_by_one = [oracle(oracles["frozen"], processor, image, 1, pixel_values=pixels) for pixels in copies]
+    np.testing.assert_allclose(found.maps[1].ravel(), np.mean(one_by_one, axis=0), rtol=1e-6, atol=1e-12)
 
 
-def test_gradient_agrees_with_finite_differences(model, processor, image):
+def gradients_of(model, processor, image, layers, norms="frozen", score="logit", tap="input"):
+    """{layer: (features, gradient)} of the answer without noise, and the rows of the image tokens."""
+    inputs = core._prepare_inputs(model, processor, image, PROMPT)
+    tokens = core._tokenise(processor.tokenizer, ANSWER)
+    forced, scored = core._read(inputs, tokens, [range(len(tokens))])
+    with core._borrowed(model):
+        (found,) = core._features_and_gradients(
+            model, forced, core._find_taps(model, layers, tap), scored, score, norms
+        )
+    return found, core._image_grid(model, inputs)[0]
+
+
+@pytest.mark.parametrize("norms", ["live", "frozen"])
+def test_gradient_agrees_with_finite_differences(model, processor, image, norms):
+    """Frozen gradients are no derivative of the model, but of the model whose norms go on dividing by what they did."""
     channel, token, step = 5, 7, 1e-4
+    found, positions = gradients_of(model, processor, image, [1], norms)
+    if norms == "frozen":
+        first = {}
+        model = dividing_by(model, lambda norm, x: first.setdefault(norm, rms(norm, x)))
 
     def score_with(change):
         def shift(module, args):
@@ -95,14 +146,11 @@ def test_gradient_agrees_with_finite_differences(model, processor, image):
         return sum(logits[p, t].item() for p, t in zip(predicting, tokens, strict=True))
 
     inputs = core._prepare_inputs(model, processor, image, PROMPT)
-    positions, _ = core._image_grid(model, inputs)
     tokens = processor.tokenizer(ANSWER)["input_ids"]
     forced = core._teacher_force(inputs, tokens)
     predicting = list(range(inputs["input_ids"].shape[1] - 1, forced["input_ids"].shape[1] - 1))
-    taps = core._find_taps(model, [1], "input")
-    with core._borrowed(model):
-        results = core._features_and_gradients(model, forced, taps, predicting, tokens, "logit")
-    gradient = results[1][1][0, positions[token], channel].item()
+    score_with(0)  # the first time
+    gradient = found[1][1][0, positions[token], channel].item()
     numeric = (score_with(step) - score_with(-step)) / (2 * step)
     assert abs(gradient) > 1e-4
     assert gradient == pytest.approx(numeric, rel=1e-6)
@@ -118,16 +166,30 @@ def test_teacher_forced_logits_are_those_of_generation(model, processor, image):
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "suppress_tokens": banned}
     generated = model.generate(**inputs, **options, max_new_tokens=6)
     assert generated.sequences[0, inputs["input_ids"].shape[1] :].tolist() == found.tokens
-    forced = seen[-1][-len(found.tokens) - 1 : -1]
+    forced = seen[-1][-len(found.tokens) :]
     torch.testing.assert_close(forced.float(), torch.cat(generated.logits).float(), rtol=1e-6, atol=1e-6)
 
 
-def test_logits_are_computed_from_the_first_scored_position_on(model, processor, image):
+def test_logits_are_computed_from_the_first_scored_position_to_the_last(model, processor, image):
     seen = []
     record = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
-    found = compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN, target="cat")
+    found = compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN, target="red cat")
     record.remove()
-    assert seen == [len(found.tokens) - found.target_tokens[0] + 1]
+    assert 0 < found.target_tokens[0] < found.target_tokens[-1] < len(found.tokens) - 1
+    assert seen == [found.target_tokens[-1] - found.target_tokens[0] + 1]
+
+
+@pytest.mark.parametrize("target", ["t", "the", "red cat", "猫"])
+def test_tokens_behind_the_last_scored_one_are_left_out_and_change_nothing(model, oracles, processor, image, target):
+    lengths = []
+    record = decoder(model)[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    found = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, target=target)
+    record.remove()
+    prompt = core._prepare_inputs(model, processor, image, PROMPT)["input_ids"].shape[1]
+    assert lengths == [prompt + found.target_tokens[-1]]
+    scored = slice(found.target_tokens[0], found.target_tokens[-1] + 1)
+    expected = oracle(oracles["frozen"], processor, image, 1, scored=scored)  # with the whole answer
+    np.testing.assert_allclose(found.maps[1].ravel(), expected, rtol=1e-6, atol=1e-12)
 
 
 def test_forward_without_logits_to_keep_gives_the_same_map(model, processor, image, monkeypatch):
@@ -135,6 +197,167 @@ def test_forward_without_logits_to_keep_gives_the_same_map(model, processor, ima
     monkeypatch.setattr(core, "_accepted", lambda model: ["mm_token_type_ids"])
     full = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, target="cat").maps[1]
     np.testing.assert_allclose(full, kept, rtol=1e-6)
+
+
+# norms
+
+
+def test_live_norms_leave_next_to_nothing_of_a_token_that_acts_through_a_norm_alone(model, processor, image):
+    """So does each image token in the last layer: its length is of no effect, and sum_k g_k A_k is that effect."""
+    kept = {}
+    for norms in ("live", "frozen"):
+        found, positions = gradients_of(model, processor, image, [2], norms)
+        products = (found[2][0] * found[2][1])[0, positions]  # (N, C)
+        kept[norms] = (products.sum(1).abs().sum() / products.abs().sum()).item()
+    assert kept["live"] < 1e-4
+    assert kept["frozen"] > 0.1
+
+
+def test_per_token_map_all_but_vanishes_at_the_last_layers_input_with_live_norms(model, processor, image):
+    maps = {
+        (norms, method): compute_token_maps(
+            model, processor, image, PROMPT, [1, 2], **CLEAN, method=method, norms=norms
+        ).maps
+        for norms, method in (("live", "gradcam"), ("live", "hirescam"), ("frozen", "hirescam"))
+    }
+    ratio = {key: found[2].max() / found[1].max() for key, found in maps.items()}
+    assert ratio["live", "hirescam"] < 1e-4
+    assert ratio["live", "gradcam"] > 1e-2
+    assert ratio["frozen", "hirescam"] > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_what_enters_the_last_norm_adds_up_to_the_score_if_it_is_frozen(make_model, processor, image, dtype):
+    """Behind the last layer there is a norm and a linear map: what the positions contribute is all of the score."""
+    model = make_model(dtype)  # float32: with the norms of transformers
+    seen = []
+    record = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[0].detach()))
+    sums = {}
+    for norms in ("live", "frozen"):
+        found, _ = gradients_of(model, processor, image, [2], norms, tap="output")
+        sums[norms] = (found[2][0].double() * found[2][1].double()).sum().item()
+    record.remove()
+    tokens = core._tokenise(processor.tokenizer, ANSWER)
+    score = sum(row[token].item() for row, token in zip(seen[0][-len(tokens) :], tokens, strict=True))
+    assert sums["frozen"] == pytest.approx(score, rel=1e-5)
+    assert abs(sums["live"]) < 1e-4 * abs(score)
+
+
+def test_frozen_norms_and_linear_maps_pass_on_all_of_the_output():
+    """A chain with a residual, all of whose parts are linear but for the norms: A_i . g_i add up to the output."""
+    torch.manual_seed(0)
+    norms = nn.ModuleList(nn.RMSNorm(6, eps=1e-6, dtype=torch.float64) for _ in range(3))
+    mixes = [torch.randn(6, 6, dtype=torch.float64) for _ in range(2)]
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+
+    def contributions():
+        hidden = x
+        for norm, mix in zip(norms, mixes, strict=False):
+            hidden = hidden + norm(hidden).roll(1, 0) @ mix
+        output = norms[2](hidden)[:, 0].sum()
+        (gradient,) = torch.autograd.grad(output, x)
+        return (x * gradient).sum().item(), output.item()
+
+    with core.frozen_norms(norms):
+        total, output = contributions()
+    assert total == pytest.approx(output, rel=1e-12)
+    total, same = contributions()
+    assert same == output
+    assert abs(total - output) > 0.1 * abs(output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_frozen_norms_change_no_bit_of_the_logits(make_model, processor, image, dtype):
+    model = make_model(dtype)
+    inputs = core._prepare_inputs(model, processor, image, PROMPT)
+    expected = model(**inputs).logits
+    with core.frozen_norms(model):
+        frozen = model(**inputs).logits
+    assert frozen.requires_grad  # else nothing would have been frozen
+    assert torch.equal(frozen, expected)
+    assert frozen.dtype == dtype
+
+
+@pytest.mark.parametrize("make_norm", [nn.RMSNorm, None], ids=["torch", "transformers"])
+def test_token_of_zeros_has_a_finite_gradient_through_frozen_norms(make_model, make_norm):
+    norm = nn.RMSNorm(32) if make_norm else copy.deepcopy(make_model(torch.float32).model.language_model.norm)
+    x = torch.tensor([[0.0] * 32, [0.0, -3.0] * 16], requires_grad=True)
+    with core.frozen_norms(nn.ModuleList([norm])):
+        output = norm(x)
+    assert torch.equal(output, norm(x))
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(gradient[1, 1::2], norm.weight.detach()[1::2] * 0.5**0.5 / 1.5)
+
+
+def test_no_hook_of_frozen_norms_outlives_them(make_model):
+    model = make_model()
+    norms = [module for module in model.modules() if isinstance(module, nn.RMSNorm)]
+    decoder(model)[0].input_layernorm.register_forward_hook(lambda *_: None)  # the caller's own
+
+    def hooked():
+        return [len(norm._forward_hooks) for norm in norms]
+
+    before = hooked()
+    assert len(norms) == 2 * 2 + 1 + 2 * 3 + 1  # two in each vision block and decoder layer, the merger's, the last
+    with core.frozen_norms(model):
+        assert hooked() == [count + 1 for count in before]
+    assert hooked() == before
+    with pytest.raises(KeyError), core.frozen_norms(model):
+        raise KeyError
+    assert hooked() == before
+
+
+@pytest.mark.parametrize("norms", ["live", "frozen"])
+@pytest.mark.parametrize("where", ["decoder", "vision", "last norm"])
+def test_module_that_is_a_norm_itself_or_lies_before_some_has_its_gradient(
+    model, oracles, processor, image, where, norms
+):
+    """Its own denominator lies below what is read, and so does nothing."""
+
+    def find(model):
+        layer, block = decoder(model)[2].input_layernorm, model.model.visual.blocks[0].norm2
+        return {"decoder": layer, "vision": block, "last norm": model.model.language_model.norm}[where]
+
+    found, positions = gradients_of(model, processor, image, [find(model)], norms)
+    ((features, gradient),) = found.values()
+    outputs = []
+    record = find(oracles[norms]).register_forward_hook(lambda module, args, output: outputs.append(output))
+    inputs = core._prepare_inputs(oracles[norms], processor, image, PROMPT)
+    answer = core._tokenise(processor.tokenizer, ANSWER)
+    before = inputs["input_ids"].shape[1] - 1
+    logits = oracles[norms](**core._teacher_force(inputs, answer)).logits[0]
+    record.remove()
+    (expected,) = torch.autograd.grad(sum(logits[before + i, token] for i, token in enumerate(answer)), outputs)
+    if features.dim() == 3:  # a sequence: the core's ends before the last scored token
+        assert not expected[:, features.shape[1] :].any()
+        outputs[0], expected = outputs[0][:, : features.shape[1]], expected[:, : features.shape[1]]
+    torch.testing.assert_close(features, outputs[0].detach())
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+    assert gradient.abs().max() > 1e-3
+
+
+# methods
+
+
+def test_best_is_the_geometric_mean_of_the_other_two():
+    features = torch.tensor([[1.0, 2.0], [3.0, -1.0], [-1.0, 4.0]])
+    gradients = torch.tensor([[2.0, 1.0], [-1.0, 2.0], [2.0, 3.0]])  # mean (1, 2)
+    assert core.gradcam(features, gradients).tolist() == [5, 1, 7]
+    assert core.hirescam(features, gradients).tolist() == [4, 0, 10]  # 2 + 2, ReLU(-3 - 2), -2 + 12
+    torch.testing.assert_close(core.best(features, gradients), torch.tensor([20**0.5, 0, 70**0.5]))
+    tiny = core.best(features * 1e-30, gradients)  # whose products no float32 holds
+    torch.testing.assert_close(tiny * 1e30, torch.tensor([20**0.5, 0, 70**0.5]))
+
+
+def test_best_is_zero_where_either_is():
+    features = torch.tensor([[1.0], [-1.0]])
+    gradients = torch.tensor([[3.0], [-1.0]])  # mean 1
+    assert core.gradcam(features, gradients).tolist() == [1, 0]
+    assert core.hirescam(features, gradients).tolist() == [3, 1]
+    torch.testing.assert_close(core.best(features, gradients), torch.tensor([3**0.5, 0]))
 
 
 # layers
@@ -149,11 +372,19 @@ def test_all_layers_in_one_pass_equal_one_at_a_time(model, processor, image):
         np.testing.assert_allclose(cam, alone, rtol=1e-6)
 
 
-def test_last_layer_is_not_blank_at_its_input(model, processor, image):
-    found = compute_token_maps(model, processor, image, PROMPT, [-1], **CLEAN)
-    assert list(found.maps) == [2]
-    assert found.maps[2].max() > 0
-    assert not found.no_gradient
+@pytest.mark.parametrize("norms", ["live", "frozen"])
+def test_last_layer_is_not_blank_at_its_input(model, processor, image, norms):
+    """With the sum before the ReLU: whether something is left of it depends on the weights' luck."""
+    found, positions = gradients_of(model, processor, image, [1, -1], norms)
+    pooled = {
+        layer: (features[0, positions] @ gradient[0, positions].mean(0)).abs().max()
+        for layer, (features, gradient) in found.items()
+    }
+    assert pooled[2] > 1e-2 * pooled[1] > 0
+    maps = compute_token_maps(model, processor, image, PROMPT, [-1], **CLEAN, norms=norms, method="hirescam")
+    assert list(maps.maps) == [2]
+    assert maps.maps[2].max() > 0
+    assert not maps.no_gradient
 
 
 def test_last_layer_is_reported_without_gradient_at_its_output(model, processor, image):
@@ -417,6 +648,7 @@ def test_target_that_is_not_there_prints_the_answer(target):
         ("tap", "both"),
         ("score", "loss"),
         ("method", "cam"),
+        ("norms", "melted"),
         ("answer", ""),
         ("answer", "a<|im_end|>"),
         ("prompt", "  "),
@@ -549,21 +781,41 @@ def test_caller_may_have_switched_gradients_off(model, processor, image):
         )
 
 
+@pytest.mark.parametrize("norms", ["live", "frozen"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.2), (torch.float16, 0.03)], ids=str
 )
-def test_every_dtype_gives_the_map_of_float64(make_model, model, processor, image, dtype, tolerance):
-    expected = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN).maps[1]
-    found = compute_token_maps(make_model(dtype), processor, image, PROMPT, [1], **CLEAN).maps[1]
+def test_every_dtype_gives_the_map_of_float64(make_model, model, processor, image, dtype, tolerance, norms):
+    expected = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, norms=norms).maps[1]
+    found = compute_token_maps(make_model(dtype), processor, image, PROMPT, [1], **CLEAN, norms=norms).maps[1]
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() < tolerance * expected.max()
 
 
-def test_weights_offloaded_by_accelerate_give_the_same_map(model, processor, image):
+def test_last_layers_per_token_map_is_no_rounding_noise_in_bfloat16(make_model, model, processor, image):
+    """It is with live norms: what is left of A_i . g_i there is far below the last bit of what cancels in it."""
+    error = {}
+    for norms in ("live", "frozen"):
+        options = CLEAN | {"method": "hirescam", "norms": norms}
+        expected, found = (
+            compute_token_maps(each, processor, image, PROMPT, [2], **options).maps[2]
+            for each in (model, make_model(torch.bfloat16))
+        )
+        error[norms] = np.abs(found - expected).max() / expected.max()
+    assert error["frozen"] < 0.1
+    assert error["live"] > 1
+
+
+@pytest.mark.parametrize("norms", ["live", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_weights_offloaded_by_accelerate_give_the_same_map(make_model, processor, image, norms, dtype):
     accelerate = pytest.importorskip("accelerate")
-    expected = compute_token_maps(model, processor, image, PROMPT, [0, 2], **CLEAN).maps
-    away = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
-    assert away.lm_head.weight.device.type == "meta"
-    found = compute_token_maps(away, processor, image, PROMPT, [0, 2], **CLEAN).maps
+    model = make_model(dtype)
+    options = CLEAN | {"norms": norms, "method": "hirescam"}
+    expected = compute_token_maps(model, processor, image, PROMPT, [0, 2], **options).maps
+    away = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert away.lm_head.weight.device.type == away.model.language_model.norm.weight.device.type == "meta"
+    found = compute_token_maps(away, processor, image, PROMPT, [0, 2], **options).maps
     for layer, cam in found.items():
+        assert cam.max() > 0
         np.testing.assert_allclose(cam, expected[layer], rtol=1e-6)

@@ -1,0 +1,507 @@
+"""The parts of an answer: its words and their maps in one pass, occurrences, and one word in place of another."""
+
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_image
+from test_core import ANSWER, CLEAN, PROMPT, decoder, dividing_by, raising, rms, state_of, unruly
+
+import smooth_gradcam as core
+from smooth_gradcam import (
+    choose_words,
+    compute_token_maps,
+    compute_word_maps,
+    find_target,
+    split_words,
+    token_spans,
+)
+
+WORDS = ["the", "red", "cat", "猫"]  # of ANSWER
+
+
+# the maps of words
+
+
+@pytest.mark.parametrize("norms", ["frozen", "live"])
+@pytest.mark.parametrize(("method", "score"), [("best", "logit"), ("hirescam", "logprob"), ("gradcam", "logit")])
+def test_words_maps_are_those_of_the_words_as_targets(model, processor, image, method, score, norms):
+    layers = [2, 0, model.model.visual.merger]
+    options = {"num_samples": 3, "noise_std": 0.2, "seed": 5, "answer": ANSWER}
+    options |= {"method": method, "score": score, "norms": norms}
+    together = compute_word_maps(model, processor, image, PROMPT, layers, words="all", **options)
+    assert [found.target for found in together] == WORDS
+    for found in together:
+        alone = compute_token_maps(model, processor, image, PROMPT, layers, target=found.target, **options)
+        assert list(found.maps) == list(alone.maps)
+        for key, cam in found.maps.items():
+            np.testing.assert_allclose(cam, alone.maps[key], rtol=1e-5, atol=1e-7 * cam.max())
+        for name in ("grid", "prompt", "answer", "tokens", "target_span", "target_tokens", "no_gradient", "settings"):
+            assert getattr(found, name) == getattr(alone, name)
+    assert max(found.maps[0].max() for found in together) > 1e-2
+    assert not np.allclose(together[1].maps[0], together[2].maps[0], atol=1e-2)
+
+
+def test_words_of_a_generated_answer_are_explained(model, processor, image):
+    (first, *_) = compute_word_maps(model, processor, image, PROMPT, [0], words="all", max_new_tokens=5, num_samples=1)
+    alone = compute_token_maps(
+        model, processor, image, PROMPT, [0], target=first.target, max_new_tokens=5, num_samples=1
+    )
+    assert first.tokens == alone.tokens
+    assert len(first.tokens) == 5
+    np.testing.assert_allclose(first.maps[0], alone.maps[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("words", [["cat"], "all"])
+@pytest.mark.parametrize("layers", [[1], [0, 1, 2]])
+def test_one_forward_serves_all_words_and_layers(model, processor, image, words, layers):
+    forwards = []
+    handles = [model.register_forward_hook(lambda *_: forwards.append("model"))]
+    handles += [model.model.visual.register_forward_hook(lambda *_: forwards.append("vision"))]
+    options = {"num_samples": 3, "answer": ANSWER, "words": words}
+    compute_word_maps(model, processor, image, PROMPT, layers, **options)
+    for handle in handles:
+        handle.remove()
+    assert forwards == ["vision", "model"] * 3
+
+
+def test_contrast_takes_one_forward_more(model, processor, image):
+    forwards = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    options = {"num_samples": 3, "answer": ANSWER, "target": "cat", "contrast": "dog"}
+    compute_token_maps(model, processor, image, PROMPT, [0, 1, 2], **options)
+    handle.remove()
+    assert len(forwards) == 2 * 3
+
+
+@pytest.mark.parametrize("norms", ["frozen", "live"])
+@pytest.mark.parametrize("score", ["logit", "logprob"])
+def test_gradients_of_disjoint_parts_add_up_to_that_of_the_whole(model, processor, image, score, norms):
+    inputs = core._prepare_inputs(model, processor, image, PROMPT)
+    tokens = core._tokenise(processor.tokenizer, ANSWER)
+    taps = core._find_taps(model, [0, 1, 2, model.model.visual.blocks[0]], "input")
+    whole, parts = [range(len(tokens))], [[0, 1, 2], [4, 3], range(5, 6), range(6, len(tokens))]
+    assert sorted(i for part in parts for i in part) == list(whole[0])
+    with core._borrowed(model):
+        (total,), each = (
+            list(core._features_and_gradients(model, *self_read, score, norms))
+            for self_read in (
+                (forced, taps, scored) for forced, scored in (core._read(inputs, tokens, p) for p in (whole, parts))
+            )
+        )
+    assert len(each) == len(parts)
+    for key, (features, gradient) in total.items():
+        torch.testing.assert_close(
+            sum(part[key][1] for part in each), gradient, rtol=1e-6, atol=1e-7
+        )  # parts are float32
+        assert all(torch.equal(part[key][0], features) for part in each)
+        assert gradient.abs().max() > 1e-2
+
+
+def test_word_maps_have_one_target_each_and_no_contrast(model, processor, image):
+    for name in ("target", "target_occurrence", "contrast"):
+        with pytest.raises(TypeError, match=name):
+            compute_word_maps(model, processor, image, PROMPT, [0], words="cat", answer=ANSWER, **{name: "cat"})
+
+
+@pytest.mark.parametrize("words", ["dog", ["cat", "dog"], "cat,dog", "cat,", "", [], [""]])
+def test_word_that_is_not_there_prints_the_answer(model, processor, image, words):
+    with pytest.raises(ValueError, match="the red cat 猫") as caught:
+        compute_word_maps(model, processor, image, PROMPT, [0], words=words, answer=ANSWER)
+    assert "words=" in str(caught.value)
+
+
+def test_answer_without_words_is_an_error_that_says_so(model, processor, image):
+    for words in ("content", "all"):
+        with pytest.raises(ValueError, match=r"none in the answer '\?!'"):
+            compute_word_maps(model, processor, image, PROMPT, [0], words=words, answer="?!")
+    (found,) = compute_word_maps(model, processor, image, PROMPT, [0], words=["?!"], answer="?!", num_samples=1)
+    assert found.target == "?!"
+
+
+# which words an answer has
+
+
+def whole(*pieces):
+    """The spans of tokens that are these pieces of text."""
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    return "".join(pieces), list(zip([0, *ends], ends, strict=False))
+
+
+def split(*pieces):
+    answer, spans = whole(*pieces)
+    return [answer[slice(*span)] for span in split_words(answer, spans)]
+
+
+def test_word_is_whole_however_many_tokens_write_it():
+    assert split("a b", "ig d", "o", "g.") == ["a", "big", "dog"]
+    assert split("the", " cattle", "\n\n**", "T", "wo**:") == ["the", "cattle", "Two"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("It's the dogs' ball, isn’t it?", ["It's", "the", "dogs", "ball", "isn’t", "it"]),
+        ("'quoted' \"words\" “so” ‘it’ «is»", ["quoted", "words", "so", "it", "is"]),
+        (
+            "a well-known, two- or three-part dash - or -- so",
+            ["a", "well-known", "two", "or", "three-part", "dash", "or", "so"],
+        ),
+        ("3.5 of 1,000.25, i.e. 7.", ["3.5", "of", "1,000.25", "i", "e", "7"]),
+        ("A.I., no.5, 5.a 2024-01-31 50%", ["A", "I", "no", "5", "5", "a", "2024-01-31", "50"]),
+        ("snake_case x2 H₂O m² №5", ["snake", "case", "x2", "H₂O", "m²", "5"]),
+        ("Café cafe\u0301 naïve STRASSE Straße", ["Café", "cafe\u0301", "naïve", "STRASSE", "Straße"]),
+        ("नमस्ते दुनिया, हिन्दी में क्\u200dष।", ["नमस्ते", "दुनिया", "हिन्दी", "में", "क्\u200dष"]),
+        ("مرحبا بالعالم، قِطّةٌ صغيرة؟", ["مرحبا", "بالعالم", "قِطّةٌ", "صغيرة"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),
+        ("한국어 단어", ["한국어", "단어"]),
+        ("❤\ufe0f love 👩\u200d👧 1\ufe0f\u20e3", ["love", "1\ufe0f\u20e3"]),
+        ("", []),
+        ("?! … -- '' — 。！", []),
+    ],
+)
+def test_words_of_spaced_scripts(answer, expected):
+    assert split(answer) == expected
+    assert split(*answer) == expected  # it does not matter where the tokens end
+
+
+def test_scripts_without_blanks_are_cut_where_the_model_cuts_them():
+    assert split("这是", "一只", "猫", "。", "红色", "的") == ["这是", "一只", "猫", "红色", "的"]
+    assert split("これは", "ネコ", "です") == ["これは", "ネコ", "です"]
+    assert split("人々", "は") == ["人々", "は"]
+    assert split("แมว", "สีแดง") == ["แมว", "สีแดง"]
+    assert split("ທ່ານ", "ດີ") == ["ທ່ານ", "ດີ"]
+
+
+def test_mark_stays_with_its_letter():
+    """Tokens may end between them, but no one reads half a letter."""
+    assert split(*"กินน้ำ") == ["กิ", "น", "น้ำ"[:2], "ำ"]
+    assert split("か", "\u3099", "き") == ["か\u3099", "き"]
+    assert split(*"हिन्दी") == ["हिन्दी"]
+    assert split("❤", "\ufe0f") == []
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (("3.5米", "高"), ["3.5", "米", "高"]),
+        (("iPhone手机", "2"), ["iPhone", "手机", "2"]),
+        (("T-恤", "a-猫-b", "猫's"), ["T", "恤", "a", "猫", "b", "猫", "s"]),
+        (("๓.๕",), ["๓", "๕"]),
+    ],
+)
+def test_change_of_script_ends_a_word_and_leaves_no_joiner_behind(pieces, expected):
+    assert split(*pieces) == expected
+
+
+def test_character_that_many_tokens_share_is_one_word(tokenizer):
+    """𠮷 and 猫 are four and three tokens here, the emoji none of a word."""
+    answer = "a 𠮷猫😀 cat ก็"
+    tokens = tokenizer(answer)["input_ids"]
+    spans = token_spans(tokenizer, tokens)
+    found = split_words(answer, spans)
+    assert [answer[slice(*span)] for span in found] == ["a", "𠮷", "猫", "cat", "ก็"]
+    parts = [core._covering(spans, span).tokens for span in found]
+    assert [len(part) for part in parts] == [1, 4, 3, 1, 6]
+    assert [tokenizer.decode([tokens[i] for i in part]).strip() for part in parts] == ["a", "𠮷", "猫", "cat", "ก็"]
+
+
+def test_token_that_ends_inside_a_character_does_not_cut():
+    """Tokens of two and a half characters, and of the other half and one more."""
+    assert split_words("一只小猫", [(0, 3), (2, 4)]) == [(0, 4)]
+    assert split_words("一只小猫", [(0, 2), (2, 3), (2, 3), (3, 4)]) == [(0, 2), (2, 3), (3, 4)]
+
+
+SCRIPTS = (
+    ["abcXYZéß", "0123", "あいカー々", "一二三猫", "กขินำ้", "हिनदी्", "قطةِّ", "дом", "한글", "ꦏ"]
+    + [" \n", ".,-'’", "?!\"。、_", "😀❤\ufe0f", "\u0301\u200c\u200d", "𠮷"]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_letter_and_digit_is_in_exactly_one_word(tokenizer, seed):
+    draw = random.Random(seed)
+    seen = 0
+    for _ in range(25):
+        drawn = "".join(draw.choice(draw.choice(SCRIPTS)) for _ in range(draw.randint(1, 40)))
+        ends = [i for i in range(1, len(drawn)) if draw.random() < 0.5] + [len(drawn)]
+        pieces = list(zip([0, *ends], ends, strict=False))
+        tokens = tokenizer(drawn)["input_ids"]
+        decoded = tokenizer.decode(tokens)  # the tokenizer composes letters and marks
+        for answer, spans in ((drawn, pieces), (decoded, token_spans(tokenizer, tokens))):
+            assert spans[-1][1] == len(answer)
+            words = split_words(answer, spans)
+            inside = [i for span in words for i in range(*span)]
+            assert inside == sorted(set(inside))  # in order, none twice
+            assert {i for i, character in enumerate(answer) if character.isalnum()} <= set(inside)
+            for start, end in words:
+                assert answer[start].isalnum()
+                last = answer[end - 1]
+                assert last.isalnum() or unicodedata.category(last)[0] == "M" or last in "\u200c\u200d"
+                assert not set(answer[start:end]) & set(' \n?!"。、_😀❤')
+                assert core._covering(spans, (start, end)).tokens
+            seen += len(words)
+    assert seen > 300
+
+
+# which of them are chosen
+
+
+def chosen(answer, words):
+    return [answer[slice(*span)] for span in choose_words(answer, [(i, i + 1) for i in range(len(answer))], words)]
+
+
+def test_content_leaves_function_words_out_whatever_their_case():
+    answer = "The red dog, IS on a Table. It's 猫 的 3.5"
+    assert chosen(answer, "all") == ["The", "red", "dog", "IS", "on", "a", "Table", "It's", "猫", "的", "3.5"]
+    assert chosen(answer, "content") == ["red", "dog", "Table", "猫", "3.5"]
+    with pytest.raises(ValueError, match=r"words='content': there is none in the answer 'It is on the\.'"):
+        chosen("It is on the.", "content")
+    assert chosen("It is on the.", "all") == ["It", "is", "on", "the"]
+
+
+@pytest.mark.parametrize("words", ["dog,red cat", " red cat , dog", ["dog", "red cat"], ("dog", "red cat", "dog")])
+def test_named_words_come_in_the_answers_order_each_at_all_its_places(words):
+    answer = "a dog, a red cat, a Dog, a dog"
+    assert choose_words(answer, [], words) == [(2, 5), (9, 16), (27, 30)]
+    assert chosen(answer, words) == ["dog", "red cat", "dog"]
+
+
+def test_named_function_word_and_the_words_content_and_all_can_be_had_in_a_list():
+    assert chosen("all the content", "the") == ["the"]
+    assert chosen("all the content", ["all", "content"]) == ["all", "content"]
+    assert chosen("1,000 cats", ["1,000"]) == ["1,000"]
+
+
+def test_repeated_word_is_explained_at_each_place(model, processor, image):
+    answer = "cat the cat"
+    found = compute_word_maps(model, processor, image, PROMPT, [0], words="cat", answer=answer, use_smooth=False)
+    assert [one.target_span for one in found] == [(0, 3), (8, 11)]
+    for i, one in enumerate(found, 1):
+        options = CLEAN | {"answer": answer}
+        alone = compute_token_maps(model, processor, image, PROMPT, [0], target="cat", target_occurrence=i, **options)
+        assert alone.target_span == one.target_span
+        np.testing.assert_allclose(one.maps[0], alone.maps[0], rtol=1e-5)
+    assert not np.allclose(found[0].maps[0], found[1].maps[0], atol=1e-3)
+
+
+def test_word_with_other_letter_case_is_hinted_at():
+    with pytest.raises(ValueError, match=r"words='dog' is not in the answer 'A Dog\.' .*there is 'Dog'"):
+        chosen("A Dog.", "dog")
+
+
+# occurrences
+
+
+def test_occurrences_are_counted_among_whole_words_where_there_are_any():
+    answer = "cattle, a cat and a cat"
+    assert [find_target(answer, "cat", i) for i in (1, 2)] == [(10, 13), (20, 23)]
+    assert find_target(answer, "cat") == (10, 13)
+    assert [find_target("cattle, bobcat", "cat", i) for i in (1, 2)] == [(0, 3), (11, 14)]
+    assert [find_target("大猫和小猫", "猫", i) for i in (1, 2)] == [(1, 2), (4, 5)]
+
+
+def test_whole_words_have_their_vowel_signs():
+    assert find_target("फला फल", "फल") == (4, 6)  # not the beginning of another word
+    assert find_target("काम म", "म") == (4, 5)  # nor its end
+    assert find_target("फला", "फल") == (0, 2)  # unless it stands nowhere else
+
+
+@pytest.mark.parametrize(
+    ("answer", "occurrence", "message"),
+    [
+        ("a cat, a cat", 3, r"target_occurrence=3: 'cat' is 2 times in the answer 'a cat, a cat'"),
+        ("a cattle cat", 2, r"target_occurrence=2: 'cat' is once in the answer"),
+        ("a cat", 0, r"target_occurrence=0 must be a whole number, 1 or more"),
+        ("a cat", -1, "target_occurrence=-1 must be"),
+        ("a cat", 1.5, "target_occurrence=1.5 must be"),
+        ("a cat", "2", "target_occurrence='2' must be"),
+        ("a dog", 1, r"target='cat' is not in the answer 'a dog' \(letter case counts\)"),
+        ("a CAT", 1, r"target='cat' is not in the answer 'a CAT' \(letter case counts: there is 'CAT'\)"),
+    ],
+)
+def test_occurrence_that_is_not_there_says_how_many_are(answer, occurrence, message):
+    with pytest.raises(ValueError, match=message):
+        find_target(answer, "cat", occurrence)
+
+
+def test_occurrence_without_target_is_an_error(model, processor, image):
+    with pytest.raises(ValueError, match="target_occurrence=2 needs a target"):
+        compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN, target_occurrence=2)
+    options = CLEAN | {"answer": "cat the cat", "target": "cat", "target_occurrence": 3}
+    with pytest.raises(ValueError, match="target_occurrence=3: 'cat' is 2 times in the answer 'cat the cat'"):
+        compute_token_maps(model, processor, image, PROMPT, [0], **options)
+
+
+# contrast
+
+
+@pytest.fixture(scope="session")
+def oracles(model):
+    return {"live": model, "frozen": dividing_by(model, lambda norm, x: rms(norm, x).detach())}
+
+
+def by_the_book(model, processor, image, layers, before, scored, score):
+    """{layer: (features, gradient)} at the image tokens, of the `scored` tokens after others: full graph and logits."""
+    inputs = core._prepare_inputs(model, processor, image, PROMPT)
+    ids = processor.tokenizer.convert_tokens_to_ids(before + scored + ["."])
+    assert None not in ids
+    output = model(**core._teacher_force(inputs, ids), output_hidden_states=True)
+    start = inputs["input_ids"].shape[1] - 1 + len(before)
+    logits = output.logits[0] if score == "logit" else output.logits[0].log_softmax(-1)
+    total = sum(logits[start + i, ids[len(before) + i]] for i in range(len(scored)))
+    hidden = [output.hidden_states[layer] for layer in layers]
+    at = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    gradients = torch.autograd.grad(total, hidden)
+    return [(a[0, at].detach().numpy(), g[0, at].numpy()) for a, g in zip(hidden, gradients, strict=True)]
+
+
+PIECES = ["t", "h", "e", "Ġ", "red", "Ġcat", "Ġ", "ç", "Į", "«"]  # the tokens of ANSWER
+
+
+@pytest.mark.parametrize("norms", ["frozen", "live"])
+@pytest.mark.parametrize("score", ["logit", "logprob"])
+@pytest.mark.parametrize(
+    ("target", "contrast", "scored", "instead"),
+    [
+        ("cat", "car", slice(5, 6), ["Ġ", "ca", "r"]),  # the blank belongs to the token, and stays
+        ("red", "cat", slice(4, 5), ["cat"]),
+        ("猫", "a", slice(7, 10), ["a"]),
+        ("red cat", "a", slice(4, 6), ["a"]),
+        ("the", "a 猫", slice(0, 3), ["a", "Ġ", "ç", "Į", "«"]),
+    ],
+)
+def test_contrast_is_the_difference_of_two_full_passes(
+    model, oracles, processor, image, target, contrast, scored, instead, score, norms
+):
+    assert processor.tokenizer(ANSWER)["input_ids"] == processor.tokenizer.convert_tokens_to_ids(PIECES)
+    layers, before = [0, 1, 2], PIECES[: scored.start]
+    first, second = (
+        by_the_book(oracles[norms], processor, image, layers, before, each, score) for each in (PIECES[scored], instead)
+    )
+    for method in ("gradcam", "hirescam"):
+        options = {"target": target, "contrast": contrast, "score": score, "norms": norms, "method": method}
+        found = compute_token_maps(model, processor, image, PROMPT, layers, **CLEAN, **options)
+        for cam, (features, one), (same, other) in zip(found.maps.values(), first, second, strict=True):
+            np.testing.assert_allclose(features, same, atol=1e-9)
+            weights = (one - other).mean(0, keepdims=True) if method == "gradcam" else one - other
+            np.testing.assert_allclose(cam.ravel(), (features * weights).sum(1).clip(0), rtol=1e-5, atol=1e-7)
+        assert max(cam.max() for cam in found.maps.values()) > 1e-2
+        assert not found.no_gradient
+    assert found.settings["contrast"] == contrast
+    assert (found.answer, found.target) == (ANSWER, target)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "best"])
+@pytest.mark.parametrize("tap", ["input", "output"])
+def test_word_in_its_own_place_has_no_gradient_anywhere(model, processor, image, method, tap):
+    layers = [0, 1, 2, decoder(model)[1].input_layernorm, model.model.visual.blocks[1], model.model.visual.merger]
+    options = {"num_samples": 2, "answer": ANSWER, "method": method, "tap": tap}
+    for target, score in (("red", "logit"), ("cat", "logprob"), ("red cat", "logprob"), ("猫", "logit")):
+        options |= {"target": target, "contrast": target, "score": score}
+        found = compute_token_maps(model, processor, image, PROMPT, layers, **options)
+        assert found.no_gradient == set(found.maps)
+        assert len(found.maps) == 6
+        assert not any(cam.any() for cam in found.maps.values())
+
+
+def test_contrast_takes_the_place_of_the_occurrence_that_is_explained(model, processor, image):
+    maps = []
+    for occurrence in (1, 2):
+        options = CLEAN | {"answer": "cat the cat", "target": "cat", "contrast": "red", "target_occurrence": occurrence}
+        maps.append(compute_token_maps(model, processor, image, PROMPT, [0], method="hirescam", **options).maps[0])
+    assert not np.allclose(*maps, atol=1e-3)
+    options |= {"answer": "cat the cat", "target": "the cat", "contrast": "the red", "target_occurrence": 1}
+    # "the" is the same in both; its logits are those of the same positions: it cancels
+    same = compute_token_maps(model, processor, image, PROMPT, [0], method="hirescam", **options).maps[0]
+    np.testing.assert_allclose(same, maps[1], rtol=1e-5, atol=1e-7)
+
+
+def test_contrast_in_the_vision_tower(model, processor):
+    """What the merger gives enters layer 0 unchanged; below it the gradients are those of two passes too."""
+    visual = model.model.visual
+    image = make_image(196, 140)
+    for contrast in ("car", "a"):  # longer and as long
+        options = CLEAN | {"target": "cat", "contrast": contrast, "method": "hirescam"}
+        found = compute_token_maps(model, processor, image, PROMPT, [0, visual.merger, visual.blocks[0]], **options)
+        maps = found.maps
+        np.testing.assert_allclose(maps["model.visual.merger"], maps[0], rtol=1e-5)
+        assert maps[0].shape == (5, 7)
+        assert min(cam.max() for cam in maps.values()) > 1e-3
+        assert not found.no_gradient
+    gradients = []
+    inputs = core._prepare_inputs(model, processor, image, PROMPT)
+    taps = core._find_taps(model, [visual.blocks[0]], "input")
+    for word in ("cat", "a"):
+        tokens = core._tokenise(processor.tokenizer, f"the red {word}")
+        forced, scored = core._read(inputs, tokens, [range(5, len(tokens))])
+        with core._borrowed(model):
+            (pairs,) = core._features_and_gradients(model, forced, taps, scored, "logit", "frozen")
+        gradients.append(pairs["model.visual.blocks.0"])
+    (features, first), (_, second) = gradients
+    heat = core.hirescam(features.float(), (first - second).float()).numpy()
+    expected = core._to_grid("model.visual.blocks.0", heat, (5, 7), model.config.vision_config)
+    np.testing.assert_allclose(maps["model.visual.blocks.0"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contrast": "dog"}, "contrast='dog' needs a target"),
+        ({"target": "cat", "contrast": ""}, "contrast='' must be a text that is not empty"),
+        ({"target": "cat", "contrast": " \n"}, "contrast=.* must be a text that is not empty"),
+        ({"target": "cat", "contrast": "dog<|im_end|>"}, r"contrast=.*dog<\|im_end\|>.* without special tokens"),
+        ({"target": "cat", "contrast": "<|image_pad|>"}, r"contrast=.* without special tokens"),
+        ({"target": "dog", "contrast": "cat"}, "target='dog' is not in the answer"),
+    ],
+)
+def test_contrast_that_cannot_be_is_named(model, processor, image, options, message):
+    with pytest.raises(ValueError, match=message):
+        compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN, **options)
+
+
+# nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("compute", "options", "error"),
+    [
+        (compute_word_maps, {"words": "all", "method": "best"}, None),
+        (compute_word_maps, {"words": "cat", "norms": "live"}, None),
+        (compute_token_maps, {"target": "cat", "contrast": "a dog"}, None),
+        (compute_token_maps, {"target": "cat", "target_occurrence": 1}, None),
+        (compute_word_maps, {"words": "dog"}, ValueError),
+        (compute_token_maps, {"target": "cat", "contrast": "<|im_end|>"}, ValueError),
+        (compute_token_maps, {"target": "cat", "target_occurrence": 9}, ValueError),
+    ],
+)
+def test_model_and_random_state_are_as_before(make_model, processor, image, compute, options, error):
+    model = unruly(make_model)
+    before = state_of(model, image)
+    if error:
+        with pytest.raises(error):
+            compute(model, processor, image, PROMPT, [0, 2], answer=ANSWER, **options)
+    else:
+        compute(model, processor, image, PROMPT, [0, 2], answer=ANSWER, num_samples=2, **options)
+    assert state_of(model, image) == before
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_model_is_as_before_when_the_other_pass_fails(make_model, processor, image, forwards):
+    model = unruly(make_model)
+    calls = []
+
+    def stumble(*arguments):
+        calls.append(1)
+        if len(calls) == forwards:
+            raising(KeyError("stumble"))(*arguments)
+
+    decoder(model)[2].register_forward_pre_hook(stumble)
+    before = state_of(model, image)
+    options = {"answer": ANSWER, "target": "cat", "contrast": "dog"}
+    with pytest.raises(KeyError, match="stumble"):
+        compute_token_maps(model, processor, image, PROMPT, [0, 2], **options)
+    assert state_of(model, image) == before
+    assert len(calls) == forwards
