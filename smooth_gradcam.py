@@ -722,6 +722,35 @@ def compute_word_maps(
     return _compute_maps(model, processor, image, prompt, layers, choose, contrast=None, **(defaults | settings))
 
 
+def _token_probabilities(model, forced, pixels: Tensor, scored: _Scored) -> np.ndarray:
+    """Probability of each scored token for each of B pictures: pixels (B, patches, ...) -> (B, T)."""
+    batch = {name: value.repeat(len(pixels), *[1] * (value.dim() - 1)) for name, value in forced.items()}
+    batch["pixel_values"] = pixels.flatten(0, 1)
+    length = batch["input_ids"].shape[1]
+    keep = {"logits_to_keep": length - min(scored.predicting)} if "logits_to_keep" in _accepted(model) else {}
+    with torch.no_grad():
+        logits = model(**batch, **keep, use_cache=False).logits  # (B, L or less, vocabulary)
+    logits = _at_least_float32(logits[:, [position - length for position in scored.predicting]])  # (B, T, vocabulary)
+    expected = torch.tensor(scored.expected, device=logits.device).expand(len(pixels), -1)[..., None]
+    return logits.softmax(-1).gather(2, expected)[..., 0].cpu().numpy()
+
+
+def word_tokens(model, processor, image, word_maps: list[TokenMaps]) -> tuple[list[list[float]], list[list[str]]]:
+    """Of each word its tokens' probabilities and texts, from one forward pass of the photo without noise.
+
+    A probability is that of the token after the photo, the prompt and the answer before it. The text of a token that
+    carries only some bytes of a character is that character.
+    """
+    given = word_maps[0]
+    with _borrowed(model):
+        inputs = _prepare_inputs(model, processor, load_rgb(image), given.prompt)
+        forced, (scored,) = _read(inputs, given.tokens, [range(len(given.tokens))])
+        found = _token_probabilities(model, forced, inputs["pixel_values"][None], scored)[0].tolist()  # (A,)
+    spans = token_spans(processor.tokenizer, given.tokens)
+    probabilities = [[found[i] for i in word.target_tokens] for word in word_maps]
+    return probabilities, [[given.answer[slice(*spans[i])] for i in word.target_tokens] for word in word_maps]
+
+
 def _compute_maps(
     model,
     processor,
@@ -942,19 +971,6 @@ def baseline_image(image: Image.Image, baseline: str) -> Image.Image:
     return Image.new("RGB", image.size, mean if baseline == "mean" else "black")
 
 
-def _target_probability(model, forced, pixels: Tensor, scored: _Scored) -> np.ndarray:
-    """Mean probability of the scored tokens for each of B pictures: pixels (B, patches, ...) -> (B,)."""
-    batch = {name: value.repeat(len(pixels), *[1] * (value.dim() - 1)) for name, value in forced.items()}
-    batch["pixel_values"] = pixels.flatten(0, 1)
-    length = batch["input_ids"].shape[1]
-    keep = {"logits_to_keep": length - min(scored.predicting)} if "logits_to_keep" in _accepted(model) else {}
-    with torch.no_grad():
-        logits = model(**batch, **keep, use_cache=False).logits  # (B, L or less, vocabulary)
-    logits = _at_least_float32(logits[:, [position - length for position in scored.predicting]])  # (B, T, vocabulary)
-    expected = torch.tensor(scored.expected, device=logits.device).expand(len(pixels), -1)[..., None]
-    return logits.softmax(-1).gather(2, expected).mean((1, 2)).cpu().numpy()
-
-
 def insertion_deletion(
     model,
     processor,
@@ -995,17 +1011,20 @@ def insertion_deletion(
         ends = [pixels.unflatten(0, (count, -1)) for pixels in (blank, inputs["pixel_values"])]  # (N, patches, ...)
         moved = np.unique(np.round(np.linspace(0, count, steps + 1)).astype(int))  # (S + 1,)
 
+        def probability(pixels):  # (B, N, patches, ...) -> (B,)
+            return _token_probabilities(model, forced, pixels.flatten(1, 2), scored).mean(1)
+
         def curve(order, start, end):
             values = []
             for i in range(1, len(moved) - 1, batch_size):
                 pixels = start.repeat(len(moved[i : min(i + batch_size, len(moved) - 1)]), 1, 1, 1)  # (B, N, ...)
                 for picture, number in zip(pixels, moved[i:], strict=False):
                     picture[order[:number]] = end[order[:number]]
-                values.append(_target_probability(model, forced, pixels.flatten(1, 2), scored))
+                values.append(probability(pixels))
             return np.concatenate(values) if values else np.zeros(0)
 
         with _memory_explained(count):
-            bounds = [_target_probability(model, forced, pixels.flatten(0, 1)[None], scored) for pixels in ends]
+            bounds = [probability(pixels[None]) for pixels in ends]
             orders = {
                 layer: np.lexsort((rng.random(count), -cam.ravel()))
                 for layer, cam in token_maps.maps.items()

@@ -37,6 +37,7 @@ from smooth_gradcam import (
     TokenMaps,
     area,
     compute_token_maps,
+    compute_word_maps,
     find_target,
     get_model_layers,
     insertion_deletion,
@@ -47,6 +48,7 @@ from smooth_gradcam import (
     resolve_layers,
     spearman,
     ssim,
+    word_tokens,
 )
 from visualization_utils import (
     LAYER_RANGES,
@@ -56,6 +58,8 @@ from visualization_utils import (
     draw_multilayer,
     draw_randomization,
     draw_single,
+    draw_words,
+    name_words,
     representative_thirds,
     select_layers,
     show_progress,
@@ -68,23 +72,31 @@ FOLDERS = {  # of each mode
     "grid": "grid",
     "multi": "multilayer",
     "comparative": "comparative",
+    "words": "words",
     "evaluate": "evaluate",
 }
-LAYER_FLAGS = {"single": "--layer", "grid": "--layer_range", "multi": "--layers", "evaluate": "--layers"}
+LAYER_FLAGS = {
+    "single": "--layer",
+    "grid": "--layer_range",
+    "multi": "--layers",
+    "words": "--layers",
+    "evaluate": "--layers",
+}
 MODES_OF_FLAG = {  # flags that act in some modes only
     "--layer": ("single",),
     "--layer_range": ("grid",),
-    "--layers": ("multi", "evaluate"),
+    "--layers": ("multi", "words", "evaluate"),
+    "--words": ("words",),
+    **dict.fromkeys(("--target", "--target_occurrence", "--contrast"), [mode for mode in FOLDERS if mode != "words"]),
+    "--save_raw": [mode for mode in FOLDERS if mode != "words"],
     **dict.fromkeys(("--mask", "--baseline", "--steps", "--batch_size", "--randomize"), ("evaluate",)),
 }
 SHARE = 0.1  # of the image, whose removal the verdict of evaluate mode speaks of
 PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask")
 MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 MAX_ASPECT = 200  # beyond it the processor refuses a photo
-MAP_SETTINGS = (  # flags that are keywords of compute_token_maps
-    *("num_samples", "noise_std", "seed", "max_new_tokens", "answer", "target", "target_occurrence", "contrast"),
-    *("tap", "score", "method", "norms"),
-)
+TARGET_SETTINGS = ("target", "target_occurrence", "contrast")  # flags that are keywords of compute_token_maps
+MAP_SETTINGS = ("num_samples", "noise_std", "seed", "max_new_tokens", "answer", "tap", "score", "method", "norms")
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
 EXAMPLES = """examples:
   python test_gradcam.py --mode single --layer 27
@@ -160,10 +172,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--mode",
         choices=FOLDERS,
         default="single",
-        help="one layer, a range, chosen layers, thirds compared, or measured",
+        help="one layer, a range, chosen layers, thirds compared, every word of the answer, or measures of the maps",
     )
     add("--layer", type=int, default=-1, help="single mode: layer index, negative ones count from the end")
-    add("--layers", type=int, nargs="+", help="multi and evaluate mode: layer indices (default: six)")
+    add("--layers", type=int, nargs="+", help="multi, words and evaluate mode: layer indices (default: six)")
     add(
         "--layer_range",
         type=_layer_or_range,
@@ -182,6 +194,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the noise")
     add("--max_new_tokens", type=int, default=128, help="where the generated answer is cut off")
     add("--answer", help="explain this text in place of the generated answer")
+    add("--words", default="content", help='words mode: content, all, or the words themselves: "dog,apple"')
     add("--target", help="explain only this word or phrase of the answer")
     add("--target_occurrence", type=int, default=1, help="which one, where the answer has the target several times")
     add("--contrast", help="explain the target's score minus that of this text in its place")
@@ -212,11 +225,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     given = {word.split("=")[0] for word in argv}
     for flag, modes in MODES_OF_FLAG.items():
         if flag in given and args.mode not in modes:
-            instead = "it has nothing to act on"
+            instead = "use --words" if flag.startswith("--target") else "it cannot act"
+            if flag == "--save_raw":
+                instead = "maps.npz is always written"
             if flag in LAYER_FLAGS.values():
                 own = LAYER_FLAGS.get(args.mode)
                 instead = f"use {own}" if own else "early, middle and late layers are chosen by itself"
-            raise ValueError(f"{flag} acts in {' and '.join(modes)} mode only; in {args.mode} mode {instead}")
+            raise ValueError(f"{flag} acts in {', '.join(modes)} mode only; in {args.mode} mode {instead}")
     if args.answer is not None and "--max_new_tokens" in given:
         raise ValueError("--max_new_tokens cannot act beside --answer: nothing is generated")
     if isinstance(args.layer_range, list) and any(isinstance(part, str) for part in args.layer_range):
@@ -531,8 +546,18 @@ def evaluate(model, processor, photo, token_maps: TokenMaps, mask, args) -> tupl
 # the run
 
 
-def run(args: argparse.Namespace) -> tuple[TokenMaps, list[Path], list[str]]:
-    """Check, load, explain, draw and write; returns the maps, the files, and what else is to be said."""
+def explain_words(model, processor, photo, layers, folder, args, settings) -> tuple[str, list[Path], list[str]]:
+    """Words mode, once everything is loaded; returns what `run` does."""
+    word_maps = compute_word_maps(model, processor, photo, args.prompt, layers, words=args.words, **settings)
+    probabilities, tokens = word_tokens(model, processor, photo, word_maps)
+    files = draw_words(photo, Path(args.image_path).name, word_maps, probabilities, tokens)[1]
+    words = ", ".join(name_words(word_maps))
+    lines = [f"explained: {words} at layer {', '.join(map(str, layers))}"]
+    return word_maps[0].answer, write_files(folder, files), lines
+
+
+def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
+    """Check, load, explain, draw and write; returns the answer, the files, and what is to be said."""
     check_values(args)
     photo = load_photo(args.image_path)
     mask = load_mask(args.mask, photo.size) if args.mask is not None else None
@@ -543,33 +568,37 @@ def run(args: argparse.Namespace) -> tuple[TokenMaps, list[Path], list[str]]:
     layers = choose_layers(args, count_layers(args.model_path))
     processor = load_processor(args.model_path, args.max_pixels)
     model = load_model(args.model_path, device, args.dtype)
-    token_maps = compute_token_maps(
-        model,
-        processor,
-        photo,
-        args.prompt,
-        sum(layers.values(), []) if isinstance(layers, dict) else layers,
-        progress=show_progress(args.quiet),
-        **{name: getattr(args, name) for name in MAP_SETTINGS},
-    )
+    settings = {name: getattr(args, name) for name in MAP_SETTINGS} | {"progress": show_progress(args.quiet)}
+    if args.mode == "words":
+        return explain_words(model, processor, photo, layers, folder, args, settings)
+    chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
+    targets = {name: getattr(args, name) for name in TARGET_SETTINGS}
+    token_maps = compute_token_maps(model, processor, photo, args.prompt, chosen, **settings, **targets)
     if args.mode == "evaluate":
         files, lines = evaluate(model, processor, photo, token_maps, mask, args)
     else:
         files, lines = draw(args.mode, photo, token_maps, layers), []
+    lines = [*explained(token_maps), *lines]
     if args.save_raw:
         files["maps.npz"] = raw_arrays(token_maps, args)
-    return token_maps, write_files(folder, files), lines
+    return token_maps.answer, write_files(folder, files), lines
 
 
-def report(token_maps: TokenMaps, paths: list[Path], lines: list[str]) -> None:
-    """Print the answer, what was explained, the lines of a verdict, and the files."""
+def explained(token_maps: TokenMaps) -> list[str]:
+    """What was explained, in words."""
     scored, count = len(token_maps.target_tokens), len(token_maps.tokens)
-    whole = token_maps.target == token_maps.answer
-    print(f"answer: {token_maps.answer}")
-    print(f"explained: {'the whole answer' if whole else repr(token_maps.target)} ({scored} of {count} tokens)", end="")
-    print(f" at layer {', '.join(map(str, token_maps.maps))}")
-    for layer in sorted(token_maps.no_gradient):
-        print(f"layer {layer}: no gradient reaches it there, so it has no map and its pictures are grey panels")
+    what = "the whole answer" if token_maps.target == token_maps.answer else repr(token_maps.target)
+    if token_maps.settings["contrast"] is not None:
+        what += f" rather than {token_maps.settings['contrast']!r}"
+    layers = ", ".join(map(str, token_maps.maps))
+    lines = [f"explained: {what} ({scored} of {count} tokens) at layer {layers}"]
+    grey = "no gradient reaches it there, so it has no map and its pictures are grey panels"
+    return lines + [f"layer {layer}: {grey}" for layer in sorted(token_maps.no_gradient)]
+
+
+def report(answer: str, paths: list[Path], lines: list[str]) -> None:
+    """Print the answer, what is to be said of it, and the files."""
+    print(f"answer: {answer}")
     for line in lines:
         print(line)
     for path in paths:

@@ -10,7 +10,10 @@ The drawing functions take a photo and `TokenMaps`, and know nothing of models. 
 Shapes:  H, W  rows and columns of image tokens     height, width  pixels of the photo     Lengths: inches of the page
 """
 
+import base64
 import functools
+import io
+import json
 import re
 import shutil
 import tempfile
@@ -34,10 +37,13 @@ from smooth_gradcam import (
     TokenMaps,
     colorize_cam,
     compute_token_maps,
+    compute_word_maps,
     get_model_layers,
     load_rgb,
+    normalize_cam,
     render_cam,
     resolve_layers,
+    word_tokens,
 )
 
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
@@ -333,6 +339,9 @@ def _text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
     answer, span = excerpt(token_maps.answer, token_maps.target_span, EXCERPT["answer"])
     target, _ = excerpt(token_maps.target, (0, 0), EXCERPT["target"])
     explained = f"{len(token_maps.target_tokens)} of {len(token_maps.tokens)} tokens, marked above: “{target}”"
+    if token_maps.settings["contrast"] is not None:
+        other, _ = excerpt(token_maps.settings["contrast"], (0, 0), EXCERPT["target"])
+        explained += f", rather than “{other}” in its place"
     if token_maps.target == token_maps.answer:
         span, explained = (0, 0), f"the whole answer: {len(token_maps.tokens)} tokens"
     return [("Prompt", prompt, (0, 0)), ("Answer", answer, span), ("Explained", explained, (0, 0))]
@@ -345,11 +354,12 @@ def _title(token_maps: TokenMaps) -> str:
 def _settings_text(settings: dict) -> str:
     score = {"logit": "sum of the logits", "logprob": "sum of the log-probabilities"}[settings["score"]]
     tap = {"input": "the hidden states entering a layer", "output": "a layer's output"}[settings["tap"]]
+    score += " of the explained tokens" + ", minus that of the contrast" * (settings["contrast"] is not None)
     copies, noise = settings["num_samples"], settings["noise_std"]
     norms = {"frozen": "norms frozen", "live": "norms live"}[settings["norms"]]
     smooth = f"mean of {copies} noisy cop{'y' if copies == 1 else 'ies'}, noise {noise:g}, seed {settings['seed']}"
     return (
-        f"Score: {score} of the explained tokens; method: {METHOD_NAMES[settings['method']]}, {norms}; read at {tap}; "
+        f"Score: {score}; method: {METHOD_NAMES[settings['method']]}, {norms}; read at {tap}; "
         f"{smooth if noise else 'no noise'}."
     )
 
@@ -618,6 +628,164 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
     return page.finish(page.lines(MARGIN, y, INNER, caption, SMALL, color="0.3") + MARGIN)
 
 
+# words
+
+
+def name_words(word_maps: list[TokenMaps]) -> list[str]:
+    """A name for each word: itself, and from its second occurrence on with a number, "dog (2)"."""
+    texts = [word.target for word in word_maps]
+    return [text + f" ({texts[: i + 1].count(text)})" * (text in texts[:i]) for i, text in enumerate(texts)]
+
+
+def _word_head(page: Page, x: float, y: float, width: float, before: str, word: TokenMaps, after: str) -> float:
+    """What the answer says before a word, in grey, the word, and what comes last; returns the y below them."""
+    for text, style in ((before, {"color": "0.45"}), (word.target, {"weight": "bold"}), (after, {"color": "0.45"})):
+        text, _ = excerpt(text.strip(), (0, 0), 44)
+        if text:
+            for line in wrap(text, width, SMALL, page.families):
+                page.text(x, y, text[slice(*line)].strip(), SMALL, **style)
+                y += SMALL * LINE
+    return y
+
+
+def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], results: list[dict]) -> np.ndarray:
+    """Words across, layers down, overlays in the cells; of long answers ten words stand side by side."""
+    given, layers, aspect = word_maps[0], list(word_maps[0].maps), photo.width / photo.height
+    prompt, answer, _ = (text for _, text, _ in _text_rows(given))
+    families, drawn = font_families(prompt + answer + given.answer)
+    columns = min(len(word_maps), 10)
+    side, cell = 0.55, min(1.5, max(1.0, (INNER - 0.55) / columns - GAP))  # of the layers' labels, of a picture
+    height = cell / aspect
+    page = Page(max(WIDTH, 2 * MARGIN + side + columns * (cell + GAP)), families)
+    page_inner = page.width - 2 * MARGIN
+    photo_width, photo_height = fit_box(aspect, 2.3, 1.4)
+    page.picture(MARGIN, MARGIN, photo_width, photo_height, np.asarray(photo))
+    x, y = MARGIN + photo_width + 2 * GAP, MARGIN
+    page.text(x, y, f"{_title(given)}, word by word", TITLE, weight="bold")
+    y += TITLE * LINE + GAP
+    for label, text in (("Prompt", prompt), ("Answer", answer)):
+        page.text(x, y, label, TEXT, weight="bold")
+        y = page.lines(x + LABEL, y, page.width - MARGIN - x - LABEL, text, TEXT) + GAP / 2
+    y = max(y, MARGIN + photo_height) + 2 * GAP
+
+    ends = [0] + [word.target_span[1] for word in word_maps]  # where what stands before each word begins
+    for first in range(0, len(word_maps), columns):
+        row, below = range(first, min(first + columns, len(word_maps))), y
+        for i in row:
+            word = word_maps[i]
+            last = i == len(word_maps) - 1
+            before = given.answer[ends[i] : word.target_span[0]] if word.target_span[0] > ends[i] else ""
+            after = given.answer[word.target_span[1] :] if last else ""
+            at = MARGIN + side + (i - first) * (cell + GAP)
+            below = max(below, _word_head(page, at, y, cell, before, word, after))
+        y = below + GAP / 2
+        for layer in layers:
+            page.text(MARGIN, y + height / 2, f"layer {layer}", SMALL, va="center")
+            for i in row:
+                at = MARGIN + side + (i - first) * (cell + GAP)
+                page.picture(at, y, cell, height, results[i][layer]["superimposed"])
+            y += height + GAP
+        y += 2 * GAP
+    width, bar, colours = 3.2, 0.11, colorize_cam(np.linspace(0, 1, 256))
+    page.colour_scale((page.width - width) / 2, y, width, bar, colours, (0, 0.25, 0.5, 0.75, 1), SMALL)
+    y += bar + SMALL * LINE + 0.05
+    method = METHOD_NAMES[given.settings["method"]]
+    page.text(page.width / 2, y, f"{method}, share of the map's own maximum, 0–1", SMALL, ha="center")
+    caption = _caption(given, photo, [], "Each column explains one word of the answer. ", drawn)
+    grey = any(word.no_gradient for word in word_maps)
+    caption += " Grey: no gradient reaches the layer where it is read, so it has no map." * grey
+    y = page.lines(MARGIN, y + SMALL * LINE + GAP, page_inner, caption, SMALL, color="0.3")
+    return page.finish(y + MARGIN)
+
+
+PAGE_SIDE = 1600  # pixels of the longer side of the photo in the page
+
+
+def page_data(image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens) -> dict:
+    """What the page of the words shows, as plain values: see words_page.html for its use.
+
+    Raw maps are stored as their maximum and the share of it in 16 bits, little-endian, base64.
+    """
+    photo, given = load_rgb(image), word_maps[0]
+    photo.thumbnail((PAGE_SIDE, PAGE_SIDE))
+    encoded = io.BytesIO()
+    photo.save(encoded, "JPEG", quality=90)
+
+    def pack(cam):
+        return base64.b64encode(np.round(65535 * normalize_cam(cam)).astype("<u2").tobytes()).decode()
+
+    return {
+        "photo": "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode(),
+        "width": photo.width,
+        "height": photo.height,
+        "file_name": file_name,
+        "prompt": given.prompt,
+        "answer": given.answer,
+        "grid": list(given.grid),
+        "layers": list(given.maps),
+        "settings": _settings_text(given.settings),
+        "words": [
+            {
+                "text": word.target,
+                "start": word.target_span[0],
+                "end": word.target_span[1],
+                "tokens": token,
+                "probabilities": probability,
+                "maps": ["" if layer in word.no_gradient else pack(cam) for layer, cam in word.maps.items()],
+                "maxima": [float(cam.max()) for cam in word.maps.values()],
+            }
+            for word, probability, token in zip(word_maps, probabilities, tokens, strict=True)
+        ],
+    }
+
+
+def words_page(data: dict) -> str:
+    """The page with its data, which can end neither the script it stands in nor a line of it."""
+    template = Path(__file__).with_name("words_page.html").read_text(encoding="utf-8")
+    text = json.dumps(data, ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return template.replace("__DATA__", text)
+
+
+def draw_words(
+    image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens: list[list[str]]
+) -> tuple[dict, dict[str, object]]:
+    """Of all words ({name: {layer: {"superimposed", "heatmap", "cam"}}}, {file name: picture, text or arrays}).
+
+    `probabilities` and `tokens` are those of each word's tokens; `file_name` is the photo's, for the page.
+    """
+    photo, given, names = load_rgb(image), word_maps[0], name_words(word_maps)
+    results = [render_layers(photo, word) for word in word_maps]
+    records = [
+        {
+            "name": name,
+            "word": word.target,
+            "span": list(word.target_span),
+            "tokens": token,
+            "token_ids": [word.tokens[i] for i in word.target_tokens],
+            "probabilities": probability,
+            "maxima": {str(layer): float(cam.max()) for layer, cam in word.maps.items()},
+            "no_gradient": sorted(word.no_gradient),
+        }
+        for name, word, probability, token in zip(names, word_maps, probabilities, tokens, strict=True)
+    ]
+    about = {"prompt": given.prompt, "answer": given.answer, "grid": list(given.grid), "layers": list(given.maps)}
+    about |= {"settings": given.settings, "words": records}
+    files = {
+        "words_by_layer.png": _words_figure(photo, word_maps, results),
+        "index.html": words_page(page_data(photo, file_name, word_maps, probabilities, tokens)),
+        "words.json": json.dumps(about, ensure_ascii=False, indent=1) + "\n",
+        "maps.npz": {
+            "maps": np.stack([np.stack(list(word.maps.values())) for word in word_maps]),  # (words, layers, H, W)
+            "layers": np.array(list(given.maps)),
+            "words": np.array(names),
+            "spans": np.array([word.target_span for word in word_maps]),
+        },
+    }
+    return dict(zip(names, results, strict=True)), files
+
+
 # the files of each mode: {name in the mode's folder: picture}
 
 
@@ -784,5 +952,28 @@ def create_comparative_analysis(
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
     results, files = draw_comparative(image, token_maps, thirds)
+    write_files(save_dir, files)
+    return results
+
+
+def create_word_maps(
+    model, processor, image, prompt, layer_range="auto", save_dir="cam_results_words",
+    *, words="content", num_samples=5, noise_std=0.1, quiet=False, **settings,
+):  # fmt: skip
+    """A map of each word of the answer at each layer, all from one answer and one forward pass per noisy copy.
+
+    `words` is "content" (all but function words), "all", or the words, as a list or as "dog,apple"; `layer_range` as in
+    `create_layer_comparison_grid`, `settings` as there but target, target_occurrence and contrast. Writes
+    words_by_layer.png (words across, layers down), index.html (a page that shows each word's map at a touch; it needs
+    no network), words.json (tokens, spans, probabilities) and maps.npz (the raw maps).
+
+    Returns {word: {layer: {"superimposed", "heatmap", "cam"}}}, the second "dog" as "dog (2)". Raises what
+    `compute_word_maps` raises, and OSError if the folder cannot be written.
+    """
+    layers = select_layers(layer_range, get_model_layers(model)[1])
+    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    word_maps = compute_word_maps(model, processor, image, prompt, layers, words=words, **settings)
+    file_name = Path(image).name if isinstance(image, (str, Path)) else ""
+    results, files = draw_words(image, file_name, word_maps, *word_tokens(model, processor, image, word_maps))
     write_files(save_dir, files)
     return results
