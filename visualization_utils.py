@@ -637,15 +637,30 @@ def name_words(word_maps: list[TokenMaps]) -> list[str]:
     return [text + f" ({texts[: i + 1].count(text)})" * (text in texts[:i]) for i, text in enumerate(texts)]
 
 
-def _word_head(page: Page, x: float, y: float, width: float, before: str, word: TokenMaps, after: str) -> float:
-    """What the answer says before a word, in grey, the word, and what comes last; returns the y below them."""
-    for text, style in ((before, {"color": "0.45"}), (word.target, {"weight": "bold"}), (after, {"color": "0.45"})):
-        text, _ = excerpt(text.strip(), (0, 0), 44)
-        if text:
-            for line in wrap(text, width, SMALL, page.families):
-                page.text(x, y, text[slice(*line)].strip(), SMALL, **style)
-                y += SMALL * LINE
-    return y
+def _columns_of_text(word_maps: list[TokenMaps]) -> list[tuple[str, str]]:
+    """Of each word what the answer says between the one before and it, and it with the punctuation behind it."""
+    answer, columns, end = word_maps[0].answer, [], 0
+    for i, word in enumerate(word_maps):
+        start, stop = word.target_span
+        before, end = answer[min(end, start) : start].strip(), stop
+        following = word_maps[i + 1].target_span[0] if i + 1 < len(word_maps) else len(answer)
+        while end < following and not (answer[end].isspace() or answer[end].isalnum()):
+            end += 1
+        columns.append((before, answer[start:end]))
+    return columns
+
+
+def _word_heads(page: Page, xs: list[float], y: float, width: float, heads: list[tuple[str, str]]) -> float:
+    """Over each column what the answer says before its word, in grey, and the word; returns the y below them."""
+    texts = [[excerpt(text, (0, 0), 44)[0] for text in head] for head in heads]
+    lines = [[wrap(text, width, SMALL, page.families) if text else [] for text in head] for head in texts]
+    middle = y + max(len(before) for before, _ in lines) * SMALL * LINE  # the words stand on one line
+    for x, (before, word), (above, below) in zip(xs, texts, lines, strict=True):
+        for i, line in enumerate(above):
+            page.text(x, middle - (len(above) - i) * SMALL * LINE, before[slice(*line)].strip(), SMALL, color="0.45")
+        for i, line in enumerate(below):
+            page.text(x, middle + i * SMALL * LINE, word[slice(*line)].strip(), SMALL, weight="bold")
+    return middle + max(len(below) for _, below in lines) * SMALL * LINE
 
 
 def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], results: list[dict]) -> np.ndarray:
@@ -668,22 +683,15 @@ def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], results: list[
         y = page.lines(x + LABEL, y, page.width - MARGIN - x - LABEL, text, TEXT) + GAP / 2
     y = max(y, MARGIN + photo_height) + 2 * GAP
 
-    ends = [0] + [word.target_span[1] for word in word_maps]  # where what stands before each word begins
+    heads = _columns_of_text(word_maps)
     for first in range(0, len(word_maps), columns):
-        row, below = range(first, min(first + columns, len(word_maps))), y
-        for i in row:
-            word = word_maps[i]
-            last = i == len(word_maps) - 1
-            before = given.answer[ends[i] : word.target_span[0]] if word.target_span[0] > ends[i] else ""
-            after = given.answer[word.target_span[1] :] if last else ""
-            at = MARGIN + side + (i - first) * (cell + GAP)
-            below = max(below, _word_head(page, at, y, cell, before, word, after))
-        y = below + GAP / 2
+        row = range(first, min(first + columns, len(word_maps)))
+        xs = [MARGIN + side + (i - first) * (cell + GAP) for i in row]
+        y = _word_heads(page, xs, y, cell, [heads[i] for i in row]) + GAP / 2
         for layer in layers:
             page.text(MARGIN, y + height / 2, f"layer {layer}", SMALL, va="center")
-            for i in row:
-                at = MARGIN + side + (i - first) * (cell + GAP)
-                page.picture(at, y, cell, height, results[i][layer]["superimposed"])
+            for x, i in zip(xs, row, strict=True):
+                page.picture(x, y, cell, height, results[i][layer]["superimposed"])
             y += height + GAP
         y += 2 * GAP
     width, bar, colours = 3.2, 0.11, colorize_cam(np.linspace(0, 1, 256))

@@ -171,6 +171,8 @@ def main():
     jobs = [(number, *settings) for number in range(options.scenes)]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         rows = [row for part in pool.imap(measure_scene, jobs) for row in part]
+        pool.close()
+        pool.join()
     words = len({(row["scene"], row["word"]) for row in rows})
     print(f"{words} words in {options.scenes} scenes, layer {options.layer}, {platform.machine()}", end=", ")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}", end=", ")
