@@ -5,7 +5,7 @@ exact visible mask and one of nine places, a 3 x 3 division of the picture. Scen
 be fair, or in which an object is mostly hidden, are not made. Everything follows from one integer seed.
 
     python demo_model/scenes.py build/scene.png --seed 7      # a scene, and scene_<object>_mask.png for each object
-    python demo_model/scenes.py demo.jpeg --demo              # the picture that comes with the project
+    python demo_model/scenes.py demo.jpeg --demo --masks build/masks      # the picture that comes with the project
 
 Legend: H, W pixels of the scene; h, w image tokens (28 x 28 pixels each: 2 x 2 patches of 14 pixels).
 """
@@ -340,15 +340,18 @@ def demo_scene() -> Scene:
 
 def main():
     parser = argparse.ArgumentParser(description="Write a scene and the mask of each of its objects.")
-    parser.add_argument("path", type=Path, help="where the picture goes; masks go beside it")
+    parser.add_argument("path", type=Path, help="where the picture goes")
+    parser.add_argument("--masks", type=Path, help="folder of the masks (default: the picture's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--demo", action="store_true", help="the scene of demo.jpeg, without masks")
+    parser.add_argument("--demo", action="store_true", help="the scene of demo.jpeg")
     options = parser.parse_args()
     scene = demo_scene() if options.demo else make_scene(options.seed)
-    options.path.parent.mkdir(parents=True, exist_ok=True)
+    masks = options.masks or options.path.parent
+    for folder in (options.path.parent, masks):
+        folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(scene.image).save(options.path, **({"quality": 90} if options.demo else {}))
-    for thing in () if options.demo else scene.objects:
-        Image.fromarray(thing.mask).save(options.path.with_name(f"{options.path.stem}_{thing.kind}_mask.png"))
+    for thing in scene.objects:
+        Image.fromarray(thing.mask).save(masks / f"{options.path.stem}_{thing.kind}_mask.png")
     print(describe(scene))
 
 
