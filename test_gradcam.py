@@ -463,7 +463,7 @@ def to_csv(rows: list[dict]) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if abs(share) >= 0.1 or share == 0 else f"{100 * share:.1f} %"
+    return f"{100 * share:.0f} %" if abs(share) >= 0.1 or abs(share) < 0.0005 else f"{100 * share:.1f} %"
 
 
 def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
@@ -474,7 +474,9 @@ def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
 
     def cost(row):
         lost = (probability - row["without_hottest_10_percent"]) / probability
-        return f"costs the answer {_percent(lost)}" if lost >= 0 else f"gives the answer {_percent(-lost)} more"
+        return (
+            f"costs the answer {_percent(abs(lost))}" if lost > -0.0005 else f"gives the answer {_percent(-lost)} more"
+        )
 
     for row in layers:
         line = f"layer {row['layer']}: removing the hottest 10 % of the image {cost(row)} of its probability; "
