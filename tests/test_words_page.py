@@ -15,7 +15,8 @@ from conftest import make_image
 from matplotlib import colormaps
 from PIL import Image
 
-from smooth_gradcam import JET, normalize_cam, overlay_cam, render_cam, upsample_cam
+from smooth_gradcam import JET, TokenMaps, normalize_cam, overlay_cam, render_cam, upsample_cam
+from visualization_utils import page_data, words_page
 
 TEMPLATE = Path(__file__).parents[1] / "words_page.html"
 ANSWER = "A red cat sits on the old house."
@@ -79,14 +80,6 @@ def make_data(
     return data | changes, photo, cams
 
 
-def fill(data):
-    """The template with the data in it, in which nothing can end the script."""
-    text = json.dumps(data, ensure_ascii=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text)
-
-
 # browser
 
 
@@ -124,7 +117,7 @@ class Page:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.media(**dict(media))
-        self.path.write_text(fill(data), encoding="utf-8")
+        self.path.write_text(words_page(data), encoding="utf-8")
         self.driver.get("about:blank")  # else an address that differs in its hash alone would not load anew
         self.driver.get(self.path.as_uri() + address)
         self.wait("document.documentElement.dataset.ready === 'yes'")
@@ -227,6 +220,35 @@ def test_each_word_and_layer_has_its_own_map_as_the_figures_draw_it(page):
         for i, button in enumerate(page.driver.find_elements("css selector", "#strip button")):
             button.click()
             is_shown(page, photo, cams[word, i])
+
+
+def test_page_reads_what_python_writes(page):
+    answer, spans, cams = "🐕 ein Hund", [(0, 1), (6, 10)], make_cams(2, 3, GRID)
+    settings = {"num_samples": 5, "noise_std": 0.1, "seed": 0, "score": "logit", "method": "gradcam", "tap": "input"}
+    settings |= {"norms": "frozen", "contrast": None, "max_new_tokens": 128}
+    words = [
+        TokenMaps(
+            maps={layer: cams[i, j] for j, layer in enumerate(LAYERS)},
+            grid=GRID,
+            prompt="What?",
+            answer=answer,
+            tokens=[1, 2, 3],
+            target=answer[slice(*span)],
+            target_span=span,
+            target_tokens=[i],
+            no_gradient=frozenset([16]),
+            settings=settings,
+        )
+        for i, span in enumerate(spans)
+    ]
+    photo = Image.new("RGB", SIZE, (120, 120, 120))  # which JPEG leaves as it is
+    page.open(page_data(photo, "photo.png", words, [[0.9], [0.8]], [["🐕"], [" Hund"]]), "#word=1&layer=5")
+    is_shown(page, photo, cams[1, 1])
+    assert page.status().startswith("Hund · layer 5")
+    page.keys("ARROW_LEFT")
+    is_shown(page, photo, cams[0, 1])
+    page.keys("ARROW_UP")
+    assert "no gradient" in page.status()
 
 
 @pytest.mark.parametrize(
