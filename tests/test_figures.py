@@ -51,7 +51,7 @@ def make_maps(maps, *, answer=ANSWER, prompt="What is in this image?", target=No
         target_span=(start, start + len(target)),
         target_tokens=[0],
         no_gradient=frozenset(layer for layer, cam in maps.items() if not cam.any()),
-        settings=usual | {"max_new_tokens": 128} | settings,
+        settings=usual | {"norms": "frozen", "contrast": None, "max_new_tokens": 128} | settings,
     )
 
 
@@ -231,7 +231,7 @@ def test_extreme_photos_can_be_drawn(size):
 
 def test_nothing_is_written_if_one_file_fails(tmp_path):
     with pytest.raises(AttributeError):
-        write_files(tmp_path / "new/out", {"a.png": np.zeros((2, 2, 3), np.uint8), "b.png": "no picture"})
+        write_files(tmp_path / "new/out", {"a.png": np.zeros((2, 2, 3), np.uint8), "b.png": None})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,7 +239,7 @@ def test_an_earlier_result_survives_a_failure(tmp_path):
     picture = np.zeros((2, 2, 3), np.uint8)
     write_files(tmp_path, {"layer_1_heatmap.png": picture})
     with pytest.raises(AttributeError):
-        write_files(tmp_path, {"layer_1_heatmap.png": picture + 1, "b.png": "no picture"})
+        write_files(tmp_path, {"layer_1_heatmap.png": picture + 1, "b.png": None})
     assert [path.name for path in tmp_path.iterdir()] == ["layer_1_heatmap.png"]
     assert not np.asarray(Image.open(tmp_path / "layer_1_heatmap.png")).any()
 
