@@ -599,6 +599,16 @@ def test_phone_needs_no_scrolling_sideways_and_keeps_the_picture_in_view(page, s
     assert box["height"] <= 0.45 * 844 + 1
 
 
+def test_on_a_phone_the_word_in_focus_is_not_under_the_picture(page):
+    data, _, _ = make_data(answer="blank\n" * 15 + "first second" + " and" * 600, words=["first", "second"])
+    page.open(data, "#word=0", width=390, height=844, mobile=True)
+    page.js("scrollTo(0, arguments[0].getBoundingClientRect().top - 100)", page.word(1))  # where it cannot be seen
+    page.keys("ARROW_RIGHT")
+    edges = "[arguments[0].getBoundingClientRect(), document.getElementById('view').getBoundingClientRect()]"
+    word, view = page.js(f"return {edges}", page.word(1))
+    assert view["bottom"] <= word["top"] <= 844 - word["height"]
+
+
 def test_wide_screen_has_the_picture_left_of_the_answer_and_all_of_it_in_view(page):
     data, _, _ = make_data(size=(90, 170))
     page.open(data)
