@@ -100,6 +100,15 @@ def test_gradients_of_disjoint_parts_add_up_to_that_of_the_whole(model, processo
         assert gradient.abs().max() > 1e-2
 
 
+def test_word_without_gradient_is_reported_alone(model, processor, image, monkeypatch):
+    cat = processor.tokenizer.convert_tokens_to_ids("Ġcat")
+    monkeypatch.setitem(core.SCORES, "logit", lambda logits, tokens: core.logit_score(logits * (tokens != cat), tokens))
+    options = {"num_samples": 2, "answer": "red cat red", "words": "all"}
+    found = compute_word_maps(model, processor, image, PROMPT, [0, 2], **options)
+    assert [one.no_gradient for one in found] == [set(), {0, 2}, set()]
+    assert not any(cam.any() for cam in found[1].maps.values())
+
+
 def test_word_maps_have_one_target_each_and_no_contrast(model, processor, image):
     for name in ("target", "target_occurrence", "contrast"):
         with pytest.raises(TypeError, match=name):
