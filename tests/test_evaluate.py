@@ -1,0 +1,730 @@
+"""How right a map is: each measure against a count by hand, another library, or a forward pass of its own."""
+
+import copy
+import dataclasses
+import inspect
+
+import numpy as np
+import pytest
+import scenes
+import torch
+from conftest import make_image
+from PIL import Image
+from scipy import ndimage, stats
+from skimage.filters import threshold_otsu
+from skimage.metrics import structural_similarity
+from test_core import decoder, raising, state_of, unruly
+from torch import nn
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+import smooth_gradcam as core
+from smooth_gradcam import (
+    BASELINES,
+    area,
+    baseline_image,
+    compute_token_maps,
+    compute_word_maps,
+    insertion_deletion,
+    load_mask,
+    localization,
+    normalize_cam,
+    randomized_maps,
+    redraw_weights,
+    spearman,
+    ssim,
+    upsample_cam,
+)
+
+PROMPT = "What is it?"
+ANSWER = "the red cat"
+MEASURES = ("pointing", "near", "energy", "obj_iou")
+
+
+# the object's mask
+
+
+def spot(size, row, column, value=1.0):
+    cam = np.zeros(size, np.float32)
+    cam[row, column] = value
+    return cam
+
+
+def white_on_black():
+    """8 x 6 pixels, white at the top left in 3 of 8 columns and 2 of 6 rows."""
+    mask = Image.new("L", (8, 6), 0)
+    mask.paste(255, (0, 0, 3, 2))
+    return mask
+
+
+TOP_LEFT = np.zeros((6, 8), bool)
+TOP_LEFT[:2, :3] = True
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "F", "I;16"])
+def test_white_is_the_object_in_every_mode(tmp_path, mode):
+    if mode == "I;16":
+        mask = Image.fromarray(np.asarray(white_on_black()).astype(np.uint16) * 257)
+    else:
+        mask = white_on_black().convert("RGB").convert(mode)
+    np.testing.assert_array_equal(load_mask(mask, (8, 6)), TOP_LEFT)
+    if mode not in ("CMYK", "F"):
+        mask.save(tmp_path / "mask.png")
+        np.testing.assert_array_equal(load_mask(tmp_path / "mask.png", (8, 6)), TOP_LEFT)
+
+
+def test_mask_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    white_on_black().rotate(90, expand=True).save(tmp_path / "mask.png", exif=exif)
+    np.testing.assert_array_equal(load_mask(tmp_path / "mask.png", (8, 6)), TOP_LEFT)
+
+
+def test_object_is_what_is_lighter_than_mid_grey():
+    mask = Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8))
+    assert load_mask(mask, (4, 1)).tolist() == [[False, False, True, True]]
+
+
+def test_transparent_parts_of_a_mask_are_white():
+    mask = Image.new("RGBA", (8, 6), "black")
+    mask.paste((0, 0, 0, 0), (0, 0, 3, 2))
+    np.testing.assert_array_equal(load_mask(mask, (8, 6)), TOP_LEFT)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (8, 7), (16, 12)])
+def test_mask_of_another_size_names_both(size):
+    expected = rf"the mask has 8 x 6 pixels, the photo {size[0]} x {size[1]}\b"
+    with pytest.raises(ValueError, match=expected):
+        load_mask(white_on_black(), size)
+
+
+@pytest.mark.parametrize("colour", ["black", "white", "#010101"])
+def test_mask_without_object_or_without_the_rest_is_refused(colour):
+    with pytest.raises(ValueError, match="all object or has none"):
+        load_mask(Image.new("RGB", (8, 6), colour), (8, 6))
+
+
+# localization
+
+
+def test_two_by_two_by_hand():
+    cam = np.array([[4, 2], [1, 1]], np.float32)
+    hit = np.array([[1, 0], [0, 0]], bool)
+    missed = np.array([[0, 1], [0, 0]], bool)
+    # Otsu parts 4 from 2, 1 and 1
+    assert localization(cam, hit) == dict(zip(MEASURES, (1, 1, 4 / 8, 1), strict=True))
+    assert localization(cam, missed) == dict(zip(MEASURES, (0, 1, 2 / 8, 0), strict=True))
+    assert localization(cam, ~hit) == dict(zip(MEASURES, (0, 1, 4 / 8, 0), strict=True))
+
+
+def test_four_by_four_by_hand():
+    cam = np.array([[9, 8, 0, 0], [9, 0, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]], np.float32)
+    mask = np.zeros((4, 4), bool)
+    mask[:2, :2] = True
+    # 26 of 30 inside; Otsu parts 9, 8 and 9 from 3, 1 and 0: three of the mask's four pixels, and none outside
+    assert localization(cam, mask) == pytest.approx({"pointing": 1, "near": 1, "energy": 26 / 30, "obj_iou": 3 / 4})
+    mask = np.zeros((4, 4), bool)
+    mask[1:3, :3] = True  # 12 of 30; one of the three hot pixels, of 3 + 6 - 1 in the union
+    assert localization(cam, mask) == pytest.approx({"pointing": 0, "near": 1, "energy": 12 / 30, "obj_iou": 1 / 8})
+
+
+@pytest.mark.parametrize(
+    ("down", "right", "near"),
+    [(0, 15, 1), (0, 16, 0), (15, 0, 1), (16, 0, 0), (9, 12, 1), (12, 9, 1), (10, 12, 0), (11, 11, 0), (0, 1, 1)],
+)
+def test_near_is_at_most_15_pixels_off_as_the_crow_flies(down, right, near):
+    mask = spot((60, 70), 20, 30).astype(bool)
+    for row, column in ((20 + down, 30 + right), (20 - down, 30 - right)):
+        found = localization(spot((60, 70), row, column), mask)
+        assert (found["pointing"], found["near"]) == (0, near)
+    assert localization(spot((60, 70), 20, 30), mask)["pointing"] == 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_obj_iou_is_that_of_otsus_threshold(seed):
+    rng = np.random.default_rng(seed)
+    cam = rng.gamma(0.5, 1, (rng.integers(2, 12), rng.integers(2, 12))).astype(np.float32)
+    mask = ndimage.gaussian_filter(rng.random((61, 47)), 4) > 0.5
+    heat = upsample_cam(cam, mask.shape)
+    grey = np.round(255 * heat / heat.max()).astype(np.uint8)
+    hot = grey > threshold_otsu(grey)
+    assert 0 < hot.sum() < hot.size
+    assert localization(cam, mask)["obj_iou"] == np.logical_and(hot, mask).sum() / np.logical_or(hot, mask).sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_energy_is_the_share_of_the_enlarged_map_inside(seed):
+    rng = np.random.default_rng(seed)
+    cam, mask = rng.random((5, 3), np.float32), rng.random((50, 30)) < 0.2
+    heat = upsample_cam(cam, (50, 30)).astype(float)
+    assert localization(cam, mask)["energy"] == pytest.approx(heat[mask].sum() / heat.sum(), rel=1e-5)
+    assert localization(7 * cam, mask) == pytest.approx(localization(cam, mask))  # no unit
+
+
+def test_energy_of_a_flat_map_is_the_masks_share():
+    mask = np.zeros((40, 60), bool)
+    mask[5:25, 10:40] = True
+    assert localization(np.full((4, 6), 0.3, np.float32), mask)["energy"] == pytest.approx(mask.mean(), rel=1e-5)
+
+
+def test_zero_map_scores_zero():
+    mask = np.zeros((20, 30), bool)
+    mask[0, 0] = True
+    assert localization(np.zeros((2, 3), np.float32), mask) == dict.fromkeys(MEASURES, 0.0)
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (5, 3)], ids=["landscape", "portrait"])
+@pytest.mark.parametrize("corner", [(0, -1), (-1, 0)])
+def test_rows_stay_rows(grid, corner):
+    mask = np.kron(spot(grid, *corner), np.ones((40, 40))).astype(bool)
+    found = localization(spot(grid, *corner), mask)
+    assert (found["pointing"], found["near"]) == (1, 1)
+    assert found["energy"] > 0.6
+    assert found["obj_iou"] > 0.6
+    across = localization(spot(grid, corner[1], corner[0]), mask)
+    assert across == dict.fromkeys(MEASURES, 0.0) | {"energy": pytest.approx(0, abs=1e-6)}
+
+
+# likeness of two maps, area under a curve
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_spearman_is_scipys(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, 4, (2, 5, 7)).astype(np.float32)  # many ties
+    c = a + rng.normal(size=a.shape)
+    for one, other in ((a, b), (a, c), (c, a), (np.exp(c), -c), (a, a)):
+        assert spearman(one, other) == pytest.approx(stats.spearmanr(one.ravel(), other.ravel()).statistic)
+    assert spearman(c, np.exp(c)) == pytest.approx(1)
+    assert spearman(c, -c) == pytest.approx(-1)
+
+
+def test_spearman_of_a_map_that_is_the_same_everywhere_is_zero():
+    flat, other = np.full((3, 4), 2.0), np.arange(12.0).reshape(3, 4)
+    assert spearman(flat, other) == spearman(other, flat) == spearman(flat, flat) == 0
+
+
+@pytest.mark.parametrize("size", [(11, 11), (12, 16), (30, 13)])
+@pytest.mark.parametrize("alike", [0, 0.5, 0.9])
+def test_ssim_is_that_of_scikit_image_over_the_whole_map(size, alike):
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, *size))
+    b = alike * a + (1 - alike) * b
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
+    _, everywhere = structural_similarity(a / a.max(), b / b.max(), full=True, **options)
+    assert ssim(5 * a, b) == pytest.approx(everywhere.mean(), abs=1e-5)  # maps are rounded to float32
+
+
+def test_ssim_of_maps_smaller_than_its_window():
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 4, 6))
+    a, b = a / a.max(), b / b.max()
+
+    def mean(x):
+        return ndimage.gaussian_filter(x, 1.5, truncate=3.5, mode="reflect")
+
+    covariance = mean(a * b) - mean(a) * mean(b)
+    spread = mean(a * a) - mean(a) ** 2 + mean(b * b) - mean(b) ** 2
+    contrast = (2 * covariance + 0.0009) / (spread + 0.0009)
+    luminance = (2 * mean(a) * mean(b) + 0.0001) / (mean(a) ** 2 + mean(b) ** 2 + 0.0001)
+    assert ssim(a, b) == pytest.approx((luminance * contrast).mean(), abs=1e-5)
+    assert ssim(a, 3 * a) == pytest.approx(1)
+
+
+def test_area_by_hand():
+    shares = np.array([0, 0.25, 1])
+    assert area(np.array([0, 1, 0.5]), shares) == pytest.approx(0.125 + 0.75 * 0.75)
+    assert area(np.array([1, 1, 1]), shares) == pytest.approx(1)
+
+
+# insertion and deletion
+
+
+@pytest.fixture(scope="module")
+def given(model, processor, image):
+    """Maps of a target of several tokens, whose values are all different."""
+    result = compute_token_maps(
+        model, processor, image, PROMPT, [0, 2], use_smooth=False, answer=ANSWER, target="red cat"
+    )
+    assert len(result.target_tokens) > 1
+    return with_maps(result, ranked(np.random.default_rng(0), result.grid))
+
+
+def with_maps(result, *cams, no_gradient=()):
+    maps = {i: np.asarray(cam, np.float32) for i, cam in enumerate(cams)}
+    return dataclasses.replace(result, maps=maps, no_gradient=frozenset(no_gradient))
+
+
+def ranked(rng, grid):
+    """A map that has each of 1 ... N once."""
+    return 1 + rng.permutation(grid[0] * grid[1]).reshape(grid)
+
+
+def other_photo(model, processor, given, photo):
+    """The same answer about a photo of another shape."""
+    return compute_token_maps(
+        model, processor, photo, PROMPT, [0], use_smooth=False, answer=ANSWER, target=given.target
+    )
+
+
+def measure(model, processor, image, result, **options):
+    return insertion_deletion(model, processor, image, result, **{"steps": 6, "random_orders": 0} | options)
+
+
+class Watched:
+    """Inside, every picture that the model is given, as (N, patches of a token, values) by its number."""
+
+    def __init__(self, model, count):
+        self.model, self.count, self.pictures, self.batches = model, count, [], []
+
+    def __enter__(self):
+        def look(module, args, kwargs):
+            pixels = kwargs["pixel_values"].detach().clone()
+            pictures = pixels.unflatten(0, (-1, self.count, len(pixels) // len(kwargs["input_ids"]) // self.count))
+            self.pictures += list(pictures)
+            self.batches.append(len(pictures))
+
+        self.handle = self.model.register_forward_pre_hook(look, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def plain_probability(model, processor, photo, prompt, tokens, scored):
+    """Mean probability of the scored tokens, from the processor's inputs and one forward over all of the answer."""
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    text = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[photo], return_tensors="pt")
+    begin = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], torch.tensor([tokens])], 1)
+    kwargs = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        kwargs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0]
+    return np.mean([logits[begin - 1 + i].softmax(-1)[tokens[i]].item() for i in scored])
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("target", ["red", "red cat", "cat", None])
+def test_ends_are_the_probabilities_of_the_photo_and_of_the_baseline(model, processor, image, baseline, target):
+    result = compute_token_maps(model, processor, image, PROMPT, [1], use_smooth=False, answer=ANSWER, target=target)
+    found = measure(model, processor, image, result, baseline=baseline, steps=2)
+    asked = (PROMPT, result.tokens, result.target_tokens)
+    whole = plain_probability(model, processor, image, *asked)
+    blank = plain_probability(model, processor, baseline_image(image, baseline), *asked)
+    assert abs(whole - blank) > 1e-3 * whole
+    assert found.insertion[1][[0, -1]] == pytest.approx([blank, whole], rel=1e-6)
+    assert found.deletion[1][[0, -1]] == pytest.approx([whole, blank], rel=1e-6)
+    assert found.baseline == baseline
+
+
+def test_baseline_pictures(image):
+    pixels = np.asarray(image).astype(float)
+    assert not np.asarray(baseline_image(image, "black")).any()
+    mean = np.asarray(baseline_image(image, "mean"))
+    assert (mean == mean[0, 0]).all()
+    assert np.abs(mean[0, 0] - pixels.mean((0, 1))).max() <= 0.5
+    expected = ndimage.gaussian_filter(pixels, (11.2, 11.2, 0), mode="nearest")  # a tenth of 112 pixels
+    assert np.abs(np.asarray(baseline_image(image, "blur")) - expected).mean() < 1
+    assert np.abs(pixels - expected).mean() > 10
+    for baseline in BASELINES:
+        assert baseline_image(image, baseline).size == image.size
+
+
+SIZES = {"landscape": (168, 112), "portrait": (112, 168)}
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("cell", [(0, -1), (2, 1)])
+def test_patches_of_the_hottest_cell_are_those_removed_first(model, processor, given, size, cell):
+    grid = size[1] // 28, size[0] // 28
+    row, column = np.arange(grid[0])[cell[0]], np.arange(grid[1])[cell[1]]
+    photo = make_image(*size).point(lambda value: value // 2)
+    photo.paste("white", (28 * column, 28 * row, 28 * column + 28, 28 * row + 28))
+    result = with_maps(other_photo(model, processor, given, photo), spot(grid, row, column))
+    with Watched(model, grid[0] * grid[1]) as seen:
+        measure(model, processor, photo, result, baseline="black", steps=24)
+    blank, whole, *insertion = seen.pictures[: 2 + 23]
+    first = seen.pictures[2 + 23]
+    all_white = processor.image_processor(Image.new("RGB", (56, 56), "white"), return_tensors="pt")["pixel_values"]
+    white = (whole == all_white[:4]).all(2).all(1)
+    assert white.nonzero().tolist() == [[row * grid[1] + column]]
+    assert (first != whole).any((1, 2)).equal(white)
+    assert (insertion[0] != blank).any((1, 2)).equal(white)
+    assert torch.equal(first[white], blank[white])
+    assert torch.equal(insertion[0][white], whole[white])
+
+
+@pytest.mark.parametrize("steps", [24, 7, 5])
+def test_picture_of_a_step_has_exactly_the_hottest_tokens_of_the_other(model, processor, image, given, steps):
+    with Watched(model, 24) as seen:
+        found = measure(model, processor, image, given, steps=steps)
+    blank, whole = seen.pictures[:2]
+    hottest = np.argsort(-given.maps[0].ravel())
+    numbers = np.round(np.linspace(0, 24, steps + 1)).astype(int)
+    assert found.shares == pytest.approx(numbers / 24)
+    middle = numbers[1:-1]
+    assert len(seen.pictures) == 2 + 2 * len(middle)
+    for start, end, pictures in (
+        (blank, whole, seen.pictures[2 : 2 + len(middle)]),
+        (whole, blank, seen.pictures[2 + len(middle) :]),
+    ):
+        for picture, number in zip(pictures, middle, strict=True):
+            for token in range(24):
+                assert torch.equal(picture[token], (end if token in hottest[:number] else start)[token])
+
+
+@pytest.mark.parametrize("steps", [24, 8])
+def test_inserting_an_order_passes_the_pictures_of_deleting_its_reverse(model, processor, image, given, steps):
+    both = with_maps(given, given.maps[0], 25 - given.maps[0])
+    found = measure(model, processor, image, both, steps=steps)
+    np.testing.assert_allclose(found.insertion[0], found.deletion[1][::-1], rtol=1e-9)
+    np.testing.assert_allclose(found.insertion[1], found.deletion[0][::-1], rtol=1e-9)
+    assert not np.allclose(found.insertion[0], found.insertion[1], rtol=1e-3)
+
+
+def test_curve_is_that_of_plain_forwards_of_the_pasted_pictures(model, processor, image, given):
+    """Black tokens in a photo whose sides are whole tokens can be painted by hand."""
+    order = np.argsort(-given.maps[0].ravel())
+    found = measure(model, processor, image, given, steps=3, baseline="black")
+    for step, number in enumerate((0, 8, 16, 24)):
+        shown = {"deletion": order[number:], "insertion": order[:number]}
+        for name, tokens in shown.items():
+            picture = Image.new("RGB", image.size, "black")
+            for row, column in (divmod(int(token), 6) for token in tokens):
+                box = (28 * column, 28 * row, 28 * column + 28, 28 * row + 28)
+                picture.paste(image.crop(box), box)
+            expected = plain_probability(model, processor, picture, PROMPT, given.tokens, given.target_tokens)
+            assert getattr(found, name)[0][step] == pytest.approx(expected, rel=1e-6)
+
+
+def test_batch_size_changes_nothing(model, processor, image, given):
+    usual = measure(model, processor, image, given, random_orders=2)
+    for batch_size in (1, 2, 5, 1000):
+        with Watched(model, 24) as seen:
+            found = measure(model, processor, image, given, random_orders=2, batch_size=batch_size)
+        assert max(seen.batches) == min(batch_size, 5)
+        for name in ("insertion", "deletion"):
+            np.testing.assert_allclose(getattr(found, name)[0], getattr(usual, name)[0], rtol=1e-9)
+            np.testing.assert_allclose(getattr(found, f"random_{name}"), getattr(usual, f"random_{name}"), rtol=1e-9)
+
+
+def test_pictures_are_counted(model, processor, image, given):
+    many = with_maps(given, given.maps[0], given.maps[0].T.reshape(4, 6))
+    for options in ({}, {"steps": 1}, {"steps": 100, "random_orders": 1}, {"random_orders": 3, "batch_size": 2}):
+        with Watched(model, 24) as seen:
+            found = measure(model, processor, image, many, **options)
+        assert found.forwards == len(seen.pictures)
+    steps, random_orders = 6, 3
+    assert found.forwards - 2 == 2 * (steps - 1) * (2 + random_orders)
+
+
+def test_more_steps_than_tokens_are_as_many_as_tokens(model, processor, image, given):
+    found = measure(model, processor, image, given, steps=10**6)
+    assert found.shares == pytest.approx(np.arange(25) / 24)
+    exact = measure(model, processor, image, given, steps=24)
+    np.testing.assert_array_equal(found.insertion[0], exact.insertion[0])
+
+
+def test_one_step_has_the_ends_only(model, processor, image, given):
+    found = measure(model, processor, image, given, steps=1, random_orders=2)
+    assert found.shares.tolist() == [0, 1]
+    assert found.insertion[0].tolist() == found.deletion[0][::-1].tolist()
+    assert found.random_insertion.shape == (2, 2)
+    assert found.forwards == 2
+
+
+def test_photo_of_one_token(model, processor, given):
+    processor = copy.deepcopy(processor)
+    processor.image_processor = type(processor.image_processor)(min_pixels=784, max_pixels=784)
+    photo = make_image(28, 28)
+    result = other_photo(model, processor, given, photo)
+    assert result.grid == (1, 1)
+    found = measure(model, processor, photo, result, random_orders=1)
+    assert found.shares.tolist() == [0, 1]
+
+
+def test_ties_are_broken_at_random_by_the_seed(model, processor, image, given):
+    flat = with_maps(given, np.ones((4, 6)))
+    curves = [measure(model, processor, image, flat, steps=24, seed=seed).insertion[0] for seed in (0, 1, 2, 1)]
+    assert np.array_equal(curves[1], curves[3])
+    assert len({tuple(curve) for curve in curves}) == 3
+    in_raster_order = measure(model, processor, image, with_maps(given, 24 - np.arange(24).reshape(4, 6)), steps=24)
+    assert not any(np.allclose(curve, in_raster_order.insertion[0]) for curve in curves)
+    halves = with_maps(given, np.repeat([[1.0], [2.0], [2.0], [1.0]], 6, 1))  # ties stay behind what is hotter
+    with Watched(model, 24) as seen:
+        measure(model, processor, image, halves, steps=2)
+    changed = (seen.pictures[3] != seen.pictures[1]).any((1, 2)).reshape(4, 6)
+    assert changed.all(1).tolist() == changed.any(1).tolist() == [False, True, True, False]
+
+
+def test_seed_draws_the_random_orders_and_leaves_a_map_without_ties(model, processor, image, given):
+    one, same, other = (measure(model, processor, image, given, random_orders=2, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.random_insertion, same.random_insertion)
+    np.testing.assert_array_equal(one.insertion[0], other.insertion[0])
+    assert not np.allclose(one.random_insertion, other.random_insertion)
+    assert not np.allclose(one.random_insertion[0], one.random_insertion[1])
+    assert one.random_deletion.shape == one.random_insertion.shape == (2, 7)
+
+
+def test_random_orders_insert_and_delete_the_same_order(model, processor, image, given):
+    with Watched(model, 24) as seen:
+        measure(model, processor, image, with_maps(given, np.ones((4, 6)), no_gradient=[0]), random_orders=1)
+    blank, whole = seen.pictures[:2]
+    for inserted, deleted in zip(seen.pictures[2:7], seen.pictures[7:], strict=True):
+        assert (inserted == whole).all((1, 2)).equal((deleted == blank).all((1, 2)))
+
+
+def test_layers_without_gradient_are_left_out_and_no_random_order_is_an_empty_table(model, processor, image, given):
+    found = measure(model, processor, image, with_maps(given, given.maps[0], np.zeros((4, 6)), no_gradient=[1]))
+    assert list(found.insertion) == list(found.deletion) == [0]
+    assert found.random_insertion.shape == found.random_deletion.shape == (0, 7)
+
+
+def test_progress_wraps_the_orders(model, processor, image, given):
+    seen = []
+
+    def progress(items):
+        for item in items:
+            seen.append(item)
+            yield item
+
+    measure(model, processor, image, given, steps=2, random_orders=2, progress=progress)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("size", [(112, 168), (168, 140), (336, 224)])
+def test_another_photo_than_that_of_the_maps_is_an_error(model, processor, given, size):
+    with pytest.raises(ValueError, match=r"the maps have \(4, 6\) image tokens, the photo"):
+        measure(model, processor, make_image(*size), given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", 0), ("steps", 2.5), ("batch_size", 0), ("batch_size", -1), ("random_orders", -1), ("baseline", "grey")],
+)
+def test_bad_measure_is_named_with_its_value(model, processor, image, given, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be"):
+        measure(model, processor, image, given, **{name: value})
+
+
+def test_out_of_memory_says_how_many_image_tokens(model, processor, image, given):
+    handle = model.register_forward_pre_hook(raising(torch.cuda.OutOfMemoryError("CUDA out of memory")))
+    try:
+        with pytest.raises(RuntimeError, match="24 image tokens"):
+            measure(model, processor, image, given)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("function", [measure, randomized_maps])
+@pytest.mark.parametrize("error", [None, KeyError("stumble")], ids=["done", "failed"])
+def test_model_and_random_state_are_as_before(make_model, processor, image, given, function, error):
+    model = unruly(make_model)
+    if error:
+        decoder(model)[2].register_forward_pre_hook(raising(error))
+    before = state_of(model, image)
+    if error:
+        with pytest.raises(KeyError, match="stumble"):
+            function(model, processor, image, given)
+    else:
+        function(model, processor, image, with_maps(given, given.maps[0]))
+    assert state_of(model, image) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_precision_gives_about_the_curves_of_float64(make_model, model, processor, image, given, dtype):
+    expected = measure(model, processor, image, given)
+    found = measure(make_model(dtype), processor, image, given)
+    assert found.insertion[0] == pytest.approx(expected.insertion[0], rel=0.15 if dtype == torch.bfloat16 else 1e-3)
+
+
+# cascading randomisation
+
+
+@pytest.fixture
+def lively(make_model):
+    """A model of 4 layers none of whose tensors is constant, so that all change when they are re-drawn."""
+    model, generator = make_model(layers=4), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return model
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """The weights and maps of every stage, as they were when its maps were computed."""
+    seen, real = [], core._compute_maps
+
+    def compute(model, *args, **kwargs):
+        result = real(model, *args, **kwargs)
+        seen.append((copy.deepcopy(model), result[0]))
+        return result
+
+    monkeypatch.setattr(core, "_compute_maps", compute)
+    return seen
+
+
+def changed_names(model, other):
+    before, after = model.state_dict(), other.state_dict()
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+OPTIONS = {"answer": ANSWER, "target": "red", "num_samples": 2, "noise_std": 0.2, "seed": 3}
+OPTIONS |= {"score": "logprob", "method": "best", "norms": "live", "tap": "output"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_redrawn_from_the_top_down(lively, processor, image, stages, tied):
+    if tied:
+        lively.lm_head.weight = lively.get_input_embeddings().weight
+    result = compute_token_maps(lively, processor, image, PROMPT, [0, 2], **OPTIONS)
+    original = copy.deepcopy(lively)
+    stages.clear()
+    found = randomized_maps(lively, processor, image, result, stages=2)
+    assert changed_names(lively, original) == set()
+    assert list(found) == [0, 2, 4]
+    assert found[0] is result
+    names = set(original.state_dict())
+    behind = {"model.language_model.norm.weight", *["lm_head.weight"] * (not tied)}
+    top = {name for name in names if ".layers.2." in name or ".layers.3." in name and ".visual." not in name}
+    rest = {name for name in names if ".layers.0." in name or ".layers.1." in name or ".visual." in name}
+    assert min(len(top), len(rest)) > 20
+    (middle, _), (last, _) = stages
+    assert changed_names(original, middle) == behind | top
+    assert changed_names(original, last) == behind | top | rest
+    assert {"model.language_model.embed_tokens.weight"} <= names - behind - top - rest
+    assert changed_names(middle, last) == rest  # what is re-drawn is so once
+
+
+def test_maps_of_a_stage_are_those_of_its_weights(lively, processor, image, stages):
+    result = compute_token_maps(lively, processor, image, PROMPT, [0, 2], **OPTIONS)
+    stages.clear()
+    found = randomized_maps(lively, processor, image, result, stages=2)
+    for (number, maps), (model, _) in zip(list(found.items())[1:], list(stages), strict=True):
+        assert maps.target == "red"
+        assert maps.settings == result.settings
+        expected = compute_token_maps(model, processor, image, PROMPT, [0, 2], **OPTIONS)
+        for layer in (0, 2):
+            np.testing.assert_array_equal(maps.maps[layer], expected.maps[layer])
+            assert not np.allclose(maps.maps[layer], result.maps[layer]), number
+
+
+def test_occurrence_and_contrast_are_kept(lively, processor, image, stages):
+    options = {"answer": "red cat, red dog", "target": "red", "target_occurrence": 2, "contrast": "big"}
+    result = compute_token_maps(lively, processor, image, PROMPT, [1], use_smooth=False, **options)
+    stages.clear()
+    found = randomized_maps(lively, processor, image, result, stages=1)[4]
+    assert (found.target_span, found.target_tokens) == (result.target_span, result.target_tokens)
+    expected = compute_token_maps(stages[0][0], processor, image, PROMPT, [1], use_smooth=False, **options)
+    np.testing.assert_array_equal(found.maps[1], expected.maps[1])
+
+
+def test_stages_are_spread_over_the_layers(make_model, processor, image, given):
+    model = make_model(layers=4)
+    for count, expected in ((1, [0, 4]), (3, [0, 1, 3, 4]), (4, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])):
+        assert list(randomized_maps(model, processor, image, given, stages=count)) == expected
+
+
+def test_redrawing_follows_its_seed(model, processor, image, given):
+    clean = with_maps(given, given.maps[0])
+    one, same, other = (randomized_maps(model, processor, image, clean, stages=1, seed=seed)[3] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.maps[0], same.maps[0])
+    assert not np.allclose(one.maps[0], other.maps[0])
+
+
+def test_redrawn_tensors_keep_mean_and_spread():
+    layer = nn.Linear(300, 200)
+    layer.weight.data = 3 + 0.5 * torch.rand(200, 300)
+    layer.bias.data.fill_(7.0)
+    before = layer.weight.detach().clone()
+    redraw_weights([layer], torch.Generator().manual_seed(0))
+    assert layer.weight.mean().item() == pytest.approx(before.mean().item(), rel=1e-3)
+    assert layer.weight.std().item() == pytest.approx(before.std().item(), rel=0.02)
+    assert abs(stats.kurtosis(layer.weight.detach().ravel().numpy())) < 0.1  # a normal, as the uniform one was not
+    assert abs(np.corrcoef(layer.weight.detach().ravel(), before.ravel())[0, 1]) < 0.02
+    assert layer.bias.tolist() == [7.0] * 200  # no spread to draw from
+
+
+def test_redrawn_bfloat16_weights_stay_bfloat16():
+    layer = nn.Linear(30, 20, dtype=torch.bfloat16)
+    redraw_weights([layer], torch.Generator().manual_seed(0))
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.weight.isfinite().all()
+
+
+def test_quantised_and_offloaded_weights_cannot_be_redrawn(make_model, processor, image, given):
+    quantised = nn.Linear(2, 2)
+    quantised.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="weights of torch.int8 on cpu cannot be re-drawn"):
+        redraw_weights([quantised], torch.Generator())
+    with pytest.raises(ValueError, match="on meta cannot be re-drawn"):
+        redraw_weights([nn.Linear(2, 2, device="meta")], torch.Generator())
+    model = make_model()
+    decoder(model)[-1].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="cannot be re-drawn"):
+        randomized_maps(model, processor, image, given)
+    assert changed_names(before, model) == set()
+
+
+# a model that sees
+
+
+DEMO = scenes.OBJECTS.parent
+DESCRIBE = "Describe the main content in this image in detail."
+
+
+@pytest.fixture(scope="module")
+def demo():
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, local_files_only=True).eval()
+    return model, AutoProcessor.from_pretrained(DEMO, local_files_only=True), DEMO.parent / "demo.jpeg", DESCRIBE
+
+
+@pytest.fixture(scope="module")
+def dog(demo):
+    return compute_token_maps(*demo, [12], target="dog", use_smooth=False)
+
+
+def difference(demo, result, **options):
+    found = insertion_deletion(*demo[:3], result, **{"steps": 8} | options)
+    (layer,) = found.insertion
+    pairs = zip(found.random_insertion, found.random_deletion, strict=True)
+    return area(found.insertion[layer] - found.deletion[layer], found.shares), [
+        area(insertion - deletion, found.shares) for insertion, deletion in pairs
+    ]
+
+
+def test_map_of_the_dog_is_faithful_and_more_so_with_frozen_norms(demo, dog):
+    frozen, chance = difference(demo, dog)
+    assert frozen > 0.5
+    assert len(chance) == 5
+    assert frozen > max(chance) + 0.2
+    plain = compute_token_maps(*demo, [12], target="dog", use_smooth=False, norms="live")
+    assert difference(demo, plain, random_orders=0)[0] < frozen - 0.2
+
+
+def test_map_of_the_dog_fits_the_dog(dog):
+    things = {thing.kind: localization(dog.maps[12], thing.mask) for thing in scenes.demo_scene().objects}
+    assert things["dog"]["near"] == 1
+    assert things["dog"]["energy"] > 0.5
+    assert things["dog"]["obj_iou"] > max(things[kind]["obj_iou"] for kind in things if kind != "dog") + 0.3
+
+
+def test_map_of_the_dog_needs_what_the_model_has_learned(demo, dog):
+    redrawn = randomized_maps(*demo[:3], dog, stages=1)[28]
+    assert abs(spearman(dog.maps[12], redrawn.maps[12])) < 0.5
+    assert ssim(dog.maps[12], redrawn.maps[12]) < 0.5
+
+
+def test_each_object_word_points_at_its_own_object_and_near_no_other(demo):
+    things = scenes.demo_scene().objects
+    words = compute_word_maps(*demo, [12], words=[thing.kind for thing in things], use_smooth=False)
+    assert [word.target for word in words] == ["plane", "house", "dog", "bicycle"]
+    for word in words:
+        found = {thing.kind: localization(word.maps[12], thing.mask) for thing in things}
+        assert found[word.target]["pointing"] == 1
+        assert [kind for kind in found if found[kind]["near"]] == [word.target]
+        assert normalize_cam(word.maps[12]).max() == 1
