@@ -36,6 +36,7 @@ from smooth_gradcam import (
     Faithfulness,
     TokenMaps,
     area,
+    choose_words,
     compute_token_maps,
     compute_word_maps,
     find_target,
@@ -253,7 +254,7 @@ def check_values(args: argparse.Namespace) -> None:
         raise ValueError(f"--noise_std {args.noise_std} must be finite and 0 or more (0.1 is 10 % of the pixel range)")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")
-    for flag in ("prompt", "answer", "target", "contrast", *PATH_FLAGS):
+    for flag in ("prompt", "answer", "target", "contrast", "words", *PATH_FLAGS):
         text = getattr(args, flag)
         if text is not None and not text.strip():
             raise ValueError(f"--{flag} {text!r} is empty: give a {'path' if flag in PATH_FLAGS else 'text'}")
@@ -263,6 +264,11 @@ def check_values(args: argparse.Namespace) -> None:
         raise ValueError(f"--contrast {args.contrast!r} needs a --target, whose place it takes")
     if args.answer is not None or args.target is None:
         find_target(args.answer or "", args.target, args.target_occurrence)
+    if args.words not in ("content", "all"):
+        if not all(word.strip() for word in args.words.split(",")):
+            raise ValueError(f"--words {args.words!r} has an empty word: give content, all, or words such as dog,apple")
+        if args.answer is not None:
+            choose_words(args.answer, [], args.words)
 
 
 def load_photo(path: str) -> Image.Image:
@@ -635,7 +641,7 @@ def main(argv: list[str] | None = None) -> int:
         if "--verbose" in argv:
             traceback.print_exc()
         message = " ".join(str(exc).split()) or type(exc).__name__
-        message = re.sub(r"^(prompt|answer|target)=", r"--\1 ", message)  # the flag by which it was given
+        message = re.sub(r"^(prompt|answer|target|target_occurrence|contrast|words)=", r"--\1 ", message)  # its flag
         print(f"test_gradcam.py: error: {message}", file=sys.stderr)
         return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
     return 0
