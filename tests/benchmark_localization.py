@@ -1,81 +1,690 @@
-"""Do the maps point at the object that a word names? python tests/benchmark_localization.py
+"""Do the maps point at the object that a word names, beside what others draw? python tests/benchmark_localization.py
 
-On scenes the demo model has never seen, every object word of its own answer is explained at every decoder layer, with
-both methods and both scores. Printed by layer: the pointing game (the map's maximum lies on the object's pixels) and
-the energy (share of the map inside them), for maps upsampled to the scene. Chance is what a flat map would score.
+On scenes the demo model has never seen, every object word of its own answers is explained at every decoder layer, from
+one clean copy of the picture, by this project's methods and by others; the objects' pixels are known. Printed, and
+written to --output_dir as localization.csv, choices.csv, faithfulness.csv and localization.png:
+
+    localization  pointing, near, energy, Obj-IoU of each method over the layers (see `smooth_gradcam.localization`)
+    choices       the same for each norm handling, score, weighting, tap and upsampling that could have been chosen
+    faithfulness  area under insertion, under deletion, and their difference, for the first --words_faithful words
+
+Intervals hold 95 % of 1000 bootstrap resamples of the scenes: the words of a scene are not independent.
+
+What others draw is written from their papers' descriptions, no code of theirs has been run; see `tam` for what of TAM
+could not be reproduced. One pass serves all methods: they are functions of the same captured tensors.
+
+Shapes: N image tokens = H * W   C channels   T tokens of a word   L tokens in all   V vocabulary   S scenes
 """
 
 import argparse
+import csv
+import dataclasses
+import multiprocessing
+import operator
+import os
 import platform
+import re
 import sys
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  (its usual name)
+from tqdm import tqdm
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo_model")]
 import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
-from smooth_gradcam import METHODS, SCORES, compute_token_maps, get_model_layers, upsample_cam  # noqa: E402
+import smooth_gradcam as core  # noqa: E402
+from smooth_gradcam import best, gradcam, hirescam  # noqa: E402
+
+MEASURES = ("pointing", "near", "energy", "obj_iou")  # as `localization` has them
+RESAMPLES = 1000
 
 
-def on_object(cam: np.ndarray, mask: np.ndarray) -> tuple[bool, float]:
-    """(pointing, energy) of a raw map (H, W) for a mask (height, width) of pixels; a map of zeros scores nothing."""
-    heat = upsample_cam(cam, mask.shape)
-    if not heat.any():
-        return False, 0.0
-    return bool(mask.flat[heat.argmax()]), float(heat[mask].sum() / heat.sum())
+# what is drawn: from features and gradients (N, C) at the image tokens to a map (N,)
 
 
-def measure(model, processor, count: int, **settings):
-    """{(score, method): (words, layers, 2) pointing and energy}, the chance level, and the words missed."""
-    layers = range(get_model_layers(model)[1])
-    rows = {(score, method): [] for score in SCORES for method in METHODS}
-    chance, missed = [], 0
-    for number in range(count):
-        scene = scenes.make_scene(UNSEEN + number)
-        image, prompt = Image.fromarray(scene.image), scenes.DESCRIBE[0]
-        answer = compute_token_maps(model, processor, image, prompt, [-1], use_smooth=False).answer
-        for thing in scene.objects:
-            if f" {thing.kind} " not in answer:
-                missed += 1
-                continue
-            chance.append(thing.mask.mean())
-            for score, method in rows:
-                chosen = {"answer": answer, "target": thing.kind, "score": score, "method": method}
-                result = compute_token_maps(model, processor, image, prompt, layers, **chosen, **settings)
-                rows[score, method].append([on_object(result.maps[layer], thing.mask) for layer in layers])
-    return {key: np.array(values, float) for key, values in rows.items()}, np.mean(chance), missed
+def positive_pooled(features: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM with the gradients ReLU'd before they are pooled."""
+    return gradcam(features, gradients.relu())
 
 
-def main():
+def positive_pooled_halved(features: Tensor, gradients: Tensor) -> Tensor:
+    """The same, and zero below half the map's maximum: what the code of "From Redundancy to Relevance" draws."""
+    heat = positive_pooled(features, gradients)
+    return heat * (heat >= heat.max() / 2)
+
+
+def gradcam_plus_plus(features: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM++ (Chattopadhay et al., WACV 2018), eq. 19 with the exponential of the score, as their code has it.
+
+    a_ik = g_ik^2 / (2 g_ik^2 + g_ik^3 sum_j A_jk), w_k = sum_i a_ik ReLU(g_ik), M = ReLU(sum_k w_k A_k). It is meant
+    for features that are not negative; a decoder's have both signs, and the denominator can then be negative too.
+    """
+    divisor = 2 * gradients**2 + gradients**3 * features.sum(0)
+    share = gradients**2 / torch.where(divisor == 0, 1, divisor)
+    return (features @ (share * gradients.relu()).sum(0)).relu()
+
+
+def layercam(features: Tensor, gradients: Tensor) -> Tensor:
+    """LayerCAM (Jiang et al., TIP 2021): M_i = ReLU(sum_k ReLU(g_ik) A_ik)."""
+    return hirescam(features, gradients.relu())
+
+
+def layercam_by_channel(features: Tensor, gradients: Tensor) -> Tensor:
+    """LayerCAM with the ReLU inside the sum, M_i = sum_k ReLU(ReLU(g_ik) A_ik).
+
+    The two are the same for features that are not negative, which LayerCAM is meant for; a decoder's are both.
+    """
+    return (features * gradients.relu()).relu().sum(-1)
+
+
+def input_x_gradient(features: Tensor, gradients: Tensor) -> Tensor:
+    """Input x gradient (Shrikumar et al., 2016): |sum_k A_ik g_ik|; the signed sum above zero is HiResCAM."""
+    return (features * gradients).sum(-1).abs()
+
+
+def attention(weights: Tensor, gradients: Tensor) -> Tensor:
+    """Attention weights (heads, T, N) from the positions that predict the word to the image tokens, their mean."""
+    return weights.mean((0, 1))
+
+
+def attention_x_gradient(weights: Tensor, gradients: Tensor) -> Tensor:
+    """Mean over the heads of ReLU(A * g): one layer's product in Chefer et al., "Generic Attention", ICCV 2021."""
+    return (weights * gradients).relu().mean((0, 1))
+
+
+def centred(method: Callable) -> Callable:
+    """The method with the features' mean over the image tokens taken away."""
+    return lambda features, gradients: method(features - features.mean(0), gradients)
+
+
+class Row(NamedTuple):
+    """What is drawn from one layer, where it is read, and how gradients pass the norms on their way there."""
+
+    norms: str
+    place: str  # "input" or "output" of the layer, a module of it, or its "attention" weights
+    method: Callable
+
+
+OURS = ("gradcam", "hirescam", "best")
+ROWS = {
+    **{name: Row("frozen", "input", core.METHODS[name]) for name in OURS},
+    **{f"{name}, live norms": Row("live", "input", core.METHODS[name]) for name in OURS},
+    "Grad-CAM of the output": Row("live", "output", gradcam),
+    "ReLU'd gradients, halved": Row("live", "post_attention_layernorm", positive_pooled_halved),
+    "Grad-CAM++": Row("live", "input", gradcam_plus_plus),
+    "LayerCAM": Row("live", "input", layercam),
+    "LayerCAM, frozen": Row("frozen", "input", layercam),
+    "LayerCAM by channel": Row("live", "input", layercam_by_channel),
+    "LayerCAM by channel, frozen": Row("frozen", "input", layercam_by_channel),
+    "input x gradient": Row("live", "input", input_x_gradient),
+    "attention": Row("live", "attention", attention),
+    "attention x gradient": Row("live", "attention", attention_x_gradient),
+}
+LAYERLESS = ("logit lens", "TAM")
+BOUNDS = ("random map", "centre", "object (ceiling)")
+
+SCORES = core.SCORES | {"logit - mean": lambda rows, ids: core.logit_score(rows - rows.mean(-1, keepdim=True), ids)}
+WEIGHTS = {
+    "pooled": gradcam,
+    "per token": hirescam,
+    "positive pooled": positive_pooled,
+    "pooled, centred": centred(gradcam),
+    "per token, centred": centred(hirescam),
+    "best": best,
+}
+PLACES = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "output")
+
+
+# what is drawn without a layer: from the logits (L, V), the final hidden states read by the head, to a map (N,)
+
+
+def remove_interference(own: Tensor, others: Tensor, scores: Tensor) -> Tensor:
+    """TAM's estimated causal inference: own map (N,), those of M earlier tokens (N, M) and their scores (M,) -> (N,).
+
+    The interference I is the mean of the others, weighted by the scores; s I is taken away, s least squares.
+    """
+    interference = others @ scores / scores.sum().clamp_min(1e-12)
+    scale = own @ interference / (interference @ interference).clamp_min(1e-12)
+    return (own - scale * interference).relu()
+
+
+def rank_gaussian(heat: np.ndarray) -> np.ndarray:
+    """TAM's rank-Gaussian filter, (H, W) -> (H, W): of 3 x 3 values the mean, weighted by their distance in rank.
+
+    The weight is a Gaussian around the median's rank; its sigma is the nine values' coefficient of variation.
+    """
+    patches = np.lib.stride_tricks.sliding_window_view(np.pad(heat, 1, mode="reflect"), (3, 3))
+    values = np.sort(patches.reshape(*heat.shape, 9).astype(np.float64), axis=-1)
+    sigma = values.std(-1, keepdims=True) / np.maximum(values.mean(-1, keepdims=True), 1e-12)
+    weights = np.exp(-0.5 * ((np.arange(9) - 4) / np.maximum(sigma, 1e-6)) ** 2)
+    return (values * weights).sum(-1) / weights.sum(-1)
+
+
+def logit_lens(logits: Tensor, positions: Tensor, token: int) -> Tensor:
+    """The logit lens at the image tokens: ReLU of the token's logit at each of them, (N,)."""
+    return logits[positions, token].relu()
+
+
+def tam(logits: Tensor, ids: Tensor, positions: Tensor, grid, token: int, predicting: int) -> np.ndarray:
+    """Token Activation Map (Li et al., ICCV 2025) of one answer token, (H, W).
+
+    Raw maps are logit lenses; a text token of prompt or answer up to `predicting`, other than the token itself, weighs
+    ReLU(logit of the token at its place). Written from the paper's description: which special tokens of the prompt
+    count there is not told (here all do), nor how the filter treats borders (here they reflect). Their score takes the
+    best token of a word; here the maps of a word's tokens are averaged, which for most words is the same.
+    """
+    context = torch.arange(predicting + 1)
+    context = context[~torch.isin(context, positions) & (ids[: predicting + 1] != token)]
+    others = logits[positions][:, ids[context]].relu()  # (N, M)
+    heat = remove_interference(logit_lens(logits, positions, token), others, logits[context, token].relu())
+    return rank_gaussian(heat.reshape(grid).numpy())
+
+
+def bounds(mask: np.ndarray, grid: tuple[int, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Floors that know nothing of the picture, and the share of the object's mask in each image token: a ceiling."""
+    y, x = (np.linspace(-1, 1, side) for side in grid)
+    share = F.adaptive_avg_pool2d(torch.as_tensor(mask, dtype=torch.float32)[None], grid)[0].numpy()
+    maps = rng.random(grid), np.exp(-2 * (y[:, None] ** 2 + x**2)), share  # sigma is half of the half side
+    return dict(zip(BOUNDS, maps, strict=True))
+
+
+# one scene: a forward pass per kind of norms, a backward pass per word and score
+
+
+class Word(NamedTuple):
+    kind: str
+    mask: np.ndarray
+    scored: core._Scored
+
+
+class Reading(NamedTuple):
+    """A scene and the words of the model's answer that name an object of it, each named exactly once."""
+
+    number: int
+    answer: str
+    words: list[Word]
+    forced: dict[str, Tensor]  # inputs with the answer
+    positions: Tensor
+    grid: tuple[int, int]
+
+
+def scene_image(number: int) -> Image.Image:
+    return Image.fromarray(scenes.make_scene(UNSEEN + number).image)
+
+
+def read_scene(model, processor, number: int) -> Reading:
+    things, tokenizer = scenes.make_scene(UNSEEN + number).objects, processor.tokenizer
+    inputs = core._prepare_inputs(model, processor, scene_image(number), scenes.DESCRIBE[0])
+    positions, grid = core._image_grid(model, inputs)
+    tokens = core._generate(model, tokenizer, inputs, 64)
+    answer, spans = core._decode(tokenizer, tokens), core.token_spans(tokenizer, tokens)
+    things = [thing for thing in things if len(re.findall(rf"\b{thing.kind}\b", answer)) == 1]
+    parts = [core._covering(spans, core.find_target(answer, thing.kind)).tokens for thing in things]
+    forced, scored = core._read(inputs, tokens, parts) if parts else (inputs, [])
+    words = [Word(thing.kind, thing.mask, part) for thing, part in zip(things, scored, strict=True)]
+    return Reading(number, answer, words, forced, positions, grid)
+
+
+def make_taps(model, layers, few) -> list[core._Tap]:
+    """All places that are read, keyed (place, layer): those of the rows at `layers`, those of the choices at `few`."""
+    decoder, _ = core.get_model_layers(model)
+    wanted = {(row.place, i) for row in ROWS.values() for i in layers if row.place != "attention"}
+    wanted |= {(place, i) for place in PLACES for i in few}
+    taps = []
+    for place, i in sorted(wanted, key=operator.itemgetter(1, 0)):
+        module, tap = (decoder[i], place) if place in core.TAPS else (operator.attrgetter(place)(decoder[i]), "output")
+        taps.append(core._find_taps(model, [module], tap)[0]._replace(key=(place, i)))
+    return taps
+
+
+@contextmanager
+def attention_weights(model, layers):
+    """Inside, a forward pass leaves the attention weights (1, heads, L, L), keyed ("attention", layer), in a dict."""
+    decoder, _ = core.get_model_layers(model)
+    kept = {}
+
+    def keep(key):
+        def hook(module, args, output):
+            kept[key] = output[1]
+
+        return hook
+
+    handles = [decoder[i].self_attn.register_forward_hook(keep(("attention", i))) for i in layers]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward(model, forced, taps, layers, norms: str) -> tuple[dict, Tensor]:
+    """{(place, layer): tensor} of one pass, its graph kept, and the logits (L, V)."""
+    with core.NORMS[norms](model), core._captured(taps) as captured, attention_weights(model, layers) as weights:
+        logits = model(**forced, use_cache=False).logits[0]
+    return captured | weights, logits
+
+
+def backward(tensors: dict, logits: Tensor, word: Word, score: str, positions: Tensor) -> dict:
+    """{(place, layer): (features, gradients)} at the image tokens, (N, C); of attention weights (heads, T, N)."""
+    value = SCORES[score](logits[word.scored.predicting].float(), torch.tensor(word.scored.expected))
+    gradients = torch.autograd.grad(value, list(tensors.values()), allow_unused=True, retain_graph=True)
+
+    def at_image(key, tensor):
+        if key[0] == "attention":
+            return tensor[0][:, word.scored.predicting][:, :, positions]
+        return core._image_rows(key, tensor, positions)
+
+    return {
+        key: (at_image(key, tensor.detach()), at_image(key, torch.zeros_like(tensor) if g is None else g))
+        for (key, tensor), g in zip(tensors.items(), gradients, strict=True)
+    }
+
+
+def row_maps(pairs: dict, logits: Tensor, reading: Reading, word: Word, layers, rng) -> dict[str, list[np.ndarray]]:
+    """{row: one map (H, W) per layer, or a single one}; `pairs`: norms -> what `backward` gives for the logit."""
+    drawn = {
+        name: [row.method(*pairs[row.norms][row.place, i]).reshape(reading.grid).numpy() for i in layers]
+        for name, row in ROWS.items()
+    }
+    place, logits = (reading.positions, reading.grid), logits.detach().float()
+    chosen = list(zip(word.scored.expected, word.scored.predicting, strict=True))
+    lenses = [logit_lens(logits, place[0], token).reshape(reading.grid).numpy() for token, _ in chosen]
+    ids = reading.forced["input_ids"][0]
+    activations = [tam(logits, ids, *place, token, predicting) for token, predicting in chosen]
+    drawn |= {"logit lens": [np.mean(lenses, 0)], "TAM": [np.mean(activations, 0)]}
+    return drawn | {name: [heat] for name, heat in bounds(word.mask, reading.grid, rng).items()}
+
+
+def choice_maps(found: dict, grid, size, few) -> dict[tuple, list[np.ndarray]]:
+    """{(norms, score, weights, tap, upsampling): one map per layer}; `found`: (norms, score) -> `backward`'s."""
+
+    def draw(method, norms, score, place):
+        return [method(*found[norms, score][place, i]).reshape(grid).numpy() for i in few]
+
+    maps = {}
+    for norms, score in found:
+        for name, method in WEIGHTS.items():
+            maps[norms, score, name, "input", "bicubic"] = draw(method, norms, score, "input")
+    for norms in core.NORMS:
+        for place in PLACES:
+            for name in ("pooled", "per token"):
+                maps[norms, "logit", name, place, "bicubic"] = draw(WEIGHTS[name], norms, "logit", place)
+    for mode in ("nearest", "bilinear"):
+        for name in ("pooled", "best"):
+            maps["frozen", "logit", name, "input", mode] = [
+                F.interpolate(torch.as_tensor(heat)[None, None], size=size, mode=mode)[0, 0].numpy()
+                for heat in maps["frozen", "logit", name, "input", "bicubic"]
+            ]
+    return maps
+
+
+def measure(maps: list[np.ndarray], mask: np.ndarray) -> np.ndarray:
+    """(maps, measures); a map of the mask's own size is not upsampled any more."""
+    found = [core.localization(heat, mask) for heat in maps]
+    return np.array([[values[name] for name in MEASURES] for values in found])
+
+
+class Setup(NamedTuple):
+    """What every worker needs to know."""
+
+    path: str
+    layers: list[int]  # of the rows
+    few: list[int]  # of the choices
+    spread: list[int]  # of insertion and deletion
+    words_faithful: int
+    steps: int
+    seed: int
+
+
+WORKER = {}  # of this process: setup, model, processor, taps
+
+
+def start_worker(setup: Setup):
+    torch.set_num_threads(1)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(setup.path).eval()
+    processor, taps = AutoProcessor.from_pretrained(setup.path), make_taps(model, setup.layers, setup.few)
+    WORKER.update(setup=setup, model=model, processor=processor, taps=taps)
+
+
+def measure_scene(number: int) -> list[dict]:
+    """One record per named object; those of the first scenes keep the maps that insertion and deletion may need."""
+    setup, model, records = WORKER["setup"], WORKER["model"], []
+    model.set_attn_implementation("eager")  # the others do not tell their weights
+    with core._borrowed(model):
+        reading = read_scene(model, WORKER["processor"], number)
+        passes = {
+            norms: forward(model, reading.forced, WORKER["taps"], setup.layers, norms) if reading.words else None
+            for norms in core.NORMS
+        }
+        for place, word in enumerate(reading.words):
+            found = {}
+            for norms, (tensors, logits) in passes.items():
+                for score in SCORES:
+                    used = {key: t for key, t in tensors.items() if score == "logit" or key[0] == "input"}
+                    found[norms, score] = backward(used, logits, word, score, reading.positions)
+            rng = np.random.default_rng((setup.seed, number, place))
+            pairs = {norms: found[norms, "logit"] for norms in core.NORMS}
+            rows = row_maps(pairs, passes["live"][1], reading, word, setup.layers, rng)
+            choices = choice_maps(found, reading.grid, word.mask.shape, setup.few)
+            kept = {(row, i): m for row, maps in rows.items() for i, m in zip(setup.layers, maps, strict=False)}
+            records.append(
+                {"scene": number, "kind": word.kind, "answer": reading.answer, "tokens": len(word.scored.expected)}
+                | {"rows": {name: measure(maps, word.mask) for name, maps in rows.items()}}
+                | {"choices": {key: measure(maps, word.mask) for key, maps in choices.items()}}
+                | {"maps": kept if number < setup.words_faithful else None}
+            )
+    return records
+
+
+def measure_faithfulness(job: tuple[int, str, str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """{label: (3,) areas under insertion and deletion and their difference} of a word's labelled maps."""
+    number, kind, answer, maps = job
+    model, processor, setup = WORKER["model"], WORKER["processor"], WORKER["setup"]
+    arguments = model, processor, scene_image(number)
+    model.set_attn_implementation("sdpa")  # faster
+    word = core.compute_token_maps(*arguments, scenes.DESCRIBE[0], [-1], use_smooth=False, answer=answer, target=kind)
+    word = dataclasses.replace(word, maps=maps, no_gradient=frozenset())
+    curves = core.insertion_deletion(*arguments, word, steps=setup.steps, seed=setup.seed)
+    areas = {name: (curves.insertion[name], curves.deletion[name]) for name in maps}
+    areas["random order"] = curves.random_insertion.mean(0), curves.random_deletion.mean(0)
+    areas = {name: [core.area(curve, curves.shares) for curve in pair] for name, pair in areas.items()}
+    return {name: np.array([*pair, pair[0] - pair[1]]) for name, pair in areas.items()}
+
+
+# all scenes
+
+
+@contextmanager
+def workers(setup: Setup, processes: int):
+    """A lazy map over jobs, on this many cores, each with its own model."""
+    if processes == 1:
+        start_worker(setup)
+        yield map
+        return
+    with multiprocessing.get_context("spawn").Pool(processes, start_worker, (setup,)) as pool:
+        yield pool.imap
+        pool.close()  # and not terminate, which would leave locks behind
+        pool.join()
+
+
+def best_layer(means: np.ndarray) -> int:
+    """Index of the layer (layers, measures) where the sum of pointing, energy and Obj-IoU is highest."""
+    return int(means[:, [0, 2, 3]].sum(1).argmax())
+
+
+def points_best(means: np.ndarray, setup: Setup) -> int:
+    """The layer of the spread whose means (layers, measures) point best, if in doubt that with the most energy."""
+    return max(setup.spread, key=lambda i: tuple(means[setup.layers.index(i), [0, 2]]))
+
+
+def chosen_maps(records: list[dict], setup: Setup) -> dict[str, tuple[str, int | None]]:
+    """What insertion and deletion are tried with: {label: (row, layer)}.
+
+    Ours at every layer of the spread; each other row at the one of them where it points best over all words, which
+    favours it; rows without a layer once.
+    """
+    labels = {}
+    for name in ROWS:
+        means = np.mean([record["rows"][name] for record in records], 0)
+        labels |= {f"{name} @ {i}": (name, i) for i in (setup.spread if name in OURS else [points_best(means, setup)])}
+    return labels | {name: (name, None) for name in (*LAYERLESS, *BOUNDS[1:])}
+
+
+def run(setup: Setup, count: int, processes: int) -> dict:
+    """Everything that is measured of one checkpoint."""
+    start = time.perf_counter()
+    with workers(setup, processes) as each:
+        found = list(tqdm(each(measure_scene, range(count)), "scenes", count))
+        records = [record for records in found for record in records]
+        middle = time.perf_counter()
+        if not records:
+            sys.exit(f"{setup.path} names no object of these scenes")
+        labels = chosen_maps(records, setup)
+        first = setup.layers[0]  # where rows without a layer are kept
+        jobs = [
+            [word[key] for key in ("scene", "kind", "answer")]
+            + [{label: word["maps"][row, first if i is None else i] for label, (row, i) in labels.items()}]
+            for word in records[: setup.words_faithful]
+        ]
+        areas = list(tqdm(each(measure_faithfulness, jobs), "insertion, deletion", len(jobs)))
+    seconds = {"localization and choices": middle - start, "insertion and deletion": time.perf_counter() - middle}
+    objects = sum(len(scenes.make_scene(UNSEEN + number).objects) for number in range(count))
+    return {"setup": setup, "records": records, "objects": objects, "areas": areas, "labels": labels, "time": seconds}
+
+
+# tables
+
+
+def bootstrap(values: np.ndarray, groups, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval (low, high) of the mean over words (words, ...), resampling the groups (words,) they belong to."""
+    names, index = np.unique(groups, return_inverse=True)
+    totals = np.zeros((len(names), *values.shape[1:]))
+    np.add.at(totals, index, values)
+    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
+    counts = (drawn @ np.bincount(index)).reshape(-1, *[1] * (values.ndim - 1))
+    return tuple(np.percentile(np.tensordot(drawn, totals, 1) / counts, [2.5, 97.5], axis=0))
+
+
+def summarise(values: list[np.ndarray], groups, seed: int) -> np.ndarray:
+    """(..., 3): mean over the words, and its interval."""
+    values = np.array(values)
+    return np.stack([values.mean(0), *bootstrap(values, groups, seed)], axis=-1)
+
+
+def tables(result: dict) -> dict[str, dict]:
+    """ "rows", "choices": {name: (layers or 1, measures, 3)}; "faithfulness": {label: (3, 3)}."""
+    records, areas, seed = result["records"], result["areas"], result["setup"].seed
+    groups = [record["scene"] for record in records]
+    found = {
+        table: {name: summarise([record[table][name] for record in records], groups, seed) for name in first}
+        for table, first in records[0].items()
+        if table in ("rows", "choices")
+    }
+    groups = groups[: len(areas)]
+    found["faithfulness"] = {name: summarise([area[name] for area in areas], groups, seed) for name in areas[0]}
+    return found
+
+
+def span(values) -> str:
+    return "{:.2f} ({:.2f}-{:.2f})".format(*values)
+
+
+def print_head(result: dict, count: int, processes: int):
+    setup, records = result["setup"], result["records"]
+    several = sum(record["tokens"] > 1 for record in records)
+    print(f"\n{setup.path}: {len(records)} words in {count} unseen scenes, {several} of more than one token;")
+    print(f"{result['objects'] - len(records)} objects not named exactly once; layers {setup.layers}")
+    print(f"{platform.machine()}, {processes} processes, torch {torch.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}; no noise; seed {setup.seed}")
+    print("; ".join(f"{part}: {seconds:.0f} s" for part, seconds in result["time"].items()))
+
+
+def print_tables(result: dict, found: dict):
+    setup = result["setup"]
+    print("\nlocalization at the best layer, that of the highest sum of pointing, energy and Obj-IoU (95 % interval)")
+    print(f"{'what is drawn':28s} layer  " + "  ".join(f"{name:16s}" for name in MEASURES))
+    for name, values in found["rows"].items():
+        i = best_layer(values[..., 0])
+        layer = str(setup.layers[i]) if name in ROWS else "-"
+        print(f"{name:28s} {layer:>5s}  " + "  ".join(f"{span(measure):16s}" for measure in values[i]))
+    print("Of the last layer's output there is no gradient: a miss, 0 in every measure.")
+    print(f"\nchoices: best of layers {setup.few}, and mean over them; pointing / energy / Obj-IoU")
+    for key, values in found["choices"].items():
+        i = best_layer(values[..., 0])
+        shown = (" / ".join(f"{v:.2f}" for v in mean[[0, 2, 3]]) for mean in (values[i, :, 0], values[..., 0].mean(0)))
+        label = "{:7s} {:13s} {:19s} {:17s} {:9s}".format(*key)
+        print(f"{label} {setup.few[i]:3d}  " + "   mean ".join(shown))
+    print("With nearest the maximum is a whole image token, of which the first pixel, its corner, is what points.")
+    print(f"\nfaithfulness, first {len(result['areas'])} words, {setup.steps} steps, blur (95 % interval)")
+    print(f"{'what is drawn @ layer':34s} insertion         deletion          difference")
+    for name, values in found["faithfulness"].items():
+        print(f"{name:34s} " + "  ".join(f"{span(value):16s}" for value in values))
+
+
+def write_csv(path: Path, keys, measures, rows):
+    """`rows`: (key, ..., (measures, 3)); each measure gets a column for its mean and for the ends of its interval."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*keys, *(f"{name}{end}" for name in measures for end in ("", "_low", "_high"))])
+        writer.writerows([*row[:-1], *np.round(row[-1], 5).ravel().tolist()] for row in rows)
+
+
+def write_tables(folder: Path, everything: list[tuple[dict, dict]]):
+    rows, choices, faithful = [], [], []
+    for result, found in everything:
+        setup, labels = result["setup"], result["labels"]
+        for name, values in found["rows"].items():
+            layers = setup.layers if name in ROWS else [""]
+            rows += [(setup.path, name, layer, value) for layer, value in zip(layers, values, strict=True)]
+        for key, values in found["choices"].items():
+            choices += [(setup.path, *key, layer, value) for layer, value in zip(setup.few, values, strict=True)]
+        for label, value in found["faithfulness"].items():
+            name, layer = labels.get(label, (label, None))
+            faithful.append((setup.path, name, "" if layer is None else layer, value))
+    write_csv(folder / "localization.csv", ("model", "row", "layer"), MEASURES, rows)
+    keys = ("model", "norms", "score", "weights", "tap", "upsampling", "layer")
+    write_csv(folder / "choices.csv", keys, MEASURES, choices)
+    areas = ("insertion", "deletion", "difference")
+    write_csv(folder / "faithfulness.csv", ("model", "row", "layer"), areas, faithful)
+
+
+# figure
+
+BLUE, RED, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"  # Okabe and Ito
+LOOKS = {
+    **{name: {"color": colour, "lw": 3.2} for name, colour in zip(OURS, (BLUE, RED, GREEN), strict=True)},
+    **{f"{n}, live norms": {"color": c, "lw": 1.2} for n, c in zip(OURS, (BLUE, RED, GREEN), strict=True)},
+    "Grad-CAM of the output": {"color": BLUE, "lw": 1.2, "ls": ":"},
+    "ReLU'd gradients, halved": {"color": "#7F5A2A", "lw": 1.2},
+    "Grad-CAM++": {"color": SKY, "lw": 1.2},
+    "LayerCAM": {"color": PINK, "lw": 1.2},
+    "LayerCAM, frozen": {"color": PINK, "lw": 2.2},
+    "LayerCAM by channel": {"color": PINK, "lw": 1.2, "ls": "--"},
+    "LayerCAM by channel, frozen": {"color": PINK, "lw": 2.2, "ls": "--"},
+    "input x gradient": {"color": "black", "lw": 1.2},
+    "attention": {"color": ORANGE, "lw": 1.2},
+    "attention x gradient": {"color": ORANGE, "lw": 1.2, "ls": ":"},
+    "logit lens": {"color": "black", "lw": 1.2, "ls": "-."},
+    "TAM": {"color": RED, "lw": 1.2, "ls": "-."},
+    "random map": {"color": "0.55", "lw": 1.2, "ls": "--"},
+    "centre": {"color": "0.7", "lw": 1.2, "ls": (0, (6, 4))},
+    "object (ceiling)": {"color": "0.35", "lw": 1.2, "ls": (0, (1, 1))},
+    "random order": {"color": "0.55"},
+}
+
+
+def draw_curves(axes, setup: Setup, rows: dict):
+    for ax, measure, title in zip(axes, (0, 1, 2, 3), ("pointing", "near (15 px)", "energy", "Obj-IoU"), strict=True):
+        for name, values in rows.items():
+            heights = values[:, measure, 0]
+            if name in ROWS:
+                ax.plot(setup.layers, heights, label=name, **LOOKS[name])
+            else:
+                ax.axhline(heights[0], label=name, **LOOKS[name])
+        ax.set(ylim=(0, 1.02), xlim=(setup.layers[0], setup.layers[-1]), ylabel=title)
+        ax.grid(alpha=0.3)
+
+
+def draw_bars(ax, result: dict, found: dict):
+    """Insertion minus deletion of each row, where it points best of the layers that were tried."""
+    bars = []
+    for label, values in found["faithfulness"].items():
+        name, layer = result["labels"].get(label, (label, None))
+        if layer is None or layer == points_best(found["rows"][name][..., 0], result["setup"]):
+            bars.append((*values[2], label, LOOKS[name]["color"]))
+    mean, low, high, labels, colours = zip(*sorted(bars), strict=True)
+    ends = np.abs(np.array([low, high]) - mean)
+    ax.barh(labels, mean, color=colours, xerr=ends, error_kw={"lw": 1, "ecolor": "0.2"}, height=0.7)
+    ax.set(xlabel="insertion minus deletion", ylim=(-0.6, len(labels) - 0.4))
+    ax.grid(alpha=0.3, axis="x")
+
+
+def draw(path: Path, everything: list[tuple[dict, dict]]):
+    columns = len(everything)
+    with plt.rc_context({"font.size": 12}):
+        figure = plt.figure(figsize=(6.5 * columns + 3.5, 18), layout="constrained")
+        upper, lower = figure.subfigures(2, 1, height_ratios=(12, 6))
+        axes = upper.subplots(4, columns, squeeze=False, sharex="col")
+        bars = lower.subplots(1, columns, squeeze=False)[0]
+        for column, bar, (result, found) in zip(axes.T, bars, everything, strict=True):
+            draw_curves(column, result["setup"], found["rows"])
+            draw_bars(bar, result, found)
+            column[0].set_title(Path(result["setup"].path).name)
+            column[-1].set_xlabel("decoder layer")
+        upper.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=11)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+
+
+# command line
+
+
+def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model_path", default=str(ROOT / "demo_model"))
-    parser.add_argument("--scenes", type=int, default=100)
-    parser.add_argument("--num_samples", type=int, default=1, help="noisy copies")
-    parser.add_argument("--noise_std", type=float, default=0.0, help="0 is plain Grad-CAM")
-    options = parser.parse_args()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(options.model_path).eval()
-    processor = AutoProcessor.from_pretrained(options.model_path)
-    start = time.perf_counter()
-    noise = {"num_samples": options.num_samples, "noise_std": options.noise_std}
-    rows, chance, missed = measure(model, processor, options.scenes, **noise)
-    words = len(next(iter(rows.values())))
-    print(f"{words} words in {options.scenes} scenes ({missed} objects not named), {options}")
-    print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}", end=", ")
-    print(f"{time.perf_counter() - start:.0f} s; chance: {chance:.3f}")
-    print("layer  " + "  ".join(f"{score + ' ' + method:>16}" for score, method in rows) + "   (pointing energy)")
-    for layer in range(next(iter(rows.values())).shape[1]):
-        means = (values[:, layer].mean(0) for values in rows.values())
-        print(f"{layer:5d}  " + "  ".join(f"{pointing:9.3f} {energy:6.3f}" for pointing, energy in means))
+    parser.add_argument("--model_path", nargs="+", default=[str(ROOT / "demo_model")], help="one or more checkpoints")
+    parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--words_faithful", type=int, default=60, help="words whose insertion and deletion is measured")
+    parser.add_argument("--steps", type=int, default=16, help="of insertion and deletion")
+    parser.add_argument("--layers", type=int, help="how many, spread over the decoder; default: all")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0, help="of the random map and order, and of the resampling")
+    parser.add_argument("--output_dir", default=str(ROOT / "build" / "benchmark"))
+    parser.add_argument(
+        "--quick", action="store_true", help="12 scenes, 6 words, 6 steps, 5 layers: a look at the plumbing"
+    )
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.scenes, options.words_faithful, options.steps, options.layers = 12, 6, 6, 5
+    for name in ("scenes", "words_faithful", "steps", "layers", "processes"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} must be 1 or more")
+    return options
+
+
+def make_setup(path: str, options) -> Setup:
+    total = transformers.AutoConfig.from_pretrained(path).get_text_config().num_hidden_layers
+
+    def spread(layers, count):
+        places = np.linspace(0, len(layers) - 1, min(count, len(layers))).round().astype(int)
+        return [layers[i] for i in places]
+
+    layers = spread(range(total), options.layers or total)
+    few = sorted({*layers[::4], layers[-1]})
+    return Setup(path, layers, few, spread(layers, 5), options.words_faithful, options.steps, options.seed)
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    folder, everything = Path(options.output_dir), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in options.model_path:
+        result = run(make_setup(path, options), options.scenes, options.processes)
+        found = tables(result)
+        print_head(result, options.scenes, options.processes)
+        print_tables(result, found)
+        everything.append((result, found))
+    write_tables(folder, everything)
+    draw(folder / "localization.png", everything)
+    print(f"\nwritten to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 if __name__ == "__main__":
