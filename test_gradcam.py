@@ -457,6 +457,10 @@ def randomization_rows(staged: dict[int, TokenMaps]) -> list[dict]:
     ]
 
 
+def _number(value: float, digits: int = 2) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus zero
+
+
 def to_csv(rows: list[dict]) -> str:
     """Rows as comma-separated text with a head; what a row lacks is empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -464,7 +468,7 @@ def to_csv(rows: list[dict]) -> str:
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()})
+        writer.writerow({k: _number(v, 4) if isinstance(v, float) else v for k, v in row.items()})
     return text.getvalue()
 
 
@@ -496,8 +500,9 @@ def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
     chance = [area(insertion - deletion, measured.shares) for insertion, deletion in pairs]
     beaten = sum(row["difference"] > max(chance) for row in layers)
     lines.append(
-        f"most faithful: layer {best['layer']}, insertion {best['insertion']:.2f} - deletion {best['deletion']:.2f} = "
-        f"{best['difference']:.2f}; {len(chance)} random orders: {min(chance):.2f} to {max(chance):.2f}"
+        f"most faithful: layer {best['layer']}, insertion {_number(best['insertion'])} - deletion "
+        f"{_number(best['deletion'])} = {_number(best['difference'])}; {len(chance)} random orders: "
+        f"{_number(min(chance))} to {_number(max(chance))}"
     )
     lines.append(
         f"{beaten} of {len(layers)} maps beat every random order"
@@ -520,7 +525,7 @@ def randomization_verdict(rows: list[dict]) -> str:
     depends = (
         "the maps depend on what the model has learned" if mean < 0.5 else "beware: the maps hardly need the model"
     )
-    return f"with all weights re-drawn the maps keep a mean rank correlation of {mean:.2f}: {depends}"
+    return f"with all weights re-drawn the maps keep a mean rank correlation of {_number(mean)}: {depends}"
 
 
 def evaluate(model, processor, photo, token_maps: TokenMaps, mask, args) -> tuple[dict[str, object], list[str]]:
@@ -561,6 +566,8 @@ def explain_words(model, processor, photo, layers, folder, args, settings) -> tu
     files = draw_words(photo, Path(args.image_path).name, word_maps, probabilities, tokens)[1]
     words = ", ".join(name_words(word_maps))
     lines = [f"explained: {words} at layer {', '.join(map(str, layers))}"]
+    grey = frozenset.intersection(*(word.no_gradient for word in word_maps))
+    lines += [_without_map(layer, args.mode) for layer in sorted(grey)]
     return word_maps[0].answer, write_files(folder, files), lines
 
 
@@ -586,13 +593,13 @@ def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
         files, lines = evaluate(model, processor, photo, token_maps, mask, args)
     else:
         files, lines = draw(args.mode, photo, token_maps, layers), []
-    lines = [*explained(token_maps), *lines]
+    lines = [*explained(token_maps, args.mode), *lines]
     if args.save_raw:
         files["maps.npz"] = raw_arrays(token_maps, args)
     return token_maps.answer, write_files(folder, files), lines
 
 
-def explained(token_maps: TokenMaps) -> list[str]:
+def explained(token_maps: TokenMaps, mode: str) -> list[str]:
     """What was explained, in words."""
     scored, count = len(token_maps.target_tokens), len(token_maps.tokens)
     what = "the whole answer" if token_maps.target == token_maps.answer else repr(token_maps.target)
@@ -600,8 +607,12 @@ def explained(token_maps: TokenMaps) -> list[str]:
         what += f" rather than {token_maps.settings['contrast']!r}"
     layers = ", ".join(map(str, token_maps.maps))
     lines = [f"explained: {what} ({scored} of {count} tokens) at layer {layers}"]
-    grey = "no gradient reaches it there, so it has no map and its pictures are grey panels"
-    return lines + [f"layer {layer}: {grey}" for layer in sorted(token_maps.no_gradient)]
+    return lines + [_without_map(layer, mode) for layer in sorted(token_maps.no_gradient)]
+
+
+def _without_map(layer: int, mode: str) -> str:
+    so = "it is left out" if mode == "evaluate" else "its pictures are grey panels"
+    return f"layer {layer}: no gradient reaches it there, so it has no map and {so}"
 
 
 def report(answer: str, paths: list[Path], lines: list[str]) -> None:
