@@ -4,7 +4,8 @@ On scenes the demo model has never seen, every object word of its own answers is
 one clean copy of the picture, by this project's methods and by others; the objects' pixels are known. Printed, and
 written to --output_dir as localization.csv, choices.csv, faithfulness.csv and localization.png:
 
-    localization  pointing, near, energy, Obj-IoU of each method over the layers (see `smooth_gradcam.localization`)
+    localization  pointing, near, energy, Obj-IoU of each method over the layers (see `smooth_gradcam.localization`),
+                  and how often the maximum lies at the border instead
     choices       the same for each norm handling, score, weighting, tap and upsampling that could have been chosen
     faithfulness  area under insertion, under deletion, and their difference, for the first --words_faithful words
 
@@ -52,7 +53,7 @@ from evaluate import UNSEEN  # noqa: E402
 import smooth_gradcam as core  # noqa: E402
 from smooth_gradcam import best, gradcam, hirescam  # noqa: E402
 
-MEASURES = ("pointing", "near", "energy", "obj_iou")  # as `localization` has them
+MEASURES = ("pointing", "near", "energy", "obj_iou", "border")  # as `localization` has them, and `at_border`
 RESAMPLES = 1000
 
 
@@ -138,7 +139,7 @@ ROWS = {
     "attention x gradient": Row("live", "attention", attention_x_gradient),
 }
 LAYERLESS = ("logit lens", "TAM")
-BOUNDS = ("random map", "centre", "object (ceiling)")
+BOUNDS = ("random map", "centre", "object (oracle)")
 
 SCORES = core.SCORES | {"logit - mean": lambda rows, ids: core.logit_score(rows - rows.mean(-1, keepdim=True), ids)}
 WEIGHTS = {
@@ -198,7 +199,7 @@ def tam(logits: Tensor, ids: Tensor, positions: Tensor, grid, token: int, predic
 
 
 def bounds(mask: np.ndarray, grid: tuple[int, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Floors that know nothing of the picture, and the share of the object's mask in each image token: a ceiling."""
+    """Floors that know nothing of the picture, and the share of the object's mask in each image token."""
     y, x = (np.linspace(-1, 1, side) for side in grid)
     share = F.adaptive_avg_pool2d(torch.as_tensor(mask, dtype=torch.float32)[None], grid)[0].numpy()
     maps = rng.random(grid), np.exp(-2 * (y[:, None] ** 2 + x**2)), share  # sigma is half of the half side
@@ -335,10 +336,17 @@ def choice_maps(found: dict, grid, size, few) -> dict[tuple, list[np.ndarray]]:
     return maps
 
 
+def at_border(heat: np.ndarray, fit: dict[str, float]) -> float:
+    """1 if the map's maximum lies in its outermost cells, a corner or a border, and off the object: a sink, perhaps."""
+    y, x = np.unravel_index(heat.argmax(), heat.shape)
+    outermost = y in (0, heat.shape[0] - 1) or x in (0, heat.shape[1] - 1)
+    return float(outermost and not fit["near"] and heat.any())
+
+
 def measure(maps: list[np.ndarray], mask: np.ndarray) -> np.ndarray:
     """(maps, measures); a map of the mask's own size is not upsampled any more."""
-    found = [core.localization(heat, mask) for heat in maps]
-    return np.array([[values[name] for name in MEASURES] for values in found])
+    fits = [core.localization(heat, mask) for heat in maps]
+    return np.array([[*fit.values(), at_border(heat, fit)] for heat, fit in zip(maps, fits, strict=True)])
 
 
 class Setup(NamedTuple):
@@ -509,7 +517,9 @@ def span(values) -> str:
 def print_head(result: dict, count: int, processes: int):
     setup, records = result["setup"], result["records"]
     several = sum(record["tokens"] > 1 for record in records)
-    print(f"\n{setup.path}: {len(records)} words in {count} unseen scenes, {several} of more than one token;")
+    print(
+        f"\n{Path(setup.path).name}: {len(records)} words in {count} unseen scenes, {several} of more than one token;"
+    )
     print(f"{result['objects'] - len(records)} objects not named exactly once; layers {setup.layers}")
     print(f"{platform.machine()}, {processes} processes, torch {torch.__version__}, ", end="")
     print(f"transformers {transformers.__version__}; no noise; seed {setup.seed}")
@@ -552,15 +562,17 @@ def write_tables(folder: Path, everything: list[tuple[dict, dict]]):
         setup, labels = result["setup"], result["labels"]
         for name, values in found["rows"].items():
             layers = setup.layers if name in ROWS else [""]
-            rows += [(setup.path, name, layer, value) for layer, value in zip(layers, values, strict=True)]
+            rows += [(Path(setup.path).name, name, layer, value) for layer, value in zip(layers, values, strict=True)]
         for key, values in found["choices"].items():
-            choices += [(setup.path, *key, layer, value) for layer, value in zip(setup.few, values, strict=True)]
+            choices += [
+                (Path(setup.path).name, *key, layer, value) for layer, value in zip(setup.few, values, strict=True)
+            ]
         for label, value in found["faithfulness"].items():
             name, layer = labels.get(label, (label, None))
-            faithful.append((setup.path, name, "" if layer is None else layer, value))
+            faithful.append((Path(setup.path).name, name, "" if layer is None else layer, value))
     write_csv(folder / "localization.csv", ("model", "row", "layer"), MEASURES, rows)
     keys = ("model", "norms", "score", "weights", "tap", "upsampling", "layer")
-    write_csv(folder / "choices.csv", keys, MEASURES, choices)
+    write_csv(folder / "choices.csv", keys, MEASURES[:4], [(*row[:-1], row[-1][:4]) for row in choices])
     areas = ("insertion", "deletion", "difference")
     write_csv(folder / "faithfulness.csv", ("model", "row", "layer"), areas, faithful)
 
@@ -585,7 +597,7 @@ LOOKS = {
     "TAM": {"color": RED, "lw": 1.2, "ls": "-."},
     "random map": {"color": "0.55", "lw": 1.2, "ls": "--"},
     "centre": {"color": "0.7", "lw": 1.2, "ls": (0, (6, 4))},
-    "object (ceiling)": {"color": "0.35", "lw": 1.2, "ls": (0, (1, 1))},
+    "object (oracle)": {"color": "0.35", "lw": 1.2, "ls": (0, (1, 1))},
     "random order": {"color": "0.55"},
 }
 

@@ -169,5 +169,5 @@ def test_the_whole(tmp_path, capsys):
     faithful = {row["row"]: row for row in csv.DictReader((tmp_path / "faithfulness.csv").open())}
     ours = faithful["gradcam"]
     assert float(ours["difference"]) == pytest.approx(float(ours["insertion"]) - float(ours["deletion"]), abs=2e-5)
-    assert {"random order", "TAM", "object (ceiling)"} <= set(faithful)
+    assert {"random order", "TAM", "object (oracle)"} <= set(faithful)
     assert (tmp_path / "localization.png").stat().st_size > 10_000
