@@ -1,7 +1,9 @@
 """The command line, in-process: what each mode writes, what each flag changes, what is refused before anything is."""
 
+import csv
 import functools
 import json
+import re
 import shlex
 import shutil
 
@@ -13,7 +15,17 @@ from PIL import Image
 import test_gradcam
 import visualization_utils
 from smooth_gradcam import ExplanationError, compute_token_maps
-from test_gradcam import EXAMPLES, cap_pixels, load_model, load_processor, make_parser, single_layer_visualization
+from test_gradcam import (
+    EXAMPLES,
+    FOLDERS,
+    MODES_OF_FLAG,
+    cap_pixels,
+    load_model,
+    load_processor,
+    make_parser,
+    parse_args,
+    single_layer_visualization,
+)
 from visualization_utils import (
     create_comparative_analysis,
     create_layer_comparison_grid,
@@ -178,6 +190,8 @@ def plain():
         ["--target", "red"],
         ["--score", "logprob"],
         ["--method", "hirescam"],
+        ["--method", "best"],
+        ["--norms", "live"],
         ["--tap", "output"],
         ["--dtype", "bfloat16"],
         ["--max_pixels", str(8 * 28 * 28)],
@@ -256,6 +270,306 @@ def test_no_function_of_the_driver_looks_like_a_test():
     assert not [name for name in vars(test_gradcam) if name.startswith("test_")]
 
 
+# evaluate mode
+
+
+EVALUATE = ["--mode", "evaluate", "--layers", "0", "2", "--steps", "4", "--answer", ANSWER, "--target", "cat"]
+SCORES = ["layer", "insertion", "deletion", "difference", "probability"]
+SCORES += ["without_hottest_10_percent", "baseline_picture"]
+FITS = ["pointing", "near", "energy", "obj_iou"]
+
+
+@pytest.fixture(scope="session")
+def mask_path(tmp_path_factory, image):
+    """The right half is the object."""
+    mask = Image.new("1", image.size)
+    mask.paste(1, (image.width // 2, 0, *image.size))
+    mask.save(path := tmp_path_factory.mktemp("mask") / "mask.png")
+    return path
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ([], set()),
+        (["--save_raw"], {"maps.npz"}),
+        (["--randomize"], {"randomization.png", "randomization.csv"}),
+        (["--randomize", "--save_raw", "--mask", "{mask}"], {"randomization.png", "randomization.csv", "maps.npz"}),
+    ],
+    ids=lambda flags: " ".join(flags) or "plain",
+)
+def test_evaluate_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, mask_path, flags, names):
+    code, out, err = drive(*EVALUATE, *(str(word).format(mask=mask_path) for word in flags))
+    assert (code, err) == (0, "")
+    folder = tmp_path / "out/evaluate"
+    assert written(tmp_path / "out") == {f"evaluate/{name}" for name in names | {"faithfulness.png", "scores.csv"}}
+    assert {line for line in out.splitlines() if line.startswith("wrote ")} == {
+        f"wrote {path}" for path in folder.iterdir()
+    }
+    rows = read_csv(folder / "scores.csv")
+    assert [row["layer"] for row in rows] == ["0", "2", "random"]
+    assert list(rows[0]) == SCORES + FITS * ("--mask" in flags)
+    for row in rows:
+        assert all(0 <= float(row[name]) <= 1 for name in SCORES[1:] if name != "difference")
+        assert float(row["difference"]) == pytest.approx(float(row["insertion"]) - float(row["deletion"]), abs=2e-4)
+        assert {bool(row[name]) for name in FITS if name in row} <= {row["layer"] != "random"}
+    if "--randomize" in flags:
+        rows = read_csv(folder / "randomization.csv")
+        assert list(rows[0]) == ["redrawn_layers", "layer", "spearman", "ssim"]
+        assert [(row["redrawn_layers"], row["layer"]) for row in rows] == [
+            (str(number), layer) for number in range(5) for layer in "02"
+        ]
+        assert {(row["spearman"], row["ssim"]) for row in rows[:2]} == {("1.0000", "1.0000")}
+        assert all(-1 <= float(row["spearman"]) < 0.999 for row in rows[-2:])
+
+
+def a_number(pattern, text):
+    (found,) = re.findall(pattern, text)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monkeypatch):
+    """Of a model that sees: what the tiny one gives for a probability is next to nothing."""
+    monkeypatch.setattr(
+        test_gradcam, "localization", lambda cam, mask: dict(zip(FITS, (0, 1, 0.25, 0.125), strict=True))
+    )
+    monkeypatch.setattr(visualization_utils, "DPI", 40)
+    folder = tmp_path / "out/evaluate"
+    real = test_gradcam.insertion_deletion
+
+    def stronger(*args, **kwargs):
+        measured = real(*args, **kwargs)
+        shares = measured.shares
+        for curves, values in ((measured.insertion, (shares, shares**2)), (measured.deletion, (1 - shares,) * 2)):
+            curves.update(zip(curves, [0.9 * value for value in values], strict=True))
+        measured.random_insertion[:] = 0.9 * shares
+        measured.random_deletion[:] = 0.9 * np.sqrt(1 - shares)
+        measured.random_insertion[1] *= 0.9
+        return measured
+
+    monkeypatch.setattr(test_gradcam, "insertion_deletion", stronger)
+    code, out, _ = drive(*EVALUATE, "--mask", mask_path, "--randomize")
+    assert code == 0
+    first, second, random = (
+        {k: float(v or 0) if k != "layer" else v for k, v in row.items()} for row in read_csv(folder / "scores.csv")
+    )
+    (probability,) = a_number(r"a mean probability of (\S+)", out)
+    assert float(probability) == first["probability"] == 0.9
+    for row in (first, second):
+        line = next(line for line in out.splitlines() if line.startswith(f"layer {row['layer']}: removing"))
+        lost, by_chance = (100 * (0.9 - line_row["without_hottest_10_percent"]) / 0.9 for line_row in (row, random))
+        found = a_number(r"costs the answer (\S+) % of its probability; a random 10 % costs the answer (\S+) %", line)
+        assert [float(value) for value in found] == pytest.approx([lost, by_chance], abs=0.51)
+        assert lost == pytest.approx(10)
+        assert line.endswith("; the maximum lies next to the object, 25 % of the map inside it")
+    assert first["difference"] > second["difference"] + 0.05
+    best, *numbers = a_number(
+        r"most faithful: layer (\d), insertion (\S+) - deletion (\S+) = (\S+); 5 random orders: (\S+) to (\S+)", out
+    )
+    assert best == "0"
+    chance = 0.9 * 0.5 - random["deletion"]
+    expected = [first["insertion"], first["deletion"], first["difference"], 0.81 * 0.5 - random["deletion"], chance]
+    assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.006)
+    assert "1 of 2 maps beat every random order: do not rely on the others" in out
+    assert "beware: on the baseline picture" not in out
+    rows = read_csv(folder / "randomization.csv")
+    mean = np.mean([float(row["spearman"]) for row in rows[-2:]])
+    (likeness,) = a_number(r"keep a mean rank correlation of (\S+):", out)
+    assert float(likeness) == pytest.approx(mean, abs=0.0051)
+    depends = (
+        "the maps depend on what the model has learned" if mean < 0.5 else "beware: the maps hardly need the model"
+    )
+    assert depends in out
+
+
+def test_verdict_warns_where_the_words_before_give_the_answer_away(drive):
+    assert (
+        "beware: on the baseline picture alone the answer keeps" in drive(*EVALUATE)[1]
+    )  # of a model that sees little
+
+
+def test_whole_answer_can_be_evaluated(drive, tmp_path):
+    code, out, _ = drive("--mode", "evaluate", "--layers", 1, "--steps", 3, "--answer", ANSWER)
+    assert code == 0
+    assert out.splitlines()[1].startswith("explained: the whole answer")
+    assert len(read_csv(tmp_path / "out/evaluate/scores.csv")) == 2
+
+
+def test_evaluate_mode_leaves_out_a_layer_without_gradient_and_says_so(drive, tmp_path):
+    flags = ["--mode", "evaluate", "--tap", "output", "--layers", 2, 3, "--steps", 3, "--answer", ANSWER]
+    code, out, _ = drive(*flags, "--randomize")
+    assert code == 0
+    assert "layer 3: no gradient reaches it there, so it has no map and it is left out" in out
+    assert " of 1 maps beat" in out
+    assert [row["layer"] for row in read_csv(tmp_path / "out/evaluate/scores.csv")] == ["2", "random"]
+    assert {row["layer"] for row in read_csv(tmp_path / "out/evaluate/randomization.csv")} == {"2"}
+
+
+def test_batch_size_is_how_many_pictures_are_run_at_once(drive, tmp_path, model_folder):
+    batches, table = {}, {}
+    for size in (1, 2, 8):
+        seen = batches[size] = []
+        handle = load_once(str(model_folder), "cpu", "auto").register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        assert drive(*EVALUATE, "--batch_size", size)[0] == 0
+        handle.remove()
+        table[size] = (tmp_path / "out/evaluate/scores.csv").read_text()
+    assert [max(batches[size]) for size in (1, 2, 8)] == [1, 2, 3]  # 3 of 4 steps lie between the ends
+    assert len(batches[1]) > len(batches[2]) > len(batches[8])
+    assert table[1] == table[2] == table[8]
+
+
+def test_mask_is_turned_with_the_photo(drive, tmp_path, image, mask_path):
+    """Both may come from a camera that was held upright; what counts is how they are seen."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, picture in (("photo", image), ("mask", Image.open(mask_path))):
+        picture.rotate(90, expand=True).save(tmp_path / f"{name}.png", exif=exif)
+    turned = ["--image_path", tmp_path / "photo.png", "--mask", tmp_path / "mask.png"]
+    drive(*EVALUATE, "--mask", mask_path)
+    expected = (tmp_path / "out/evaluate/scores.csv").read_text()
+    assert drive(*EVALUATE, *turned)[0] == 0
+    assert (tmp_path / "out/evaluate/scores.csv").read_text() == expected
+
+
+# words mode
+
+
+WORDS = ["--mode", "words", "--layers", "0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "flags", "words"),
+    [
+        (ANSWER, [], ["red", "cat"]),
+        (ANSWER, ["--words", "all"], ["the", "red", "cat"]),
+        (ANSWER, ["--words", "cat, the"], ["the", "cat"]),
+        ("cat, red cat", ["--words", "cat"], ["cat", "cat (2)"]),
+        ("左边有一只猫 🐱.", ["--words", "猫,🐱"], ["猫", "🐱"]),
+        ("<b>$cat$</b>", ["--words", "$cat$"], ["$cat$"]),
+    ],
+)
+def test_words_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, answer, flags, words):
+    code, out, err = drive(*WORDS, "--answer", answer, *flags)
+    assert (code, err) == (0, "")
+    folder, names = tmp_path / "out/words", {"words_by_layer.png", "index.html", "words.json", "maps.npz"}
+    assert written(tmp_path / "out") == {f"words/{name}" for name in names}
+    assert out.splitlines()[:2] == [f"answer: {answer}", f"explained: {', '.join(words)} at layer 0, 2"]
+    assert {line.removeprefix("wrote ") for line in out.splitlines()[2:]} == {str(folder / name) for name in names}
+    about = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+    assert [word["name"] for word in about["words"]] == words
+    assert about["answer"] == answer
+    with np.load(folder / "maps.npz") as file:
+        assert file["maps"].shape == (len(words), 2, 4, 6)
+        assert file["words"].tolist() == words
+        spans = file["spans"].tolist()
+    for word, span, maps in zip(about["words"], spans, np.load(folder / "maps.npz")["maps"], strict=True):
+        assert answer[slice(*span)] == word["word"]
+        assert span == word["span"]
+        assert len(word["tokens"]) == len(word["token_ids"]) == len(word["probabilities"])
+        assert [word["maxima"][layer] for layer in "02"] == pytest.approx(maps.max((1, 2)).tolist())
+
+
+def test_chinese_answer_is_cut_into_words(drive, tmp_path):
+    assert drive(*WORDS, "--answer", "左边有猫")[0] == 0
+    about = json.loads((tmp_path / "out/words/words.json").read_text(encoding="utf-8"))
+    assert [word["name"] for word in about["words"]] == ["左", "边", "猫"]  # 有 is a function word
+    assert [word["tokens"] for word in about["words"]] == [["左"] * 3, ["边"] * 3, ["猫"] * 3]  # a token is a byte here
+
+
+def test_words_and_evaluate_mode_agree_on_the_probability(drive, tmp_path):
+    drive(*EVALUATE)
+    drive(*WORDS, "--answer", ANSWER, "--words", "cat")
+    (word,) = json.loads((tmp_path / "out/words/words.json").read_text(encoding="utf-8"))["words"]
+    score = read_csv(tmp_path / "out/evaluate/scores.csv")[0]["probability"]
+    assert np.mean(word["probabilities"]) == pytest.approx(float(score), abs=5e-5)
+    assert float(score) > 1e-3
+
+
+def test_words_maps_are_those_of_single_mode(drive, tmp_path):
+    drive("--answer", ANSWER, "--target", "cat", "--layer", 2, "--save_raw")
+    drive(*WORDS, "--answer", ANSWER)
+    single = np.load(tmp_path / "out/single/maps.npz")["maps"][0]
+    np.testing.assert_allclose(np.load(tmp_path / "out/words/maps.npz")["maps"][1, 1], single, rtol=1e-4, atol=1e-9)
+
+
+def test_words_mode_says_where_no_gradient_is(drive):
+    code, out, _ = drive("--mode", "words", "--tap", "output", "--layers", 2, 3, "--answer", ANSWER)
+    assert code == 0
+    assert out.count("no gradient reaches it there, so it has no map and its pictures are grey panels") == 1
+    assert "layer 3: no gradient" in out
+
+
+# which flag acts in which mode
+
+
+OUTSIDE = {"--layer": "1", "--layer_range": "late", "--layers": "1", "--save_raw": None, "--randomize": None}
+OUTSIDE |= {"--words": "cat", "--target": "red", "--target_occurrence": "2", "--contrast": "dog", "--mask": "{mask}"}
+OUTSIDE |= {"--baseline": "mean", "--steps": "3", "--batch_size": "1"}
+PAIRS = [(flag, mode) for flag in MODES_OF_FLAG for mode in FOLDERS]
+
+
+@pytest.mark.parametrize(("flag", "mode"), [pair for pair in PAIRS if pair[1] not in MODES_OF_FLAG[pair[0]]])
+@pytest.mark.usefixtures("no_model")
+def test_flag_is_refused_in_a_mode_where_it_cannot_act(drive, tmp_path, flag, mode):
+    given = [flag] if OUTSIDE[flag] is None else [f"{flag}={OUTSIDE[flag]}"]
+    code, out, err = drive("--mode", mode, *given)
+    assert (code, out) == (2, "")
+    acts = ", ".join(MODES_OF_FLAG[flag])
+    assert err.startswith(f"test_gradcam.py: error: {flag} acts in {acts} mode only; in {mode} mode ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_flag_of_some_modes_is_known_to_the_parser():
+    for flag, mode in PAIRS:
+        if mode in MODES_OF_FLAG[flag]:
+            value = [] if OUTSIDE[flag] is None else [OUTSIDE[flag]]
+            assert parse_args(["--mode", mode, flag, *value]).mode == mode
+
+
+USUAL = ["--answer", "red cat, red dog", "--num_samples", "1", "--target", "red", "--steps", "4"]
+IN_MODE = {mode: USUAL[:6] if mode != "evaluate" else USUAL for mode in FOLDERS} | {"words": USUAL[:4]}
+
+
+@pytest.fixture(scope="module")
+def usual():
+    """What a run of each mode without the flag in question says and writes."""
+    return {}
+
+
+ACTING = [(flag, mode) for flag, mode in PAIRS if mode in MODES_OF_FLAG[flag]]
+ACTING.remove(("--batch_size", "evaluate"))  # changes how much is computed at once: see above
+
+
+@pytest.mark.parametrize(("flag", "mode"), ACTING)
+def test_flag_changes_what_is_written_where_it_is_accepted(drive, tmp_path, mask_path, usual, flag, mode):
+    def outcome(*flags):
+        code, _, err = drive("--mode", mode, *IN_MODE[mode], *flags)
+        assert code == 0, err
+        return {name: (tmp_path / "out" / name).read_bytes() for name in written(tmp_path / "out")}
+
+    if mode not in usual:
+        usual[mode] = outcome()
+        shutil.rmtree(tmp_path / "out")
+    value = [] if OUTSIDE[flag] is None else [OUTSIDE[flag].format(mask=mask_path)]
+    value = ["dog"] if flag == "--target" else value
+    before, files = usual[mode], outcome(flag, *value)
+    if flag in ("--save_raw", "--randomize"):
+        assert set(files) > set(before)
+    elif flag in ("--layer_range", "--layers"):
+        assert files != before
+    else:  # what is known of the maps, beside a figure's text
+        watched = [name for name in before if "heatmap" in name or name.endswith((".csv", "words.json"))]
+        assert watched
+        assert all(files.get(name) != before[name] for name in watched)
+
+
 # bad input
 
 
@@ -268,6 +582,7 @@ def bad(tmp_path_factory, image, model_folder):
     image.save(folder / "whole.png")
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:700])
     Image.new("RGB", (2010, 10)).save(folder / "long.png")
+    Image.new("RGB", image.size).save(folder / "black.png")
     (folder / "no_config").mkdir()
     (folder / "llama").mkdir()
     (folder / "llama/config.json").write_text('{"model_type": "llama", "num_hidden_layers": 4}')
@@ -315,6 +630,26 @@ BAD = {  # flags: what the message says
     "--answer ''": "--answer '' is empty",
     "--target ''": "--target '' is empty",
     "--answer cat --target dog": "--target 'dog' is not in the answer 'cat'",
+    "--mode evaluate --steps 0": "--steps 0 must be 1 or more",
+    "--mode evaluate --batch_size 0": "--batch_size 0 must be 1 or more",
+    "--mode evaluate --baseline x": "argument --baseline: invalid choice: 'x'",
+    "--mode evaluate --mask {bad}/none.png": "none.png does not exist",
+    "--mode evaluate --mask {bad}/text.png": "cannot be read as an image",
+    "--mode evaluate --mask {bad}/long.png": "the mask has 2010 x 10 pixels, the photo 168 x 112",
+    "--mode evaluate --mask {bad}/black.png": "the mask is all object or has none",
+    "--mode evaluate --mask ''": "--mask '' is empty",
+    "--mode evaluate --layers 4": "layer 4 does not exist",
+    "--mode words --layers 4": "layer 4 does not exist",
+    "--mode words --words ''": "--words '' is empty",
+    "--mode words --words ,": "--words ',' has an empty word",
+    "--mode words --words cat,": "--words 'cat,' has an empty word",
+    "--mode words --words nothere --answer 'the red cat'": "--words 'nothere' is not in the answer 'the red cat'",
+    "--norms warm": "argument --norms: invalid choice: 'warm'",
+    "--contrast dog": "--contrast 'dog' needs a --target",
+    "--contrast '' --target dog": "--contrast '' is empty",
+    "--target_occurrence 0 --target cat": "--target_occurrence 0 must be 1 or more",
+    "--target_occurrence 2": "--target_occurrence 2 needs a target",
+    "--answer 'red cat' --target cat --target_occurrence 3": "--target_occurrence 3: 'cat' is once in the answer",
     "--device gpu": "--device gpu is not there: choose auto, map, cpu",
     "--model_path {bad}/none": "none does not exist",
     "--model_path {bad}/no_config": "has no config.json",
@@ -342,6 +677,10 @@ BAD_MODEL = {
     "--max_pixels 700": "less than one image token: give 784 or more",
     "--target zebra --max_new_tokens 3": "--target 'zebra' is not in the answer",
     "--answer <|image_pad|>": "must be text",
+    "--mode words --words zebra --max_new_tokens 3": "--words 'zebra' is not in the answer",
+    "--mode words --answer ...": "--words 'content': there is none in the answer '...'",
+    "--mode evaluate --tap output --layers 3 --answer cat": "no layer has a gradient, so there is no map to evaluate",
+    "--mode evaluate --target cat --contrast <|im_end|> --answer cat": "--contrast '<|im_end|>' must be text",
 }
 
 
