@@ -486,7 +486,8 @@ def _by_layer(layers: list, rows: dict[str, tuple[np.ndarray, str, str]], levels
         for label, (values, colour, marker) in rows.items():
             axes.plot(layers, values, color=colour, marker=marker, markersize=3, linewidth=1.2, label=label)
         axes.set_xticks(layers if len(layers) <= 10 else spread(layers, 8))
-        axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.6, borderaxespad=0.1, labelspacing=0.25)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.26), "ncols": 2, "borderaxespad": 0}
+        axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.6, labelspacing=0.25, columnspacing=1, **below)
 
     return draw
 
@@ -507,8 +508,9 @@ def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scor
     page, colours = Page(WIDTH, families), _layer_colours(layers)
     width, height = fit_box(photo.width / photo.height, 2.3, 1.7)
     page.picture(MARGIN, MARGIN, width, height, render_cam(photo, token_maps.maps[leading])[0])
-    page.text(MARGIN, MARGIN + height + 0.03, f"layer {leading}, the largest difference", SMALL, color="0.3")
-    x = MARGIN + width + 2 * GAP
+    under = f"layer {leading}, the largest difference"
+    page.text(MARGIN, MARGIN + height + 0.03, under, SMALL, color="0.3")
+    x = MARGIN + max(width, text_width(under, SMALL, families)) + 2 * GAP
     y = max(_header(page, x, MARGIN, f"{_title(token_maps)}: faithfulness", texts), MARGIN + height + BAND) + 3 * GAP
 
     margin, plot = 0.5, (2.8, 1.75)  # room for the axis' labels
@@ -550,17 +552,18 @@ def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scor
     else:
         difference = {"insertion − deletion": (column("difference"), "#009e73", "^")}
         levels = {"random": (random_row["difference"], "0.45")} if levels else {}
-        style["ylim"] = -0.35, 1.02
+        style["ylim"] = min(-0.3, column("difference").min()) - 0.05, 1.02
         page.text(right + plot[0] / 2, y, "Insertion − deletion", TEXT, ha="center", weight="bold")
         page.plot(right, y + BAND, *plot, _by_layer(layers, difference, levels), ylabel="difference", **style)
-    y += BAND + plot[1] + 0.5
+    y += BAND + plot[1] + 0.42 + 2 * SMALL * LINE + 2 * GAP
     blank = {"blur": "a blurred copy of the photo", "mean": "the photo's mean colour", "black": "black"}
+    orders, grey = len(measured.random_insertion), ", ".join(map(str, sorted(token_maps.no_gradient)))
+    dashed = f"Dashed grey: mean of {orders} random order{'s' * (orders > 1)}, with their range. " * bool(orders)
     caption = (
         f"A map is faithful if revealing its hottest image tokens restores the answer early and removing them destroys "
-        f"it early. Removed tokens show {blank[measured.baseline]}. Dashed grey: mean of "
-        f"{len(measured.random_insertion)} random orders, with their range. {_settings_text(token_maps.settings)}"
-        + " Boxes: characters that no installed font can draw."
-        * (not drawn)
+        f"it early. Removed tokens show {blank[measured.baseline]}. {dashed}{_settings_text(token_maps.settings)}"
+        + f" Left out: layer {grey}, as no gradient reaches it where it is read." * bool(grey)
+        + " Boxes: characters that no installed font can draw." * (not drawn)
     )
     return page.finish(page.lines(MARGIN, y, INNER, caption, SMALL, color="0.3") + MARGIN)
 
@@ -593,10 +596,11 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
     y = _header(page, MARGIN, MARGIN, title, texts) + GAP
 
     columns = min(len(numbers), 8)
-    width = (INNER - (columns - 1) * GAP) / columns
-    height = width * photo.height / photo.width
+    pitch = (INNER + GAP) / columns
+    width, height = fit_box(photo.width / photo.height, pitch - GAP, 2.2)
     for i, number in enumerate(numbers):
-        x, top = MARGIN + i % columns * (width + GAP), y + i // columns * (height + BAND + GAP)
+        x, top = MARGIN + i % columns * pitch, y + i // columns * (height + BAND + GAP)
+        x += (pitch - GAP - width) / 2
         label = "the model" if number == 0 else f"{number} re-drawn"
         cam = staged[number].maps[shown]
         picture = grey_panel(*photo.size) if shown in staged[number].no_gradient else render_cam(photo, cam)[1]
@@ -604,7 +608,7 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
         page.picture(x, top + BAND, width, height, picture)
     y += -(-len(numbers) // columns) * (height + BAND + GAP) + 2 * GAP
 
-    margin, plot = 0.55, (2.75, 1.75)
+    margin, plot, low = 0.55, (2.75, 1.75), min([-0.5, *(row["spearman"] for row in scores)]) - 0.05
     for x, name, column in ((margin, "Spearman's rank correlation", "spearman"), (margin + 3.5, "SSIM", "ssim")):
 
         def draw(axes, column=column):
@@ -615,7 +619,7 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
             axes.set_xticks(numbers)
 
         page.text(x + plot[0] / 2, y, name, TEXT, ha="center", weight="bold")
-        style = {"ylim": (-0.55, 1.05), "xlabel": "decoder layers with re-drawn weights, from the top"}
+        style = {"ylim": (low, 1.05), "xlabel": "decoder layers with re-drawn weights, from the top"}
         page.plot(x, y + BAND, *plot, draw, ylabel="likeness to the model's map", **style)
     y = _layer_legend(page, y + BAND + plot[1] + 0.42, colours, False) + 2 * GAP
     caption = (
@@ -652,8 +656,12 @@ def _columns_of_text(word_maps: list[TokenMaps]) -> list[tuple[str, str]]:
 
 def _word_heads(page: Page, xs: list[float], y: float, width: float, heads: list[tuple[str, str]]) -> float:
     """Over each column what the answer says before its word, in grey, and the word; returns the y below them."""
-    texts = [[excerpt(text, (0, 0), 44)[0] for text in head] for head in heads]
-    lines = [[wrap(text, width, SMALL, page.families) if text else [] for text in head] for head in texts]
+    texts = [(excerpt(before, (len(before),) * 2, 44)[0], excerpt(word, (0, 0), 44)[0]) for before, word in heads]
+    widths = width, 0.87 * width  # letters are wider in bold
+    lines = [
+        [wrap(text, limit, SMALL, page.families) if text else [] for text, limit in zip(head, widths, strict=True)]
+        for head in texts
+    ]
     middle = y + max(len(before) for before, _ in lines) * SMALL * LINE  # the words stand on one line
     for x, (before, word), (above, below) in zip(xs, texts, lines, strict=True):
         for i, line in enumerate(above):
@@ -670,7 +678,8 @@ def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], results: list[
     families, drawn = font_families(prompt + answer + given.answer)
     columns = min(len(word_maps), 10)
     side, cell = 0.55, min(1.5, max(1.0, (INNER - 0.55) / columns - GAP))  # of the layers' labels, of a picture
-    height = cell / aspect
+    width, height = fit_box(aspect, cell, 1.5 if len(layers) <= AUTO_LAYERS else 1.0)
+    cell = max(width, min(cell, 1.0))  # a word needs its room
     page = Page(max(WIDTH, 2 * MARGIN + side + columns * (cell + GAP)), families)
     page_inner = page.width - 2 * MARGIN
     photo_width, photo_height = fit_box(aspect, 2.3, 1.4)
@@ -691,11 +700,11 @@ def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], results: list[
         for layer in layers:
             page.text(MARGIN, y + height / 2, f"layer {layer}", SMALL, va="center")
             for x, i in zip(xs, row, strict=True):
-                page.picture(x, y, cell, height, results[i][layer]["superimposed"])
+                page.picture(x, y, width, height, results[i][layer]["superimposed"])
             y += height + GAP
         y += 2 * GAP
-    width, bar, colours = 3.2, 0.11, colorize_cam(np.linspace(0, 1, 256))
-    page.colour_scale((page.width - width) / 2, y, width, bar, colours, (0, 0.25, 0.5, 0.75, 1), SMALL)
+    length, bar, colours = 3.2, 0.11, colorize_cam(np.linspace(0, 1, 256))
+    page.colour_scale((page.width - length) / 2, y, length, bar, colours, (0, 0.25, 0.5, 0.75, 1), SMALL)
     y += bar + SMALL * LINE + 0.05
     method = METHOD_NAMES[given.settings["method"]]
     page.text(page.width / 2, y, f"{method}, share of the map's own maximum, 0–1", SMALL, ha="center")
