@@ -1,17 +1,24 @@
 """Figures from arrays: what is hot stands where it belongs, what is unknown is grey, text of any kind fits."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import visualization_utils
-from smooth_gradcam import TokenMaps, colorize_cam
+from smooth_gradcam import Faithfulness, TokenMaps, colorize_cam
+from test_gradcam import randomization_rows, score_rows
 from visualization_utils import (
     Page,
     draw_comparative,
+    draw_faithfulness,
     draw_grid,
     draw_multilayer,
+    draw_randomization,
     draw_single,
+    draw_words,
     excerpt,
     font_families,
     representative_thirds,
@@ -224,6 +231,231 @@ def test_extreme_photos_can_be_drawn(size):
     _, files = draw_grid(photo, maps)
     assert files["layer_0_heatmap.png"].shape == (size[1], size[0], 3)
     draw_single(photo, make_maps({0: hot_spot((2, 3), (0, 0))}))
+
+
+# figures of measures and words
+
+
+LONG = "There is a dog at the top left, and a red car in the center of the scene, with people. " * 8
+SHAPES = {"landscape": (12, 16), "portrait": (16, 12), "wide": (3, 27), "tall": (27, 3)}
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The pages that are drawn, as matplotlib's figures."""
+    seen, real = [], visualization_utils.figure_to_array
+
+    def keep(figure):
+        seen.extend([figure] * (len(figure.axes) > 0))  # a grey panel has none
+        return real(figure)
+
+    monkeypatch.setattr(visualization_utils, "figure_to_array", keep)
+    return seen
+
+
+def check_layout(figure):
+    """Nothing overlaps, and nothing runs out of the page."""
+    renderer = figure.canvas.get_renderer()
+    boxes = {f"text {i} {t.get_text()}": t.get_window_extent(renderer) for i, t in enumerate(figure.texts)}
+    boxes = {name: box for name, box in boxes.items() if box.width > 1}
+    boxes |= {f"axes {i}": axes.get_tightbbox(renderer) for i, axes in enumerate(figure.axes)}
+    for name, box in boxes.items():
+        assert box.x0 >= 0, name
+        assert box.y0 >= 0, name
+        assert box.x1 <= figure.bbox.width, name
+        assert box.y1 <= figure.bbox.height, name
+    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
+        wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(wide, high) < 2, (one, other)
+    for axes in figure.axes:
+        if axes.get_legend():
+            legend = axes.get_legend().get_window_extent(renderer)
+            assert not legend.overlaps(axes.bbox)
+
+
+def texts_of(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def bumps(grid, seed):
+    return np.random.default_rng(seed).random(grid).astype(np.float32)
+
+
+def layered(grid, layers, blind=(), **options):
+    maps = {layer: bumps(grid, layer) * (layer not in blind) for layer in layers}
+    return make_maps(maps, **{"target": "dog"} | options)
+
+
+def measured(token_maps, orders):
+    shares = np.linspace(0, 1, 9)
+    powers = np.linspace(0.2, 1.5, len(token_maps.maps))
+    curves = {layer: shares**power for layer, power in zip(token_maps.maps, powers, strict=True)}
+    curves = {layer: curve for layer, curve in curves.items() if layer not in token_maps.no_gradient}
+    random = np.array([shares**power for power in np.linspace(0.8, 1.2, orders)]).reshape(orders, -1 if orders else 9)
+    falling = {layer: 1 - curve for layer, curve in curves.items()}
+    return Faithfulness(shares, curves, falling, random, 1 - random, "blur", 100)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "mask", "orders", "blind", "options"),
+    [
+        ([12], "landscape", False, 5, [], {}),
+        ([0, 5, 11, 16, 22, 27], "landscape", True, 5, [], {"target": None}),
+        (range(28), "portrait", True, 5, [], {"answer": LONG, "prompt": LONG}),
+        (range(28), "wide", False, 1, [], {"answer": LONG, "contrast": "blue bus " * 9}),
+        ([0, 5, 27], "tall", False, 0, [27], {"answer": LONG, "prompt": LONG}),
+    ],
+    ids=["one", "six", "portrait", "wide", "tall"],
+)
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value")  # of no random order
+def test_figure_of_curves_has_room_for_all(pages, layers, shape, mask, orders, blind, options):
+    maps = layered(SHAPES[shape], layers, blind, **options)
+    photo, result = make_photo(maps.grid), measured(maps, orders)
+    pixels = np.tri(photo.height, photo.width, dtype=bool) if mask else None
+    rows = score_rows(maps, result, pixels)
+    assert draw_faithfulness(photo, maps, result, rows).shape[1] == round(7.2 * visualization_utils.DPI)
+    (figure,) = pages
+    check_layout(figure)
+    plots = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert len(plots) == 4
+    alive = [layer for layer in layers if layer not in blind]
+    for axes, curves, random in zip(
+        plots, (result.insertion, result.deletion), (result.random_insertion, result.random_deletion), strict=False
+    ):
+        drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
+        assert set(drawn) == {*(f"layer {layer}" for layer in alive), *["random"] * bool(orders)}
+        for layer in alive:
+            np.testing.assert_array_equal(drawn[f"layer {layer}"], curves[layer])
+        if orders:
+            np.testing.assert_allclose(drawn["random"], random.mean(0))
+    values = [line for axes in plots[2:] for line in axes.lines if len(line.get_xdata()) == len(alive)]
+    names = ["insertion", "deletion", *(["near", "energy", "obj_iou"] if mask else ["difference"])]
+    by_layer = [line for line in values if list(line.get_xdata()) == alive]
+    for line, name in zip(by_layer, names, strict=True):
+        assert list(line.get_ydata()) == [row[name] for row in rows[:-1]]
+        low, high = line.axes.get_ylim()
+        assert low < min(line.get_ydata())
+        assert max(line.get_ydata()) < high
+    caption = " ".join(" ".join(texts_of(figure)).split())
+    assert ("Left out: layer 27" in caption) == bool(blind)
+    assert (f"mean of {orders} random order" in caption) == bool(orders)
+    assert ("minus that of the contrast" in caption) == ("contrast" in options)
+    assert ("rather than “blue bus" in caption) == ("contrast" in options)
+
+
+def test_second_occurrence_is_the_one_marked(pages):
+    answer = "a dog and a dog"
+    maps = layered(SHAPES["landscape"], [3], answer=answer)
+    second = dataclasses.replace(maps, target_span=(12, 15))
+    marks = []
+    for token_maps in (maps, second):
+        result = measured(token_maps, 5)
+        draw_faithfulness(make_photo(maps.grid), token_maps, result, score_rows(token_maps, result, None))
+        figure = pages[-1]
+        (mark,) = (artist for artist in figure.artists + figure.patches if artist is not figure.patch)
+        renderer = figure.canvas.get_renderer()
+        left = mark.get_window_extent(renderer).x0
+        marked = [text for text in figure.texts if text.get_text().strip() == "dog"]
+        marks.append(left)
+        assert any(abs(text.get_window_extent(renderer).x0 - left) < 3 for text in marked)
+    assert marks[1] > marks[0] + 20
+
+
+@pytest.mark.parametrize(
+    ("layers", "numbers", "shape", "blind", "options"),
+    [
+        ([12], [0, 28], "wide", [], {}),
+        ([0, 5, 11, 16, 22, 27], [0, 4, 8, 12, 16, 20, 24, 28], "landscape", [27], {"answer": LONG}),
+        (range(28), [0, 4, 8, 12, 16, 20, 24, 28], "portrait", [], {"target": None}),
+        ([0, 1, 2], [0, 1, 2, 3], "tall", [], {}),
+    ],
+    ids=["wide", "landscape", "portrait", "tall"],
+)
+def test_figure_of_redrawn_weights_has_room_for_all(pages, layers, numbers, shape, blind, options):
+    given = layered(SHAPES[shape], layers, blind, **options)
+    staged = {0: given}
+    for number in numbers[1:]:  # ends at the opposite of what it was
+        maps = {
+            layer: cam.max() - cam if number == numbers[-1] else bumps(cam.shape, number)
+            for layer, cam in given.maps.items()
+        }
+        staged[number] = dataclasses.replace(given, maps=maps)
+    rows = randomization_rows(staged)
+    picture = draw_randomization(make_photo(given.grid), staged, rows)
+    assert len(picture) < 8 * visualization_utils.DPI
+    (figure,) = pages
+    check_layout(figure)
+    assert {"the model", *(f"{number} re-drawn" for number in numbers[1:])} <= set(texts_of(figure))
+    alive = [layer for layer in layers if layer not in blind]
+    plots = [axes for axes in figure.axes if axes.get_xlabel()]
+    for axes, name in zip(plots, ("spearman", "ssim"), strict=True):
+        lines = [line for line in axes.lines if len(line.get_xdata()) == len(numbers) and line.get_marker() == "o"]
+        assert len(lines) == len(alive)
+        for line, layer in zip(lines, alive, strict=True):
+            assert list(line.get_ydata()) == [row[name] for row in rows if row["layer"] == layer]
+            assert axes.get_ylim()[0] < min(line.get_ydata())
+
+
+PLACES = "There is a plane at the top left, a house on the right, a dog at the bottom left and a bicycle at the bottom."
+PARTS = {
+    "one": ["dog"],
+    "ten": ["plane", "top", "left", "house", "right", "dog", "bottom", "left", "bicycle", "bottom"],
+    "all": PLACES.replace(",", "").replace(".", "").split(),
+}
+SCRIPTS = "左上角有一只狗 🐕, extraordinarilylongcompoundword 中间有"
+
+
+def worded(words, answer, grid, layers, blind=()):
+    maps, end = [], 0
+    for word in words:
+        start = answer.index(word, end)
+        end = start + len(word)
+        maps.append(
+            dataclasses.replace(layered(grid, layers, blind, answer=answer, target=word), target_span=(start, end))
+        )
+    return maps
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "shape", "layers", "blind"),
+    [
+        (PARTS["one"], PLACES, "landscape", [12], []),
+        (PARTS["ten"], PLACES, "landscape", [0, 12, 27], [27]),
+        (PARTS["all"], PLACES, "portrait", [0], []),
+        (PARTS["one"], LONG, "portrait", range(28), []),
+        (PARTS["ten"], PLACES, "wide", [0, 12], []),
+        (PARTS["ten"], PLACES, "tall", [0, 12], [12]),
+        (["左", "狗", "🐕", "extraordinarilylongcompoundword", "中间"], SCRIPTS, "landscape", [3, 9], []),
+    ],
+    ids=["one", "ten", "all", "28 layers", "wide", "tall", "scripts"],
+)
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_figure_of_words_has_room_for_all(pages, words, answer, shape, layers, blind):
+    grid = SHAPES[shape]
+    maps = worded(words, answer, grid, layers, blind)
+    files = draw_words(make_photo(grid), "photo.jpg", maps, [[0.5]] * len(maps), [["x"]] * len(maps))[1]
+    (figure,) = pages
+    check_layout(figure)
+    cells = [axes for axes in figure.axes if axes.images]
+    assert len(cells) == len(words) * len(layers) + 2  # the photo and the colour scale
+    found = "".join(texts_of(figure)).replace(" ", "")
+    assert all(word in found for word in words)
+    names = [f"layer {layer}" for layer in layers]
+    assert [text for text in texts_of(figure) if text in names] == names * -(-len(words) // 10)
+    assert (
+        len(files["words_by_layer.png"]) < (2 + 1.7 * len(layers) * -(-len(words) // 10) + 2) * visualization_utils.DPI
+    )
+    grey = share_of(files["words_by_layer.png"], greyish)
+    assert grey > 0.03 if blind and shape == "landscape" else grey > 0.01 if blind else grey < 0.005
+    assert ("no gradient reaches the layer" in " ".join(" ".join(texts_of(figure)).split())) == bool(blind)
+
+
+def test_text_before_a_word_is_that_next_to_it(pages):
+    maps = worded(["bicycle"], PLACES, SHAPES["landscape"], [3])
+    draw_words(make_photo(maps[0].grid), "photo.jpg", maps, [[0.5]], [["x"]])
+    before = texts_of(pages[0])
+    assert any(text.endswith("left and a") for text in before)
+    assert "bicycle" in before
 
 
 # files
