@@ -483,7 +483,7 @@ def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
     lines = [f"the model gives the explained tokens a mean probability of {probability:.3f}"]
 
     def cost(row):
-        lost = (probability - row["without_hottest_10_percent"]) / probability
+        lost = (probability - row["without_hottest_10_percent"]) / (probability or 1)
         return (
             f"costs the answer {_percent(abs(lost))}" if lost > -0.0005 else f"gives the answer {_percent(-lost)} more"
         )

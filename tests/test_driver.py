@@ -392,6 +392,19 @@ def test_verdict_warns_where_the_words_before_give_the_answer_away(drive):
     )  # of a model that sees little
 
 
+def test_answer_that_cannot_be_has_a_verdict(drive, monkeypatch):
+    """Probabilities that are zero in float32."""
+    monkeypatch.setattr(
+        "smooth_gradcam._token_probabilities", lambda model, forced, pixels, scored: np.zeros((len(pixels), 1))
+    )
+    code, out, _ = drive(*EVALUATE)
+    assert code == 0
+    assert "a mean probability of 0.000" in out
+    assert "costs the answer 0 % of its probability" in out
+    assert "0 of 2 maps beat every random order" in out
+    assert "-0" not in out
+
+
 def test_whole_answer_can_be_evaluated(drive, tmp_path):
     code, out, _ = drive("--mode", "evaluate", "--layers", 1, "--steps", 3, "--answer", ANSWER)
     assert code == 0
