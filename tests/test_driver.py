@@ -75,6 +75,12 @@ def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture
+def no_figures(drive, monkeypatch):
+    """Blank pages, which are quicker."""
+    monkeypatch.setattr(visualization_utils, "figure_to_array", lambda figure: np.zeros((2, 2, 3), np.uint8))
+
+
+@pytest.fixture
 def raw(drive, tmp_path):
     """The maps.npz of a run in single mode at layer 1."""
 
@@ -392,6 +398,7 @@ def test_verdict_warns_where_the_words_before_give_the_answer_away(drive):
     )  # of a model that sees little
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_answer_that_cannot_be_has_a_verdict(drive, monkeypatch):
     """Probabilities that are zero in float32."""
     monkeypatch.setattr(
@@ -422,6 +429,7 @@ def test_evaluate_mode_leaves_out_a_layer_without_gradient_and_says_so(drive, tm
     assert {row["layer"] for row in read_csv(tmp_path / "out/evaluate/randomization.csv")} == {"2"}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_batch_size_is_how_many_pictures_are_run_at_once(drive, tmp_path, model_folder):
     batches, table = {}, {}
     for size in (1, 2, 8):
@@ -437,6 +445,7 @@ def test_batch_size_is_how_many_pictures_are_run_at_once(drive, tmp_path, model_
     assert table[1] == table[2] == table[8]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_mask_is_turned_with_the_photo(drive, tmp_path, image, mask_path):
     """Both may come from a camera that was held upright; what counts is how they are seen."""
     exif = Image.Exif()
@@ -495,6 +504,7 @@ def test_chinese_answer_is_cut_into_words(drive, tmp_path):
     assert [word["tokens"] for word in about["words"]] == [["左"] * 3, ["边"] * 3, ["猫"] * 3]  # a token is a byte here
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_words_and_evaluate_mode_agree_on_the_probability(drive, tmp_path):
     drive(*EVALUATE)
     drive(*WORDS, "--answer", ANSWER, "--words", "cat")
@@ -504,6 +514,7 @@ def test_words_and_evaluate_mode_agree_on_the_probability(drive, tmp_path):
     assert float(score) > 1e-3
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_words_maps_are_those_of_single_mode(drive, tmp_path):
     drive("--answer", ANSWER, "--target", "cat", "--layer", 2, "--save_raw")
     drive(*WORDS, "--answer", ANSWER)
@@ -561,6 +572,7 @@ ACTING.remove(("--batch_size", "evaluate"))  # changes how much is computed at o
 
 
 @pytest.mark.parametrize(("flag", "mode"), ACTING)
+@pytest.mark.usefixtures("no_figures")
 def test_flag_changes_what_is_written_where_it_is_accepted(drive, tmp_path, mask_path, usual, flag, mode):
     def outcome(*flags):
         code, _, err = drive("--mode", mode, *IN_MODE[mode], *flags)

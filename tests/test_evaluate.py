@@ -401,7 +401,7 @@ def test_curve_is_that_of_plain_forwards_of_the_pasted_pictures(model, processor
 
 def test_batch_size_changes_nothing(model, processor, image, given):
     usual = measure(model, processor, image, given, random_orders=2)
-    for batch_size in (1, 2, 5, 1000):
+    for batch_size in (1, 3, 1000):
         with Watched(model, 24) as seen:
             found = measure(model, processor, image, given, random_orders=2, batch_size=batch_size)
         assert max(seen.batches) == min(batch_size, 5)
@@ -412,7 +412,7 @@ def test_batch_size_changes_nothing(model, processor, image, given):
 
 def test_pictures_are_counted(model, processor, image, given):
     many = with_maps(given, given.maps[0], given.maps[0].T.reshape(4, 6))
-    for options in ({}, {"steps": 1}, {"steps": 100, "random_orders": 1}, {"random_orders": 3, "batch_size": 2}):
+    for options in ({}, {"steps": 1}, {"steps": 30}, {"random_orders": 3, "batch_size": 2}):
         with Watched(model, 24) as seen:
             found = measure(model, processor, image, many, **options)
         assert found.forwards == len(seen.pictures)
@@ -447,10 +447,10 @@ def test_photo_of_one_token(model, processor, given):
 
 def test_ties_are_broken_at_random_by_the_seed(model, processor, image, given):
     flat = with_maps(given, np.ones((4, 6)))
-    curves = [measure(model, processor, image, flat, steps=24, seed=seed).insertion[0] for seed in (0, 1, 2, 1)]
+    curves = [measure(model, processor, image, flat, steps=8, seed=seed).insertion[0] for seed in (0, 1, 2, 1)]
     assert np.array_equal(curves[1], curves[3])
     assert len({tuple(curve) for curve in curves}) == 3
-    in_raster_order = measure(model, processor, image, with_maps(given, 24 - np.arange(24).reshape(4, 6)), steps=24)
+    in_raster_order = measure(model, processor, image, with_maps(given, 24 - np.arange(24).reshape(4, 6)), steps=8)
     assert not any(np.allclose(curve, in_raster_order.insertion[0]) for curve in curves)
     halves = with_maps(given, np.repeat([[1.0], [2.0], [2.0], [1.0]], 6, 1))  # ties stay behind what is hotter
     with Watched(model, 24) as seen:
@@ -689,7 +689,7 @@ def dog(demo):
 
 
 def difference(demo, result, **options):
-    found = insertion_deletion(*demo[:3], result, **{"steps": 6} | options)
+    found = insertion_deletion(*demo[:3], result, **{"steps": 6, "random_orders": 3} | options)
     (layer,) = found.insertion
     pairs = zip(found.random_insertion, found.random_deletion, strict=True)
     return area(found.insertion[layer] - found.deletion[layer], found.shares), [
@@ -700,10 +700,10 @@ def difference(demo, result, **options):
 def test_map_of_the_dog_is_faithful_and_more_so_with_frozen_norms(demo, dog):
     frozen, chance = difference(demo, dog)
     assert frozen > 0.5
-    assert len(chance) == 5
+    assert len(chance) == 3
     assert frozen > max(chance) + 0.2
     plain = compute_token_maps(*demo, [12], target="dog", use_smooth=False, norms="live")
-    assert difference(demo, plain, random_orders=0)[0] < frozen - 0.2
+    assert difference(demo, plain, steps=4, random_orders=0)[0] < frozen - 0.2
 
 
 def test_map_of_the_dog_fits_the_dog(dog):
