@@ -629,19 +629,20 @@ def draw_bars(ax, result: dict, found: dict):
 
 
 def draw(path: Path, everything: list[tuple[dict, dict]]):
-    columns = len(everything)
-    with plt.rc_context({"font.size": 12}):
-        figure = plt.figure(figsize=(6.5 * columns + 3.5, 18), layout="constrained")
-        upper, lower = figure.subfigures(2, 1, height_ratios=(12, 6))
-        axes = upper.subplots(4, columns, squeeze=False, sharex="col")
-        bars = lower.subplots(1, columns, squeeze=False)[0]
-        for column, bar, (result, found) in zip(axes.T, bars, everything, strict=True):
-            draw_curves(column, result["setup"], found["rows"])
-            draw_bars(bar, result, found)
-            column[0].set_title(Path(result["setup"].path).name)
-            column[-1].set_xlabel("decoder layer")
-        upper.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=11)
-        figure.savefig(path, dpi=100)
+    with plt.rc_context({"font.size": 11}):
+        figure = plt.figure(figsize=(11, 15 * len(everything)), layout="constrained")
+        for block, (result, found) in zip(
+            np.atleast_1d(figure.subfigures(len(everything), 1)), everything, strict=True
+        ):
+            upper, lower = block.subfigures(2, 1, height_ratios=(9.5, 5.5))
+            axes = upper.subplots(2, 2, sharex=True)
+            draw_curves(axes.ravel(), result["setup"], found["rows"])
+            for ax in axes[1]:
+                ax.set_xlabel("decoder layer")
+            upper.suptitle(Path(result["setup"].path).name)
+            upper.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
+            draw_bars(lower.subplots(), result, found)
+        figure.savefig(path, dpi=90)
         plt.close(figure)
 
 
