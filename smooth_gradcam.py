@@ -439,9 +439,9 @@ def _captured(taps: list[_Tap]):
 def frozen_norms(model):
     """Inside, gradients pass every RMSNorm as if its denominator were a constant; values stay as they are.
 
-    y = w x / rms(x) does not change with the length of x, so its true gradient is orthogonal to x: of what a token's
-    hidden states contribute, A_i . g_i, each norm takes away the part along A_i, which is most of it. With rms(x) held
-    constant, the sum of A_i . g_i over the tokens is what is passed on instead (Ali et al., "XAI for Transformers:
+    y = w x / rms(x) does not change with the length of x, so the gradient that comes back through it is orthogonal to
+    x: what a token contributes through a norm, sum_k g_k x_k, is zero but for eps. With rms(x) held constant it is what
+    y contributes, and contributions add up over the tokens (Ali et al., "XAI for Transformers:
     Better Explanations through Conservative Propagation", ICML 2022, eq. 7-9).
     """
 
