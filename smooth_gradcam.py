@@ -441,8 +441,8 @@ def frozen_norms(model):
 
     y = w x / rms(x) does not change with the length of x, so the gradient that comes back through it is orthogonal to
     x: what a token contributes through a norm, sum_k g_k x_k, is zero but for eps. With rms(x) held constant it is what
-    y contributes, and contributions add up over the tokens (Ali et al., "XAI for Transformers:
-    Better Explanations through Conservative Propagation", ICML 2022, eq. 7-9).
+    y contributes, and contributions add up over the tokens (Ali et al., "XAI for Transformers: Better Explanations
+    through Conservative Propagation", ICML 2022, do so for the LayerNorms of language models).
     """
 
     def hook(module, args, output):
