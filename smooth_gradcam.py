@@ -751,6 +751,30 @@ def word_tokens(model, processor, image, word_maps: list[TokenMaps]) -> tuple[li
     return probabilities, [[given.answer[slice(*spans[i])] for i in word.target_tokens] for word in word_maps]
 
 
+def _read_parts(tokenizer, inputs, tokens: list[int], choose, contrast: str | None):
+    """The decoded answer, the parts of it that `choose` picks, and what is to be read: with a contrast, two answers."""
+    text, spans = _decode(tokenizer, tokens), token_spans(tokenizer, tokens)
+    if not text.strip():
+        raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
+    parts = [_covering(spans, span) for span in choose(text, spans)]
+    readings = [_read(inputs, tokens, [part.tokens for part in parts])]
+    if contrast is not None:
+        begin = parts[0].tokens[0]
+        other = _contrast_tokens(tokenizer, text, spans, parts[0], contrast)
+        readings.append(_read(inputs, tokens[:begin] + other, [range(begin, begin + len(other))]))
+    return text, parts, readings
+
+
+def _pairs_of_parts(model, readings, pixels: Tensor, taps, score: str, norms: str):
+    """Of each part {key: (features, gradient)} on one noisy copy: one forward per reading, one backward per part."""
+    runs = [
+        _features_and_gradients(model, forced | {"pixel_values": pixels}, taps, scored, score, norms)
+        for forced, scored in readings
+    ]
+    for pairs in zip(*runs, strict=True):
+        yield pairs[0] if len(pairs) == 1 else _contrasted(*pairs)
+
+
 def _compute_maps(
     model,
     processor,
@@ -787,25 +811,13 @@ def _compute_maps(
                 tokens = _generate(model, tokenizer, inputs, max_new_tokens)
             else:
                 tokens = _tokenise(tokenizer, answer) if isinstance(answer, str) else answer
-            text, spans = _decode(tokenizer, tokens), token_spans(tokenizer, tokens)
-            if not text.strip():
-                raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
-            parts = [_covering(spans, span) for span in choose(text, spans)]
-            readings = [_read(inputs, tokens, [part.tokens for part in parts])]
-            if contrast is not None:
-                begin = parts[0].tokens[0]
-                other = _contrast_tokens(tokenizer, text, spans, parts[0], contrast)
-                readings.append(_read(inputs, tokens[:begin] + other, [range(begin, begin + len(other))]))
+            text, parts, readings = _read_parts(tokenizer, inputs, tokens, choose, contrast)
             maps = [{layer.key: np.zeros(grid, np.float32) for layer in taps} for _ in parts]
             alive = [set() for _ in parts]
             for _ in (progress or iter)(range(num_samples)):
                 pixels = add_noise(inputs["pixel_values"], noise_std, processor.image_processor, generator)
-                runs = [
-                    _features_and_gradients(model, forced | {"pixel_values": pixels}, taps, scored, score, norms)
-                    for forced, scored in readings
-                ]
-                for i, pairs in enumerate(zip(*runs, strict=True)):
-                    for key, pair in (pairs[0] if contrast is None else _contrasted(*pairs)).items():
+                for i, pairs in enumerate(_pairs_of_parts(model, readings, pixels, taps, score, norms)):
+                    for key, pair in pairs.items():
                         heat = _layer_map(key, *pair, positions, grid, model.config.vision_config, method)
                         if heat is not None:
                             maps[i][key] += heat / num_samples
