@@ -1,5 +1,6 @@
 """The demo model loads as any checkpoint does, reads its scenes, and its maps light up where the objects are."""
 
+import benchmark_words
 import numpy as np
 import pytest
 import scenes
@@ -75,6 +76,13 @@ def test_each_word_of_the_demo_picture_points_at_its_object(demo, kind):
     result = compute_token_maps(*demo, image, DOCUMENTED, [6], target=kind, noise_std=0.15, **settings)
     mask = scenes.demo_scene().object(kind).mask
     assert mask.flat[upsample_cam(result.maps[6], mask.shape).argmax()]
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 4, 7])
+def test_each_word_of_an_unseen_scene_lights_its_own_object_and_no_other(demo, number):
+    rows = benchmark_words.measure(*demo, number, layer=16)
+    assert len(rows) == len(scenes.make_scene(UNSEEN + number).objects) > 1
+    assert all(near and not other for _, near, other in rows)
 
 
 @pytest.mark.parametrize("prompt", ["Beschreibe das Bild.", "这张图片里有什么?", "ما هذا؟", "?!", "🙂", "x" * 300])
