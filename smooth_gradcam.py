@@ -17,6 +17,7 @@ import copy
 import inspect
 import math
 import operator
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -64,6 +65,8 @@ def load_rgb(image) -> Image.Image:
     Raises ValueError for a path that is missing, a folder, empty, truncated or no image.
     """
     if not isinstance(image, Image.Image):
+        if not isinstance(image, (str, os.PathLike)):
+            raise ValueError(f"image of type {type(image).__name__} must be a path or a PIL image")
         image = _open_image(Path(image))
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
@@ -200,6 +203,8 @@ def token_spans(tokenizer, tokens: list[int]) -> list[tuple[int, int]]:
 
 def _occurrences(answer: str, target: str, name: str) -> list[tuple[int, int]]:
     """Where the target stands in the answer, as a whole word if it does so anywhere. ValueError if nowhere."""
+    if not isinstance(target, str):
+        raise ValueError(f"{name}={target!r} must be a text")
     literal = re.escape(target)
     found = list(re.finditer(rf"(?<!\w){literal}(?!\w)", answer))  # \w knows no marks, such as Hindi vowel signs
     found = [m for m in found if not any(map(_is_word_character, answer[: m.start()][-1:] + answer[m.end() :][:1]))]
@@ -240,7 +245,7 @@ near behind beside beyond against toward towards about up down out off upon is a
 did done has have had having can could will would shall should may might must i you he she it we they me him her us
 them my your his its our their there here who whom whose which what when where why how it's that's there's isn't aren't
 also just very too such other another more most much many only own same
-的 了 着 在 是 和 与 及 或 有 也 都 就 而 但 把 被 这 那 其 之 一个 这个 那个 上 下 里 中 个
+的 了 着 在 是 和 与 及 或 有 也 都 就 而 但 把 被 这 那 其 之 一个 这个 那个 个
 """  # of English and Chinese
 
 
@@ -279,7 +284,7 @@ def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple
     "content" leaves out the words of `FUNCTION_WORDS`, English and Chinese, whatever their letter case. Raises
     ValueError if nothing is left, or for a word that is not in the answer.
     """
-    if words in ("content", "all"):
+    if isinstance(words, str) and words in ("content", "all"):
         found = split_words(answer, spans)
         if words == "content":
             found = [span for span in found if answer[slice(*span)].lower() not in FUNCTION_WORDS.split()]
@@ -287,8 +292,10 @@ def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple
             raise ValueError(f"words={words!r}: there is none in the answer {answer!r}; name the parts to explain")
         return found
     found = set()
+    if not isinstance(words, Iterable):
+        raise ValueError(f'words={words!r} must be "content", "all", or words of the answer')
     for word in words.split(",") if isinstance(words, str) else words:
-        found.update(_occurrences(answer, word.strip(), "words"))
+        found.update(_occurrences(answer, word.strip() if isinstance(word, str) else word, "words"))
     if not found:
         raise ValueError(f'words={words!r} must be "content", "all", or words of the answer {answer!r}')
     return sorted(found)
@@ -309,7 +316,7 @@ def _covering(spans: list[tuple[int, int]], part: tuple[int, int]) -> _Part:
 def _contrast_tokens(tokenizer, answer: str, spans, part: _Part, contrast: str) -> list[int]:
     """The tokens that put `contrast` in the place of the part; what the part's tokens say besides is kept."""
     first, last = spans[part.tokens[0]][0], spans[part.tokens[-1]][1]
-    if not contrast.strip():
+    if not isinstance(contrast, str) or not contrast.strip():
         raise ValueError(f"contrast={contrast!r} must be a text that is not empty")
     return _tokenise(tokenizer, answer[first : part.span[0]] + contrast + answer[part.span[1] : last], "contrast")
 
@@ -601,18 +608,23 @@ def _layer_map(key, features, gradient, positions, grid, vision_config, method) 
     return _to_grid(key, METHODS[method](features, gradient).float().cpu().numpy(), grid, vision_config)
 
 
-def _check_settings(num_samples, noise_std, seed, max_new_tokens, **choices):
+def _check_settings(num_samples, noise_std, seed, max_new_tokens, answer, **choices):
     for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
-        if not hasattr(value, "__index__") or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
-    if not hasattr(seed, "__index__"):
-        raise ValueError(f"seed={seed!r} must be a whole number")
-    if not (math.isfinite(noise_std) and noise_std >= 0):
+        _check_whole(name, value, 1)
+    _check_whole("seed", seed, 0)
+    if not (isinstance(noise_std, (int, float, np.number)) and math.isfinite(noise_std) and noise_std >= 0):
         raise ValueError(f"noise_std={noise_std!r} must be finite and 0 or more (0.1 is 10 % of the pixel range)")
+    if not isinstance(answer, (str, list, type(None))):
+        raise ValueError(f"answer={answer!r} must be a text, or None for the model's own")
     valid = {"tap": TAPS, "score": SCORES, "method": METHODS, "norms": NORMS}
     for name, value in choices.items():
-        if value not in valid[name]:
+        if not isinstance(value, str) or value not in valid[name]:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(valid[name])}")
+
+
+def _check_whole(name: str, value, least: int):
+    if not hasattr(value, "__index__") or not least <= value < 2**63:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
 
 
 @contextmanager
@@ -663,7 +675,8 @@ def compute_token_maps(
     answer          explain this text in place of the generated answer
     target          score only the tokens of this part of the answer; None is the whole answer
     target_occurrence  which one, where the answer has the target several times: 1 is the first
-    contrast        explain the target's score minus that of this text in its place, after the same words
+    contrast        explain the target's score minus that of this text in its place, after the same words; scores are
+                    sums over tokens, so that both should have as many
     tap             read decoder layers at the hidden states that enter them ("input"), or at their "output", where
                     the last layer has no gradient
     score           "logit" (the paper's) or "logprob": what is summed over the explained tokens
@@ -713,8 +726,10 @@ def compute_word_maps(
     Raises what `compute_token_maps` raises, ValueError too for words that are not in the answer.
     """
     defaults = inspect.getfullargspec(compute_token_maps).kwonlydefaults
-    fixed = ("target", "target_occurrence", "contrast")
-    defaults = {name: value for name, value in defaults.items() if name not in fixed}
+    for name in ("target", "target_occurrence", "contrast"):
+        del defaults[name]
+    for name in settings.keys() - defaults.keys():
+        raise TypeError(f"a map of each word takes no {name}; it takes {', '.join(defaults)}")
 
     def choose(answer, spans):
         return choose_words(answer, spans, words)
@@ -796,7 +811,9 @@ def _compute_maps(
     norms,
     progress,
 ) -> list[TokenMaps]:
-    _check_settings(num_samples, noise_std, seed, max_new_tokens, tap=tap, score=score, method=method, norms=norms)
+    _check_settings(
+        num_samples, noise_std, seed, max_new_tokens, answer, tap=tap, score=score, method=method, norms=norms
+    )
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt={prompt!r} must be a text that is not empty")
     if not use_smooth or noise_std == 0:
@@ -876,8 +893,7 @@ class SmoothQwenGradCAM:
 
     target_layer            a module of the model, e.g. `get_model_layers(model)[0][-1]`, or a decoder layer's index
     num_samples, noise_std  noisy copies, and their noise for pixel values in [0, 1]
-    options                 seed, max_new_tokens, answer, target, tap, score, method, progress: see
-                            `compute_token_maps`, which has their defaults and says what is raised
+    options                 further keywords of `compute_token_maps`, which has their defaults and says what is raised
 
         cam = SmoothQwenGradCAM(model, processor, target_layer=layers[-1])
         superimposed, heatmap = cam.generate_cam(image, "What is in this image?")
@@ -994,6 +1010,7 @@ def insertion_deletion(
     random_orders: int = 5,
     batch_size: int = 8,
     seed: int = 0,
+    extra_shares: Iterable[float] = (),
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> Faithfulness:
     """Insertion and deletion (Petsiuk et al., RISE, 2018) by whole image tokens, for every map that has a gradient.
@@ -1002,13 +1019,13 @@ def insertion_deletion(
     are fewer tokens) by their rank in the map, ties at random; what counts is the mean probability of the explained
     tokens, after the same words. A map is faithful if insertion lies far above deletion; a random order has them about
     equal, and `random_orders` of them are measured. One map costs 2 * (steps - 1) forward passes, run in batches of
-    `batch_size`. `progress` wraps the iterable over the orders.
+    `batch_size`; each of `extra_shares`, in [0, 1], is measured as well. `progress` wraps the iterable over the orders.
 
     Raises ValueError for bad arguments, and RuntimeError if memory runs out.
     """
-    for name, value in (("steps", steps), ("random_orders", random_orders), ("batch_size", batch_size)):
-        if not hasattr(value, "__index__") or value < (name != "random_orders"):
-            raise ValueError(f"{name}={value!r} must be a whole number, {int(name != 'random_orders')} or more")
+    for name, value, least in (("steps", steps, 1), ("random_orders", random_orders, 0), ("batch_size", batch_size, 1)):
+        _check_whole(name, value, least)
+    _check_whole("seed", seed, 0)
     photo, rng = load_rgb(image), np.random.default_rng(seed)
     with _borrowed(model):
         inputs = _prepare_inputs(model, processor, photo, token_maps.prompt)
@@ -1021,7 +1038,8 @@ def insertion_deletion(
         forced, (scored,) = _read(inputs, token_maps.tokens, [token_maps.target_tokens])
         count = len(positions)
         ends = [pixels.unflatten(0, (count, -1)) for pixels in (blank, inputs["pixel_values"])]  # (N, patches, ...)
-        moved = np.unique(np.round(np.linspace(0, count, steps + 1)).astype(int))  # (S + 1,)
+        shares = [*np.linspace(0, 1, steps + 1), *extra_shares]
+        moved = np.unique(np.round(np.multiply(shares, count)).astype(int))  # (S + 1,)
 
         def probability(pixels):  # (B, N, patches, ...) -> (B,)
             return _token_probabilities(model, forced, pixels.flatten(1, 2), scored).mean(1)
@@ -1084,6 +1102,8 @@ def randomized_maps(
     steps down to the first; behind the last step the vision tower as well. 0 are the maps that were given. A map that
     depends on what the model has learned changes. `progress` wraps the iterable over the stages.
     """
+    _check_whole("stages", stages, 1)
+    _check_whole("seed", seed, 0)
     generator, total = torch.Generator().manual_seed(operator.index(seed)), get_model_layers(model)[1]
     numbers = np.unique(np.round(np.linspace(0, total, min(stages, total) + 1)).astype(int)).tolist()
     settings = {name: value for name, value in token_maps.settings.items() if name != "answer"}

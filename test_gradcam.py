@@ -92,6 +92,7 @@ MODES_OF_FLAG = {  # flags that act in some modes only
     "--save_raw": [mode for mode in FOLDERS if mode != "words"],
     **dict.fromkeys(("--mask", "--baseline", "--steps", "--batch_size", "--randomize"), ("evaluate",)),
 }
+UNLIKELY = 0.01  # probability below which the verdict says that there is nothing to measure
 SHARE = 0.1  # of the image, whose removal the verdict of evaluate mode speaks of
 PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask")
 MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
@@ -122,7 +123,7 @@ def single_layer_visualization(
     """Explain the answer at one decoder layer, and write the photo, heatmap, overlay and a figure of the three.
 
     `image` is a path or PIL image, `layer_idx` counts from the end if negative; `settings` are further keywords of
-    `compute_token_maps`: seed, max_new_tokens, answer, target, tap, score, method. Writes original_image.png,
+    `compute_token_maps`. Writes original_image.png,
     heatmap.png, superimposed_result.png and visualization.png.
 
     Returns {"superimposed", "heatmap": uint8 RGB (height, width, 3), "cam": the raw map, float32 (H, W), "layer": its
@@ -233,6 +234,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                 own = LAYER_FLAGS.get(args.mode)
                 instead = f"use {own}" if own else "early, middle and late layers are chosen by itself"
             raise ValueError(f"{flag} acts in {', '.join(modes)} mode only; in {args.mode} mode {instead}")
+    if args.noise_std == 0 and "--num_samples" in given and args.num_samples > 1:
+        raise ValueError(f"--num_samples {args.num_samples} cannot act beside --noise_std 0: all copies would be equal")
     if args.answer is not None and "--max_new_tokens" in given:
         raise ValueError("--max_new_tokens cannot act beside --answer: nothing is generated")
     if isinstance(args.layer_range, list) and any(isinstance(part, str) for part in args.layer_range):
@@ -262,6 +265,8 @@ def check_values(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} {text!r} is not valid text in the terminal's encoding")
     if args.contrast is not None and args.target is None:
         raise ValueError(f"--contrast {args.contrast!r} needs a --target, whose place it takes")
+    if args.contrast is not None and args.contrast == args.target:
+        raise ValueError(f"--contrast {args.contrast!r} is the target itself: their difference is zero everywhere")
     if args.answer is not None or args.target is None:
         find_target(args.answer or "", args.target, args.target_occurrence)
     if args.words not in ("content", "all"):
@@ -279,6 +284,16 @@ def load_photo(path: str) -> Image.Image:
             f"{path} is {photo.width} x {photo.height} pixels: sides up to 1 : {MAX_ASPECT} can be processed"
         )
     return photo
+
+
+def read_mask(path: str | None, size: tuple[int, int]) -> np.ndarray | None:
+    """The object's pixels, if there is a --mask. Raises ValueError naming it."""
+    if path is None:
+        return None
+    try:
+        return load_mask(path, size)
+    except ValueError as exc:
+        raise ValueError(f"--mask {path}: {exc}") from exc
 
 
 def check_writable(folder: Path) -> None:
@@ -431,7 +446,7 @@ def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray |
             "deletion": areas[1],
             "difference": areas[0] - areas[1],
             "probability": float(deletion[0]),
-            "without_hottest_10_percent": float(np.interp(SHARE, measured.shares, deletion)),
+            "without_hottest_10_percent": float(deletion[np.abs(measured.shares - SHARE).argmin()]),
             "baseline_picture": float(deletion[-1]),
         }
 
@@ -508,11 +523,15 @@ def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
         f"{beaten} of {len(layers)} maps beat every random order"
         + ("" if beaten == len(layers) else ": do not rely on the others")
     )
-    if random["baseline_picture"] > 0.5 * probability:
+    if probability < UNLIKELY:
+        lines.append(
+            "beware: the model would hardly say this of the photo, so there is little that a map could explain"
+        )
+    elif random["baseline_picture"] > 0.5 * probability:
         kept = _percent(random["baseline_picture"] / probability)
         lines.append(
-            f"beware: on the baseline picture alone the answer keeps {kept} of its probability: most of it comes from "
-            "the words before, so no map can score high"
+            f"beware: on the baseline picture alone the answer keeps {kept} of its probability: that much is not from "
+            "the photo, and no map can score high"
         )
     return lines
 
@@ -541,6 +560,7 @@ def evaluate(model, processor, photo, token_maps: TokenMaps, mask, args) -> tupl
         baseline=args.baseline,
         batch_size=args.batch_size,
         seed=args.seed,
+        extra_shares=[SHARE],
         progress=show_progress(args.quiet, "orders of the image tokens", "order"),
     )
     rows = score_rows(token_maps, measured, mask)
@@ -575,7 +595,7 @@ def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
     """Check, load, explain, draw and write; returns the answer, the files, and what is to be said."""
     check_values(args)
     photo = load_photo(args.image_path)
-    mask = load_mask(args.mask, photo.size) if args.mask is not None else None
+    mask = read_mask(args.mask, photo.size)
     folder = Path(args.output_dir, FOLDERS[args.mode])
     for part in ("", "early", "middle", "late") if args.mode == "comparative" else ("",):
         check_writable(folder / part)

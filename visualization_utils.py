@@ -57,7 +57,7 @@ MARKER = "#ffe08a"  # behind the explained part of the answer
 TEXT, SMALL, TITLE = 8, 7, 11  # points
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
-EARLIER = re.compile(r"layer_\d+_(heatmap|superimposed)\.png")  # what a run with other layers left
+EARLIER = re.compile(r"layer_\d+_(heatmap|superimposed)\.png|randomization\.(png|csv)")  # what another run left
 METHOD_NAMES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM", "best": "Grad-CAM × HiResCAM"}
 
 
@@ -877,8 +877,9 @@ def write_files(folder, files: dict[str, object]) -> list[Path]:
     """Write {name in the folder: uint8 RGB array for .png, dictionary of arrays for .npz, or text}; returns the paths.
 
     Everything is written to a temporary folder first and then moved into place, so a failure leaves nothing behind.
-    Of an earlier run, `layer_<i>_heatmap.png` and `layer_<i>_superimposed.png` that are not written anew are removed
-    from the folders that are written to: they would show other layers or another photo. No other file is touched.
+    Of an earlier run, `layer_<i>_heatmap.png`, `layer_<i>_superimposed.png` and the randomization's files that are not
+    written anew are removed from the folders that are written to: they would tell of other layers or another photo. No
+    other file is touched.
     Raises ValueError where a folder stands in a file's place, OSError if the folder cannot be written.
     """
     folder = Path(folder)
@@ -924,8 +925,8 @@ def create_layer_comparison_grid(
     """Grid of heatmaps and overlays over a range of layers, all from one answer and one pass.
 
     `image` is a path or PIL image; `layer_range` is "auto" (six layers), "early", "middle", "late" (thirds), "all" or
-    a list of indices. `settings` are further keywords of `compute_token_maps`: seed, max_new_tokens, answer, target,
-    tap, score, method. Writes layer_comparison_grid.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
+    a list of indices. `settings` are further keywords of `compute_token_maps`. Writes layer_comparison_grid.png,
+    layer_<i>_heatmap.png and layer_<i>_superimposed.png.
 
     Returns {layer: {"superimposed", "heatmap", "cam"}}: uint8 RGB (height, width, 3) twice, and the raw map, float32
     (H, W). A layer without gradient has a grey panel and a zero map. Raises what `compute_token_maps` raises,

@@ -187,7 +187,7 @@ def plain():
     "flags",
     [
         ["--noise_std", "0.3"],
-        ["--noise_std", "0"],
+        ["--noise_std", "0", "--num_samples", "1"],
         ["--num_samples", "3"],
         ["--seed", "1"],
         ["--layer", "2"],
@@ -345,11 +345,12 @@ def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monk
     )
     monkeypatch.setattr(visualization_utils, "DPI", 40)
     folder = tmp_path / "out/evaluate"
-    real = test_gradcam.insertion_deletion
+    real, tenth = test_gradcam.insertion_deletion, []
 
     def stronger(*args, **kwargs):
         measured = real(*args, **kwargs)
         shares = measured.shares
+        tenth.append(shares[np.abs(shares - 0.1).argmin()])
         for curves, values in ((measured.insertion, (shares, shares**2)), (measured.deletion, (1 - shares,) * 2)):
             curves.update(zip(curves, [0.9 * value for value in values], strict=True))
         measured.random_insertion[:] = 0.9 * shares
@@ -370,7 +371,7 @@ def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monk
         lost, by_chance = (100 * (0.9 - line_row["without_hottest_10_percent"]) / 0.9 for line_row in (row, random))
         found = a_number(r"costs the answer (\S+) % of its probability; a random 10 % costs the answer (\S+) %", line)
         assert [float(value) for value in found] == pytest.approx([lost, by_chance], abs=0.51)
-        assert lost == pytest.approx(10)
+        assert lost == pytest.approx(100 * tenth[0], abs=0.01)
         assert line.endswith("; the maximum lies next to the object, 25 % of the map inside it")
     assert first["difference"] > second["difference"] + 0.05
     best, *numbers = a_number(
@@ -392,10 +393,34 @@ def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monk
     assert depends in out
 
 
-def test_verdict_warns_where_the_words_before_give_the_answer_away(drive):
-    assert (
-        "beware: on the baseline picture alone the answer keeps" in drive(*EVALUATE)[1]
-    )  # of a model that sees little
+@pytest.mark.parametrize(
+    ("probability", "said"),
+    [(0.5, "beware: on the baseline picture alone the answer keeps 100 %"), (0.004, "beware: the model would hardly")],
+)
+def test_verdict_warns_where_there_is_little_to_measure(drive, monkeypatch, probability, said):
+    monkeypatch.setattr(
+        "smooth_gradcam._token_probabilities",
+        lambda model, forced, pixels, scored: np.full((len(pixels), 1), probability),
+    )
+    assert drive(*EVALUATE)[1].count("beware") == 1
+    assert said in drive(*EVALUATE)[1]
+
+
+def test_the_tenth_that_the_verdict_speaks_of_is_measured(drive, tmp_path):
+    """And not read between two steps that lie far apart."""
+    hot = []
+    for steps in (1, 1000):
+        assert drive(*EVALUATE[: EVALUATE.index("--steps")], "--steps", steps)[0] == 0
+        rows = list(csv.DictReader((tmp_path / "out/evaluate/scores.csv").open()))
+        hot.append([row["without_hottest_10_percent"] for row in rows if row["layer"] != "random"])
+    assert hot[0] == hot[1]
+
+
+def test_a_run_without_randomize_leaves_no_randomization_of_an_earlier_one(drive, tmp_path):
+    for flags, there in ((["--randomize"], True), ([], False)):
+        assert drive(*EVALUATE, *flags)[0] == 0
+        assert (tmp_path / "out/evaluate/randomization.png").exists() == there
+        assert (tmp_path / "out/evaluate/randomization.csv").exists() == there
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -440,7 +465,7 @@ def test_batch_size_is_how_many_pictures_are_run_at_once(drive, tmp_path, model_
         assert drive(*EVALUATE, "--batch_size", size)[0] == 0
         handle.remove()
         table[size] = (tmp_path / "out/evaluate/scores.csv").read_text()
-    assert [max(batches[size]) for size in (1, 2, 8)] == [1, 2, 3]  # 3 of 4 steps lie between the ends
+    assert [max(batches[size]) for size in (1, 2, 8)] == [1, 2, 4]  # 3 steps between the ends, and the tenth
     assert len(batches[1]) > len(batches[2]) > len(batches[8])
     assert table[1] == table[2] == table[8]
 
