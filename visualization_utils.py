@@ -389,11 +389,11 @@ def _header(page: Page, x: float, y: float, title: str, rows) -> float:
 def _footer(page: Page, y: float, method: str, caption: str) -> float:
     """The colour bar and the caption; returns the y below them."""
     width, height, colours = 3.2, 0.11, colorize_cam(np.linspace(0, 1, 256))
-    page.colour_scale((WIDTH - width) / 2, y, width, height, colours, (0, 0.25, 0.5, 0.75, 1), SMALL)
+    page.colour_scale((page.width - width) / 2, y, width, height, colours, (0, 0.25, 0.5, 0.75, 1), SMALL)
     y += height + SMALL * LINE + 0.05
-    page.text(WIDTH / 2, y, f"{METHOD_NAMES[method]}, share of the map's own maximum, 0–1", SMALL, ha="center")
+    page.text(page.width / 2, y, f"{METHOD_NAMES[method]}, share of the map's own maximum, 0–1", SMALL, ha="center")
     y += SMALL * LINE + GAP
-    return page.lines(MARGIN, y, INNER, caption, SMALL, color="0.3") + MARGIN
+    return page.lines(MARGIN, y, page.width - 2 * MARGIN, caption, SMALL, color="0.3") + MARGIN
 
 
 def _panel_figure(photo: Image.Image, token_maps: TokenMaps, layer: int, result: dict) -> np.ndarray:
@@ -681,7 +681,6 @@ def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], results: list[
     width, height = fit_box(aspect, cell, 1.5 if len(layers) <= AUTO_LAYERS else 1.0)
     cell = max(width, min(cell, 1.0))  # a word needs its room
     page = Page(max(WIDTH, 2 * MARGIN + side + columns * (cell + GAP)), families)
-    page_inner = page.width - 2 * MARGIN
     photo_width, photo_height = fit_box(aspect, 2.3, 1.4)
     page.picture(MARGIN, MARGIN, photo_width, photo_height, np.asarray(photo))
     x, y = MARGIN + photo_width + 2 * GAP, MARGIN
@@ -703,16 +702,10 @@ def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], results: list[
                 page.picture(x, y, width, height, results[i][layer]["superimposed"])
             y += height + GAP
         y += 2 * GAP
-    length, bar, colours = 3.2, 0.11, colorize_cam(np.linspace(0, 1, 256))
-    page.colour_scale((page.width - length) / 2, y, length, bar, colours, (0, 0.25, 0.5, 0.75, 1), SMALL)
-    y += bar + SMALL * LINE + 0.05
-    method = METHOD_NAMES[given.settings["method"]]
-    page.text(page.width / 2, y, f"{method}, share of the map's own maximum, 0–1", SMALL, ha="center")
     caption = _caption(given, photo, [], "Each column explains one word of the answer. ", drawn)
     grey = any(word.no_gradient for word in word_maps)
     caption += " Grey: no gradient reaches the layer where it is read, so it has no map." * grey
-    y = page.lines(MARGIN, y + SMALL * LINE + GAP, page_inner, caption, SMALL, color="0.3")
-    return page.finish(y + MARGIN)
+    return page.finish(_footer(page, y, given.settings["method"], caption))
 
 
 PAGE_SIDE = 1600  # pixels of the longer side of the photo in the page
