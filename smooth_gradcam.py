@@ -222,8 +222,7 @@ def find_target(answer: str, target: str | None, occurrence: int = 1) -> tuple[i
     Where the target stands as a whole word, only whole words count: "cat" is not sought in "cattle".
     Raises ValueError, with the answer, if it is not there, or not as often.
     """
-    if not hasattr(occurrence, "__index__") or occurrence < 1:
-        raise ValueError(f"target_occurrence={occurrence!r} must be a whole number, 1 or more")
+    _check_whole("target_occurrence", occurrence, 1)
     if target is None:
         if occurrence > 1:
             raise ValueError(f"target_occurrence={occurrence} needs a target")
@@ -287,7 +286,8 @@ def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple
     if isinstance(words, str) and words in ("content", "all"):
         found = split_words(answer, spans)
         if words == "content":
-            found = [span for span in found if answer[slice(*span)].lower() not in FUNCTION_WORDS.split()]
+            function_words = FUNCTION_WORDS.split()
+            found = [span for span in found if answer[slice(*span)].lower() not in function_words]
         if not found:
             raise ValueError(f"words={words!r}: there is none in the answer {answer!r}; name the parts to explain")
         return found
@@ -453,9 +453,11 @@ def frozen_norms(model):
     """
 
     def hook(module, args, output):
+        if not output.requires_grad:  # below the first tap
+            return output
         scale = (output / args[0]).detach().nan_to_num(0, 0, 0)  # w / rms(x)
         frozen = args[0] * scale
-        return output.detach() + (frozen - frozen.detach()) if output.requires_grad else output
+        return output.detach() + (frozen - frozen.detach())
 
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     handles = [module.register_forward_hook(hook) for module in norms]
@@ -508,6 +510,13 @@ def logprob_score(logits: Tensor, tokens: Tensor) -> Tensor:
 SCORES = {"logit": logit_score, "logprob": logprob_score}
 
 
+def _logits(model, inputs: dict[str, Tensor], first: int) -> Tensor:
+    """(B, L, vocabulary), or where the model can leave out the rest, only those from position `first` to the end."""
+    length = inputs["input_ids"].shape[1]
+    keep = {"logits_to_keep": length - first} if "logits_to_keep" in _accepted(model) else {}
+    return model(**inputs, **keep, use_cache=False).logits
+
+
 def _features_and_gradients(model, forced, taps, targets: list[_Scored], score: str, norms: str):
     """One forward, and of each target one backward: yields {key: (features, gradient or None)} for all taps.
 
@@ -515,9 +524,8 @@ def _features_and_gradients(model, forced, taps, targets: list[_Scored], score: 
     """
     length = forced["input_ids"].shape[1]
     first = min(position for target in targets for position in target.predicting)
-    keep = {"logits_to_keep": length - first} if "logits_to_keep" in _accepted(model) else {}
     with NORMS[norms](model), _captured(taps) as captured:
-        logits = model(**forced, **keep, use_cache=False).logits[0]  # (L, vocabulary), or the last of it
+        logits = _logits(model, forced, first)[0]  # (L, vocabulary), or the last of it
     if len(captured) < len(taps):
         missing = next(tap.key for tap in taps if tap.key not in captured)
         raise ValueError(f"layer {missing} takes no part in the forward pass")
@@ -742,9 +750,8 @@ def _token_probabilities(model, forced, pixels: Tensor, scored: _Scored) -> np.n
     batch = {name: value.repeat(len(pixels), *[1] * (value.dim() - 1)) for name, value in forced.items()}
     batch["pixel_values"] = pixels.flatten(0, 1)
     length = batch["input_ids"].shape[1]
-    keep = {"logits_to_keep": length - min(scored.predicting)} if "logits_to_keep" in _accepted(model) else {}
     with torch.no_grad():
-        logits = model(**batch, **keep, use_cache=False).logits  # (B, L or less, vocabulary)
+        logits = _logits(model, batch, min(scored.predicting))  # (B, L or less, vocabulary)
     logits = _at_least_float32(logits[:, [position - length for position in scored.predicting]])  # (B, T, vocabulary)
     expected = torch.tensor(scored.expected, device=logits.device).expand(len(pixels), -1)[..., None]
     return logits.softmax(-1).gather(2, expected)[..., 0].cpu().numpy()
@@ -1106,7 +1113,6 @@ def randomized_maps(
     _check_whole("seed", seed, 0)
     generator, total = torch.Generator().manual_seed(operator.index(seed)), get_model_layers(model)[1]
     numbers = np.unique(np.round(np.linspace(0, total, min(stages, total) + 1)).astype(int)).tolist()
-    settings = {name: value for name, value in token_maps.settings.items() if name != "answer"}
     model, results = copy.deepcopy(model), {0: token_maps}
     layers, _ = get_model_layers(model)
     parent = operator.attrgetter("model.language_model" if hasattr(model.model, "language_model") else "model")(model)
@@ -1128,7 +1134,7 @@ def randomized_maps(
             answer=token_maps.tokens,
             use_smooth=True,
             progress=None,
-            **settings,
+            **token_maps.settings,
         )[0]
     return results
 

@@ -57,6 +57,7 @@ MARKER = "#ffe08a"  # behind the explained part of the answer
 TEXT, SMALL, TITLE = 8, 7, 11  # points
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
+BOXES = " Boxes: characters that no installed font can draw."
 EARLIER = re.compile(r"layer_\d+_(heatmap|superimposed)\.png|randomization\.(png|csv)")  # what another run left
 METHOD_NAMES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM", "best": "Grad-CAM × HiResCAM"}
 
@@ -372,7 +373,7 @@ def _caption(token_maps: TokenMaps, photo: Image.Image, layers: Iterable[int], a
         f"strength of two maps. Overlays are half photo, half heatmap. {_settings_text(token_maps.settings)} "
         f"Photo: {photo.width} × {photo.height} pixels, seen as {width} × {height} image tokens."
         + f" Grey: no gradient reaches layer {', '.join(grey)} where it is read, so it has no map." * bool(grey)
-        + " Boxes: characters that no installed font can draw." * (not drawn)
+        + BOXES * (not drawn)
     )
 
 
@@ -563,7 +564,7 @@ def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scor
         f"A map is faithful if revealing its hottest image tokens restores the answer early and removing them destroys "
         f"it early. Removed tokens show {blank[measured.baseline]}. {dashed}{_settings_text(token_maps.settings)}"
         + f" Left out: layer {grey}, as no gradient reaches it where it is read." * bool(grey)
-        + " Boxes: characters that no installed font can draw." * (not drawn)
+        + BOXES * (not drawn)
     )
     return page.finish(page.lines(MARGIN, y, INNER, caption, SMALL, color="0.3") + MARGIN)
 
@@ -625,9 +626,7 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
     caption = (
         f"Above: the heatmap of layer {shown} as the weights are re-drawn from the top layer down; the last step also "
         f"re-draws the vision tower. A map that stays the same shows the picture and not what the model has learned "
-        f"(Adebayo et al., 2018). {_settings_text(given.settings)}"
-        + " Boxes: characters that no installed font can draw."
-        * (not drawn)
+        f"(Adebayo et al., 2018). {_settings_text(given.settings)}" + BOXES * (not drawn)
     )
     return page.finish(page.lines(MARGIN, y, INNER, caption, SMALL, color="0.3") + MARGIN)
 
