@@ -15,9 +15,9 @@ import math
 import os
 import re
 import sys
-import tempfile
 import traceback
 import warnings
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +60,12 @@ from visualization_utils import (
     draw_randomization,
     draw_single,
     draw_words,
+    earlier_files,
     name_words,
+    output_folder,
     representative_thirds,
     select_layers,
     show_progress,
-    write_files,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -132,9 +133,10 @@ def single_layer_visualization(
     """
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    token_maps = compute_token_maps(model, processor, image, prompt, [layer], **settings)
-    result, files = draw_single(image, token_maps)
-    write_files(save_dir, files)
+    with output_folder(save_dir) as write:
+        token_maps = compute_token_maps(model, processor, image, prompt, [layer], **settings)
+        result, files = draw_single(image, token_maps)
+        write(files)
     return result | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
 
 
@@ -296,16 +298,20 @@ def read_mask(path: str | None, size: tuple[int, int]) -> np.ndarray | None:
         raise ValueError(f"--mask {path}: {exc}") from exc
 
 
-def check_writable(folder: Path) -> None:
-    """Raises ValueError if the folder, or those missing above it, cannot be made and written to."""
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as exc:
-        raise ValueError(
-            f"--output_dir: {folder} cannot be written ({exc.strerror or exc}): choose a folder that you can write to"
-        ) from exc
+@contextmanager
+def claim_folder(args: argparse.Namespace):
+    """The mode's folder, for this run alone: see `output_folder`. Raises ValueError if it cannot be written."""
+    folder = Path(args.output_dir, FOLDERS[args.mode])
+    with ExitStack() as stack:
+        try:
+            thirds = ("early", "middle", "late") if args.mode == "comparative" else ()
+            write = stack.enter_context(output_folder(folder, thirds))
+        except BlockingIOError:
+            raise
+        except (OSError, ValueError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+            raise ValueError(f"--output_dir: {folder} cannot be written ({reason}): choose another folder") from exc
+        yield write
 
 
 def resolve_device(name: str) -> str:
@@ -579,7 +585,7 @@ def evaluate(model, processor, photo, token_maps: TokenMaps, mask, args) -> tupl
 # the run
 
 
-def explain_words(model, processor, photo, layers, folder, args, settings) -> tuple[str, list[Path], list[str]]:
+def explain_words(model, processor, photo, layers, write, args, settings) -> tuple[str, list[Path], list[str]]:
     """Words mode, once everything is loaded; returns what `run` does."""
     word_maps = compute_word_maps(model, processor, photo, args.prompt, layers, words=args.words, **settings)
     probabilities, tokens = word_tokens(model, processor, photo, word_maps)
@@ -588,7 +594,7 @@ def explain_words(model, processor, photo, layers, folder, args, settings) -> tu
     lines = [f"explained: {words} at layer {', '.join(map(str, layers))}"]
     grey = frozenset.intersection(*(word.no_gradient for word in word_maps))
     lines += [_without_map(layer, args.mode) for layer in sorted(grey)]
-    return word_maps[0].answer, write_files(folder, files), lines
+    return word_maps[0].answer, write(files), lines
 
 
 def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
@@ -596,16 +602,19 @@ def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
     check_values(args)
     photo = load_photo(args.image_path)
     mask = read_mask(args.mask, photo.size)
-    folder = Path(args.output_dir, FOLDERS[args.mode])
-    for part in ("", "early", "middle", "late") if args.mode == "comparative" else ("",):
-        check_writable(folder / part)
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
+    with claim_folder(args) as write:
+        return explain(args, photo, mask, device, layers, write)
+
+
+def explain(args, photo, mask, device, layers, write) -> tuple[str, list[Path], list[str]]:
+    """Load, explain, draw and write, once all flags are known to be good; returns what `run` does."""
     processor = load_processor(args.model_path, args.max_pixels)
     model = load_model(args.model_path, device, args.dtype)
     settings = {name: getattr(args, name) for name in MAP_SETTINGS} | {"progress": show_progress(args.quiet)}
     if args.mode == "words":
-        return explain_words(model, processor, photo, layers, folder, args, settings)
+        return explain_words(model, processor, photo, layers, write, args, settings)
     chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
     targets = {name: getattr(args, name) for name in TARGET_SETTINGS}
     token_maps = compute_token_maps(model, processor, photo, args.prompt, chosen, **settings, **targets)
@@ -616,7 +625,7 @@ def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
     lines = [*explained(token_maps, args.mode), *lines]
     if args.save_raw:
         files["maps.npz"] = raw_arrays(token_maps, args)
-    return token_maps.answer, write_files(folder, files), lines
+    return token_maps.answer, write(files), lines
 
 
 def explained(token_maps: TokenMaps, mode: str) -> list[str]:
@@ -640,8 +649,11 @@ def report(answer: str, paths: list[Path], lines: list[str]) -> None:
     print(f"answer: {answer}")
     for line in lines:
         print(line)
+    here = Path.cwd()
     for path in paths:
-        print(f"wrote {path}")
+        print(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}")
+    if left := earlier_files(paths):
+        print(f"beware: {left[0].parent} holds files of an earlier run too: {len(left)} such as {left[0].name}")
 
 
 def _hush() -> None:

@@ -11,17 +11,24 @@ Shapes:  H, W  rows and columns of image tokens     height, width  pixels of the
 """
 
 import base64
+import errno
 import functools
 import io
 import json
+import os
 import re
 import shutil
-import tempfile
 import unicodedata
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 from matplotlib import colormaps, font_manager
@@ -59,6 +66,7 @@ LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
 BOXES = " Boxes: characters that no installed font can draw."
 EARLIER = re.compile(r"layer_\d+_(heatmap|superimposed)\.png|randomization\.(png|csv)")  # what another run left
+STAGING = ".smooth-gradcam-"  # with the process' number behind it, the folder for files that are not finished
 METHOD_NAMES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM", "best": "Grad-CAM × HiResCAM"}
 
 
@@ -856,50 +864,157 @@ def draw_comparative(image, token_maps: TokenMaps, thirds: dict[str, list[int]])
 # files
 
 
-def _save(path: Path, content) -> None:
+def _encode(content) -> bytes:
+    if callable(content):  # a picture that is drawn only now, so that not all of them are in memory at once
+        content = content()
+    if isinstance(content, str):
+        return content.encode()
+    buffer = io.BytesIO()
     if isinstance(content, dict):
-        np.savez_compressed(path, **content)
-    elif isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    else:
-        Image.fromarray(content).save(path, dpi=(DPI, DPI), compress_level=4)  # as small as 6, in half the time
+        np.savez_compressed(buffer, **content)
+    else:  # as small as level 6, in half the time
+        Image.fromarray(content).save(buffer, "PNG", dpi=(DPI, DPI), compress_level=4)
+    return buffer.getvalue()
 
 
-def write_files(folder, files: dict[str, object]) -> list[Path]:
-    """Write {name in the folder: uint8 RGB array for .png, dictionary of arrays for .npz, or text}; returns the paths.
+def _stage(path: Path, name: str, content) -> None:
+    data = _encode(content)
+    try:
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(data)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path).free / 1e6
+        raise OSError(
+            f"no space left for {name} in {path.parent}: it takes {len(data) / 1e6:.1f} MB, {free:.1f} MB are free"
+        ) from exc
 
-    Everything is written to a temporary folder first and then moved into place, so a failure leaves nothing behind.
-    Of an earlier run, `layer_<i>_heatmap.png`, `layer_<i>_superimposed.png` and the randomization's files that are not
-    written anew are removed from the folders that are written to: they would tell of other layers or another photo. No
-    other file is touched.
-    Raises ValueError where a folder stands in a file's place, OSError if the folder cannot be written.
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Make the folder and those missing above it; `made` gets each that was made here."""
+    for path in (*reversed(folder.parents), folder):
+        if not path.is_dir():
+            with suppress(FileExistsError):  # another run was quicker
+                path.mkdir()
+                made.append(path)
+            if not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
+def _hold(folder: Path) -> int | None:
+    """An open file that keeps other runs out of the folder until it is closed, if only by the end of this process.
+
+    None where the system cannot lock folders.
     """
-    folder = Path(folder)
+    if fcntl is None:
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(held)
+        if not isinstance(exc, BlockingIOError):  # a network disk without locks
+            return None
+        who = ", ".join(f"process {path.name.removeprefix(STAGING)}" for path in _staging_folders(folder))
+        raise BlockingIOError(f"{folder} is being written by {who or 'another run'}: choose another folder") from exc
+    return held
+
+
+def _staging_folders(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in folder.glob(f"{STAGING}*")
+        if path.name.removeprefix(STAGING).isdecimal() and path.is_dir() and not path.is_symlink()
+    ]
+
+
+def _remove_staging(staging: Path) -> None:
+    """Remove a staging folder: its files, and those of the folders in it, which is as deep as runs write."""
+    parts = [path for path in staging.iterdir() if path.is_dir() and not path.is_symlink()]
+    for part in (*parts, staging):
+        for path in part.iterdir():
+            if path not in parts:
+                path.unlink()
+        part.rmdir()
+
+
+def _check_path(save_dir, name: str = "save_dir") -> Path:
+    """The folder without links and `..`. Raises ValueError for what is no path or a link that leads nowhere."""
+    if not isinstance(save_dir, (str, os.PathLike)) or not str(save_dir).strip() or "\0" in str(save_dir):
+        raise ValueError(f"{name}={save_dir!r} must be the path of a folder")
+    given = Path(save_dir).absolute()
+    for path in (given, *given.parents):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a symbolic link that leads nowhere: choose another folder")
+    return Path(os.path.realpath(given))
+
+
+@contextmanager
+def output_folder(save_dir, subfolders: Iterable[str] = ()):
+    """The folder that a run writes to, its own until the end; yields a function that writes {name: content}.
+
+        with output_folder("cam_results/grid") as write:
+            paths = write({"heatmap.png": picture})
+
+    A content is a uint8 RGB array (.png), a dictionary of arrays (.npz), a text, or a function that gives one of them,
+    called when its file's turn comes. Files are written to a staging folder in the folder and then moved into place all
+    at once: a failure, Ctrl-C or SIGTERM leaves nothing behind. Nothing is ever removed but this staging folder, such
+    folders of runs that were killed, and empty folders that this run made; nothing is replaced but files of the names
+    that are written. `subfolders` are those that the names will need.
+
+    Raises ValueError if the path cannot be a folder, BlockingIOError if another run is writing there (where the system
+    can lock folders; Windows cannot), and OSError if it cannot be written.
+    """
+    folder, made, staging, held = _check_path(save_dir), [], None, None
+    try:
+        _make_folders(folder, made)
+        for part in (folder / part for part in subfolders):
+            if os.path.lexists(part) and not (part.is_dir() and os.access(part, os.W_OK)):
+                raise ValueError(f"{part} is no folder that can be written to: choose another save_dir")
+        held = _hold(folder)
+        for stale in _staging_folders(folder) if held is not None else ():  # whoever made them is no longer there
+            _remove_staging(stale)
+        staging = folder / f"{STAGING}{os.getpid()}"
+        staging.mkdir()
+        yield functools.partial(_write, folder, staging, made)
+    finally:
+        if staging is not None and staging.is_dir():
+            _remove_staging(staging)
+        for path in reversed(made):
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        if held is not None:
+            os.close(held)
+
+
+def _write(folder: Path, staging: Path, made: list[Path], files: dict[str, object]) -> list[Path]:
     for name in files:
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder where a file is to be written: choose another folder")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as staging:
-            paths = [Path(staging, name) for name in files]
-            for path in paths:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            with ThreadPoolExecutor() as pool:  # compression takes longest, and runs on all cores
-                list(pool.map(_save, paths, files.values()))
-            for name in files:
-                (folder / name).parent.mkdir(exist_ok=True)
-                Path(staging, name).replace(folder / name)
-    except BaseException:
-        for path in made:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
-    paths = [folder / name for name in files]
-    for parent in {path.parent for path in paths}:
-        for path in parent.iterdir():
-            if EARLIER.fullmatch(path.name) and path not in paths:
-                path.unlink()
-    return paths
+
+    def move():
+        for name in files:
+            _make_folders((folder / name).parent, made)
+            (staging / name).replace(folder / name)
+
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # compression takes longest
+        list(pool.map(functools.partial(_stage, staging), files, files.values()))
+    with ThreadPoolExecutor(1) as pool:  # a signal stops the main thread, and waits for this one
+        pool.submit(move).result()
+    return [folder / name for name in files]
+
+
+def write_files(folder, files: dict[str, object]) -> list[Path]:
+    """Write {name in the folder: content} as `output_folder` does; returns the paths."""
+    with output_folder(folder) as write:
+        return write(files)
+
+
+def earlier_files(paths: list[Path]) -> list[Path]:
+    """What an earlier run left beside the given files: it may tell of another photo."""
+    found = {path for parent in {path.parent for path in paths} for path in parent.iterdir()}
+    return sorted(path for path in found - set(paths) if EARLIER.fullmatch(path.name))
 
 
 # the documented entry points
@@ -926,8 +1041,9 @@ def create_layer_comparison_grid(
     """
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    results, files = draw_grid(image, compute_token_maps(model, processor, image, prompt, layers, **settings))
-    write_files(save_dir, files)
+    with output_folder(save_dir) as write:
+        results, files = draw_grid(image, compute_token_maps(model, processor, image, prompt, layers, **settings))
+        write(files)
     return results
 
 
@@ -942,8 +1058,9 @@ def visualize_multiple_layers(
     """
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    results, files = draw_multilayer(image, compute_token_maps(model, processor, image, prompt, layers, **settings))
-    write_files(save_dir, files)
+    with output_folder(save_dir) as write:
+        results, files = draw_multilayer(image, compute_token_maps(model, processor, image, prompt, layers, **settings))
+        write(files)
     return results
 
 
@@ -960,9 +1077,10 @@ def create_comparative_analysis(
     thirds = representative_thirds(get_model_layers(model)[1])
     layers = [layer for part in thirds.values() for layer in part]
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
-    results, files = draw_comparative(image, token_maps, thirds)
-    write_files(save_dir, files)
+    with output_folder(save_dir, thirds) as write:
+        token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
+        results, files = draw_comparative(image, token_maps, thirds)
+        write(files)
     return results
 
 
@@ -982,8 +1100,9 @@ def create_word_maps(
     """
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    word_maps = compute_word_maps(model, processor, image, prompt, layers, words=words, **settings)
     file_name = Path(image).name if isinstance(image, (str, Path)) else ""
-    results, files = draw_words(image, file_name, word_maps, *word_tokens(model, processor, image, word_maps))
-    write_files(save_dir, files)
+    with output_folder(save_dir) as write:
+        word_maps = compute_word_maps(model, processor, image, prompt, layers, words=words, **settings)
+        results, files = draw_words(image, file_name, word_maps, *word_tokens(model, processor, image, word_maps))
+        write(files)
     return results

@@ -167,12 +167,13 @@ def test_a_layer_without_gradient_is_said_and_grey(drive, tmp_path):
     assert np.ptp(np.asarray(Image.open(tmp_path / "out/multilayer/layer_0_heatmap.png")), axis=-1).max() > 0
 
 
-def test_an_earlier_runs_layers_are_removed_and_nothing_else(drive, tmp_path):
+def test_an_earlier_runs_layers_are_told_of_and_stay(drive, tmp_path):
     folder = tmp_path / "out/grid"
-    drive("--mode", "grid", "--layer_range", 0, 1, "--answer", ANSWER, "--save_raw")
+    assert "beware" not in drive("--mode", "grid", "--layer_range", 0, 1, "--answer", ANSWER, "--save_raw")[1]
     (folder / "mine.png").write_bytes(b"mine")
-    drive("--mode", "grid", "--layer_range", 2, "--answer", ANSWER)
-    assert written(folder) == {"mine.png", "maps.npz", "layer_comparison_grid.png"} | of_layers(2)
+    out = drive("--mode", "grid", "--layer_range", 1, 2, "--answer", ANSWER)[1]
+    assert "grid holds files of an earlier run too: 2 such as layer_0_heatmap.png" in out
+    assert written(folder) == {"mine.png", "maps.npz", "layer_comparison_grid.png"} | of_layers(0, 1, 2)
 
 
 # every flag
@@ -416,11 +417,11 @@ def test_the_tenth_that_the_verdict_speaks_of_is_measured(drive, tmp_path):
     assert hot[0] == hot[1]
 
 
-def test_a_run_without_randomize_leaves_no_randomization_of_an_earlier_one(drive, tmp_path):
-    for flags, there in ((["--randomize"], True), ([], False)):
-        assert drive(*EVALUATE, *flags)[0] == 0
-        assert (tmp_path / "out/evaluate/randomization.png").exists() == there
-        assert (tmp_path / "out/evaluate/randomization.csv").exists() == there
+def test_an_earlier_randomization_is_told_of_and_stays(drive, tmp_path):
+    drive(*EVALUATE, "--randomize")
+    out = drive(*EVALUATE)[1]
+    assert "evaluate holds files of an earlier run too: 2 such as randomization.csv" in out
+    assert (tmp_path / "out/evaluate/randomization.png").exists()
 
 
 @pytest.mark.usefixtures("no_figures")

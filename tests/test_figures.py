@@ -456,38 +456,3 @@ def test_text_before_a_word_is_that_next_to_it(pages):
     before = texts_of(pages[0])
     assert any(text.endswith("left and a") for text in before)
     assert "bicycle" in before
-
-
-# files
-
-
-def test_nothing_is_written_if_one_file_fails(tmp_path):
-    with pytest.raises(AttributeError):
-        write_files(tmp_path / "new/out", {"a.png": np.zeros((2, 2, 3), np.uint8), "b.png": None})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_earlier_result_survives_a_failure(tmp_path):
-    picture = np.zeros((2, 2, 3), np.uint8)
-    write_files(tmp_path, {"layer_1_heatmap.png": picture})
-    with pytest.raises(AttributeError):
-        write_files(tmp_path, {"layer_1_heatmap.png": picture + 1, "b.png": None})
-    assert [path.name for path in tmp_path.iterdir()] == ["layer_1_heatmap.png"]
-    assert not np.asarray(Image.open(tmp_path / "layer_1_heatmap.png")).any()
-
-
-def test_only_pictures_of_layers_of_an_earlier_run_are_removed(tmp_path):
-    for name in ("layer_3_heatmap.png", "maps.npz", "layer_3_heatmap.png.bak", "layer_x_heatmap.png", "notes.txt"):
-        (tmp_path / name).touch()
-    write_files(tmp_path, {"layer_4_heatmap.png": np.zeros((2, 2, 3), np.uint8)})
-    left = {path.name for path in tmp_path.iterdir()}
-    kept = {"maps.npz", "layer_3_heatmap.png.bak", "layer_x_heatmap.png", "notes.txt"}
-    assert left == {"layer_4_heatmap.png"} | kept
-
-
-def test_a_folder_in_a_files_place_is_refused_before_anything_is_written(tmp_path):
-    (tmp_path / "b.png").mkdir()
-    pixels = np.zeros((2, 2, 3), np.uint8)
-    with pytest.raises(ValueError, match="b.png is a folder"):
-        write_files(tmp_path, {"a.png": pixels, "b.png": pixels})
-    assert {path.name for path in tmp_path.iterdir()} == {"b.png"}
