@@ -308,9 +308,11 @@ def claim_folder(args: argparse.Namespace):
             write = stack.enter_context(output_folder(folder, thirds))
         except BlockingIOError:
             raise
-        except (OSError, ValueError) as exc:
-            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
+        except OSError as exc:
+            reason = exc.strerror or exc
             raise ValueError(f"--output_dir: {folder} cannot be written ({reason}): choose another folder") from exc
+        except ValueError as exc:
+            raise ValueError(f"--output_dir: {exc}") from exc
         yield write
 
 

@@ -18,12 +18,15 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
 import unicodedata
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 
 try:
     import fcntl
@@ -951,6 +954,23 @@ def _check_path(save_dir, name: str = "save_dir") -> Path:
 
 
 @contextmanager
+def _signals_wait():
+    """Inside, Ctrl-C and SIGTERM wait until the end, so that nothing is left half done."""
+    if threading.current_thread() is not threading.main_thread():  # which is where Python handles signals
+        yield
+        return
+    caught = []
+    before = {number: signal.signal(number, lambda *args: caught.append(args)) for number in (SIGINT, SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number, _ in caught:
+        signal.raise_signal(number)
+
+
+@contextmanager
 def output_folder(save_dir, subfolders: Iterable[str] = ()):
     """The folder that a run writes to, its own until the end; yields a function that writes {name: content}.
 
@@ -971,7 +991,7 @@ def output_folder(save_dir, subfolders: Iterable[str] = ()):
         _make_folders(folder, made)
         for part in (folder / part for part in subfolders):
             if os.path.lexists(part) and not (part.is_dir() and os.access(part, os.W_OK)):
-                raise ValueError(f"{part} is no folder that can be written to: choose another save_dir")
+                raise ValueError(f"{part} cannot be written, or is no folder: choose another folder")
         held = _hold(folder)
         for stale in _staging_folders(folder) if held is not None else ():  # whoever made them is no longer there
             _remove_staging(stale)
@@ -979,13 +999,14 @@ def output_folder(save_dir, subfolders: Iterable[str] = ()):
         staging.mkdir()
         yield functools.partial(_write, folder, staging, made)
     finally:
-        if staging is not None and staging.is_dir():
-            _remove_staging(staging)
-        for path in reversed(made):
-            with suppress(OSError):  # it is not empty
-                path.rmdir()
-        if held is not None:
-            os.close(held)
+        with _signals_wait():
+            if staging is not None and staging.is_dir():
+                _remove_staging(staging)
+            for path in reversed(made):
+                with suppress(OSError):  # it is not empty
+                    path.rmdir()
+            if held is not None:
+                os.close(held)
 
 
 def _write(folder: Path, staging: Path, made: list[Path], files: dict[str, object]) -> list[Path]:
@@ -993,15 +1014,12 @@ def _write(folder: Path, staging: Path, made: list[Path], files: dict[str, objec
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder where a file is to be written: choose another folder")
 
-    def move():
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # compression takes longest
+        list(pool.map(functools.partial(_stage, staging), files, files.values()))
+    with _signals_wait():
         for name in files:
             _make_folders((folder / name).parent, made)
             (staging / name).replace(folder / name)
-
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # compression takes longest
-        list(pool.map(functools.partial(_stage, staging), files, files.values()))
-    with ThreadPoolExecutor(1) as pool:  # a signal stops the main thread, and waits for this one
-        pool.submit(move).result()
     return [folder / name for name in files]
 
 

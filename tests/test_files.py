@@ -141,7 +141,7 @@ def test_what_is_no_path_is_named(save_dir):
 
 def test_file_where_a_subfolder_has_to_be_is_refused_at_once(tmp_path):
     (tmp_path / "late").touch()
-    with pytest.raises(ValueError, match="late is no folder"):
+    with pytest.raises(ValueError, match="late cannot be written"):
         output_folder(tmp_path, ["early", "late"]).__enter__()
     assert listing(tmp_path) == ["late"]
 
@@ -219,7 +219,7 @@ def test_interrupt_leaves_all_or_nothing(tmp_path, monkeypatch, moment):
         if not interrupted:
             interrupted.append(1)
             signal.raise_signal(signal.SIGINT)
-            time.sleep(0.2)  # the main thread is in its handler
+            time.sleep(0.1)  # time for the main thread to handle it
         return PIXELS
 
     def replace(self, target):
