@@ -19,7 +19,9 @@ import math
 import operator
 import os
 import re
+import threading
 import unicodedata
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -471,9 +473,21 @@ def frozen_norms(model):
 NORMS = {"frozen": frozen_norms, "live": nullcontext}
 
 
+_LOCKS = weakref.WeakKeyDictionary()  # one for each model: hooks, modes and gradients of two passes would mix
+
+
 @contextmanager
 def _borrowed(model):
-    """Evaluation mode and frozen parameters inside; afterwards the model is as the caller left it, come what may."""
+    """Evaluation mode and frozen parameters inside; afterwards the model is as the caller left it, even on errors.
+
+    Other threads that want to explain with the same model wait until then.
+    """
+    with _LOCKS.setdefault(model, threading.RLock()), _lent(model):
+        yield
+
+
+@contextmanager
+def _lent(model):
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     positions = getattr(model.model, "rope_deltas", None)  # a caller's unfinished generation lives on this
@@ -696,7 +710,7 @@ def compute_token_maps(
 
     Raises ValueError for bad arguments, ExplanationError if the model answers with nothing or gives a score or gradient
     that is not finite, and RuntimeError if memory runs out. The model and the random state of the caller stay as they
-    are.
+    are. Threads may explain with one model: one pass waits for the other.
     """
     if contrast is not None and target is None:
         raise ValueError(f"contrast={contrast!r} needs a target, whose place it takes")

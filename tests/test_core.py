@@ -2,6 +2,7 @@
 
 import copy
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -747,6 +748,22 @@ def test_nothing_is_left_behind_after_an_exception_in_the_forward(make_model, pr
     with pytest.raises(KeyError, match="stumble"):
         compute_token_maps(model, processor, image, PROMPT, [0, 2], answer=ANSWER)
     assert state_of(model, image) == before
+
+
+def test_threads_that_share_a_model_get_their_own_maps(model, processor, image):
+    """And a model that is in use is not found in another's state."""
+    jobs = [{"answer": answer, "norms": norms} for answer in ("the red cat", "cat", "red") for norms in core.NORMS]
+
+    def explain(job):
+        return compute_token_maps(model, processor, image, PROMPT, [0, 1], num_samples=4, **job).maps
+
+    alone, before = [explain(job) for job in jobs], state_of(model, image)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(explain, jobs))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal([one[0], one[1]], [other[0], other[1]])
+    assert state_of(model, image)["hooks"] == before["hooks"]
+    assert state_of(model, image)["requires_grad"] == before["requires_grad"]
 
 
 def test_no_graph_is_built_below_the_first_layer_asked_for(model, processor, image):
