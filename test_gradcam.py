@@ -380,11 +380,21 @@ def cap_pixels(image_processor, max_pixels: int) -> None:
         image_processor.min_pixels, image_processor.max_pixels = shortest, longest
 
 
+def refuse_foreign_code(model_path: str, error: Exception) -> None:
+    """Raises ValueError, in our words, if transformers failed because the checkpoint wants to run code of its own."""
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"--model_path {model_path} wants to run code of its own (auto_map), which this tool never does: use a "
+            "checkpoint of transformers' own classes"
+        ) from error
+
+
 def load_processor(model_path: str, max_pixels: int):
     """The model's processor, capped. Raises ValueError if it is missing or not one of a vision-language model."""
     try:
-        processor = AutoProcessor.from_pretrained(model_path)
+        processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=False)
     except Exception as exc:  # transformers raises anything here, from OSError to ImportError
+        refuse_foreign_code(model_path, exc)
         raise ValueError(f"--model_path {model_path} lacks a processor that can be loaded: {exc}") from exc
     for part in ("image_processor", "tokenizer", "chat_template"):
         if getattr(processor, part, None) is None:
@@ -400,13 +410,17 @@ def load_model(model_path: str, device: str, dtype: str):
     where = {"device_map": "auto"} if device == "map" else {}
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            model_path, dtype=dtype, output_loading_info=True, **where
+            model_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **where
         )
     except torch.OutOfMemoryError:
         raise
     except OSError as exc:
-        raise ValueError(f"--model_path {model_path} lacks its weights: {exc}") from exc
+        raise ValueError(
+            f"--model_path {model_path} lacks its weights as safetensors; pickles (.bin, .pt) can run code and are "
+            f"never opened: {exc.strerror or 'save it with model.save_pretrained(...) where you trust it'}"
+        ) from exc
     except (SafetensorError, RuntimeError, ValueError) as exc:
+        refuse_foreign_code(model_path, exc)
         raise ValueError(
             f"--model_path {model_path} has weights that are damaged (a git-lfs pointer?) or do not fit its config: "
             f"{exc}"

@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import pickle
 import re
 import shlex
 import shutil
@@ -774,6 +775,44 @@ def test_missing_weights_are_an_error_and_never_random(drive, model_folder, tmp_
     code, _, err = drive("--model_path", folder)
     assert code == 2
     assert "lacks weights, such as" in err
+
+
+def test_pickled_weights_are_never_opened(drive, model_folder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    code, _, err = drive("--model_path", folder)
+    assert code == 2
+    assert "lacks its weights as safetensors; pickles (.bin, .pt) can run code and are never opened" in err
+    assert not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
+
+
+@pytest.mark.parametrize("wanted", ["AutoImageProcessor", "AutoProcessor", "AutoTokenizer"])
+def test_a_checkpoints_own_code_is_never_run(drive, model_folder, tmp_path, monkeypatch, wanted):
+    folder, sprung = tmp_path / "foreign", tmp_path / "sprung"
+    shutil.copytree(model_folder, folder)
+    (folder / "trap.py").write_text(f"open({str(sprung)!r}, 'w')\nclass Trap: pass\n")
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        config = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        config |= {"auto_map": {wanted: ["trap.Trap", None] if wanted == "AutoTokenizer" else "trap.Trap"}}
+        config |= {"processor_class": "Trap", "image_processor_type": "Trap", "tokenizer_class": "Trap"}
+        (folder / name).write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to the question whether to run it
+    code, _, err = drive("--model_path", folder)
+    assert (code, sprung.exists()) == (2, False)
+    said = "wants to run code of its own (auto_map), which this tool never does"
+    assert (said if wanted == "AutoProcessor" else "lacks a processor that can be loaded") in err
 
 
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\nsize 9\n", b""])
