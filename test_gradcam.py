@@ -3,70 +3,25 @@
 Exit code 0: everything that was asked for is written. 2: the request cannot be met as it stands (a wrong flag, photo,
 model folder or layer, an answer that is empty or not finite), with one line that says why. 1: anything else, such as
 memory that ran out. Nothing is written unless everything is.
+
+The flags stand first: torch and transformers, which take seconds to load, are imported once they are known to be good.
 """
 
 import argparse
-import csv
-import importlib.metadata
-import io
 import json
 import logging
-import math
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-import transformers
-from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
-
-from smooth_gradcam import (
-    BASELINES,
-    METHODS,
-    NORMS,
-    SCORES,
-    ExplanationError,
-    Faithfulness,
-    TokenMaps,
-    area,
-    choose_words,
-    compute_token_maps,
-    compute_word_maps,
-    find_target,
-    get_model_layers,
-    insertion_deletion,
-    load_mask,
-    load_rgb,
-    localization,
-    randomized_maps,
-    resolve_layers,
-    spearman,
-    ssim,
-    word_tokens,
-)
-from visualization_utils import (
-    LAYER_RANGES,
-    draw_comparative,
-    draw_faithfulness,
-    draw_grid,
-    draw_multilayer,
-    draw_randomization,
-    draw_single,
-    draw_words,
-    earlier_files,
-    name_words,
-    output_folder,
-    representative_thirds,
-    select_layers,
-    show_progress,
-)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without more ado, until `main` can tidy up
 
 HERE = Path(__file__).resolve().parent
 FOLDERS = {  # of each mode
@@ -77,70 +32,34 @@ FOLDERS = {  # of each mode
     "words": "words",
     "evaluate": "evaluate",
 }
-LAYER_FLAGS = {
-    "single": "--layer",
-    "grid": "--layer_range",
-    "multi": "--layers",
-    "words": "--layers",
-    "evaluate": "--layers",
-}
+WITH_LAYERS = ("grid", "multi", "words", "evaluate")
 MODES_OF_FLAG = {  # flags that act in some modes only
     "--layer": ("single",),
-    "--layer_range": ("grid",),
-    "--layers": ("multi", "words", "evaluate"),
+    **dict.fromkeys(("--layers", "--layer_range"), WITH_LAYERS),
     "--words": ("words",),
-    **dict.fromkeys(("--target", "--target_occurrence", "--contrast"), [mode for mode in FOLDERS if mode != "words"]),
-    "--save_raw": [mode for mode in FOLDERS if mode != "words"],
+    **dict.fromkeys(
+        ("--target", "--target_occurrence", "--contrast", "--save_raw"), [mode for mode in FOLDERS if mode != "words"]
+    ),
     **dict.fromkeys(("--mask", "--baseline", "--steps", "--batch_size", "--randomize"), ("evaluate",)),
 }
-UNLIKELY = 0.01  # probability below which the verdict says that there is nothing to measure
-SHARE = 0.1  # of the image, whose removal the verdict of evaluate mode speaks of
+LAYER_NAMES = ("auto", "early", "middle", "late", "all")
+CHOICES = {  # as the modules have them, whose import takes too long for --help
+    "score": ("logit", "logprob"),
+    "method": ("gradcam", "hirescam", "best"),
+    "norms": ("frozen", "live"),
+    "tap": ("input", "output"),
+    "baseline": ("blur", "mean", "black"),
+}
 PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask")
-MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
-MAX_ASPECT = 200  # beyond it the processor refuses a photo
-TARGET_SETTINGS = ("target", "target_occurrence", "contrast")  # flags that are keywords of compute_token_maps
-MAP_SETTINGS = ("num_samples", "noise_std", "seed", "max_new_tokens", "answer", "tap", "score", "method", "norms")
-PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
+SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "norms")  # flags of the same name
 EXAMPLES = """examples:
   python test_gradcam.py --mode single --layer 27
-  python test_gradcam.py --mode grid --layer_range all --num_samples 3
+  python test_gradcam.py --mode grid --layers all --num_samples 3
   python test_gradcam.py --mode multi --layers 6 12 18 27 --method hirescam --score logprob
 """
 
 
-def single_layer_visualization(
-    model,
-    processor,
-    image,
-    prompt,
-    layer_idx=-1,
-    num_samples=10,
-    noise_std=0.15,
-    save_dir="cam_results_single",
-    *,
-    quiet=False,
-    **settings,
-):
-    """Explain the answer at one decoder layer, and write the photo, heatmap, overlay and a figure of the three.
-
-    `image` is a path or PIL image, `layer_idx` counts from the end if negative; `settings` are further keywords of
-    `compute_token_maps`. Writes original_image.png,
-    heatmap.png, superimposed_result.png and visualization.png.
-
-    Returns {"superimposed", "heatmap": uint8 RGB (height, width, 3), "cam": the raw map, float32 (H, W), "layer": its
-    index, "answer", "target": what was explained}. A layer without gradient has grey panels and a zero map. Raises
-    what `compute_token_maps` raises, and OSError if the folder cannot be written.
-    """
-    (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
-    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    with output_folder(save_dir) as write:
-        token_maps = compute_token_maps(model, processor, image, prompt, [layer], **settings)
-        result, files = draw_single(image, token_maps)
-        write(files)
-    return result | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
-
-
-# the command line
+# flags
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -153,13 +72,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _layer_or_range(text: str) -> int | str:
-    if text in LAYER_RANGES:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(LAYER_RANGES)}, and no index") from None
+def _layers(text: str) -> list[int | str]:
+    """[name], or the indices of "6,12,18" and "0-3"."""
+    if text in LAYER_NAMES:
+        return [text]
+    found = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"(-?\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        last = int(ends[2] or ends[1]) if ends else 0
+        if not ends or ends[2] and last < int(ends[1]):
+            names = ", ".join(LAYER_NAMES)
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {names}, no index, and no list such as 6,12 or 0-3")
+        found += range(int(ends[1]), last + 1)
+    return found
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -171,6 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+
     add = parser.add_argument
     add(
         "--mode",
@@ -178,15 +104,10 @@ def make_parser() -> argparse.ArgumentParser:
         default="single",
         help="one layer, a range, chosen layers, thirds compared, every word of the answer, or measures of the maps",
     )
+    layers = {"type": _layers, "nargs": "+", "metavar": "LAYERS"}
     add("--layer", type=int, default=-1, help="single mode: layer index, negative ones count from the end")
-    add("--layers", type=int, nargs="+", help="multi, words and evaluate mode: layer indices (default: six)")
-    add(
-        "--layer_range",
-        type=_layer_or_range,
-        nargs="+",
-        default="auto",
-        help=f"grid mode: {', '.join(LAYER_RANGES)}, or layer indices",
-    )
+    add("--layers", **layers, help=f"{', '.join(WITH_LAYERS)} mode: {', '.join(LAYER_NAMES)}, or layer indices")
+    add("--layer_range", **layers, help="the same (default: auto, six layers)")
     add("--model_path", default=str(HERE / "demo_model"), help="model folder, or a name on the Hugging Face hub")
     add("--image_path", default=str(HERE / "demo.jpeg"), help="photo to explain")
     add("--prompt", default="Describe the main content in this image in detail.", help="question about the photo")
@@ -202,18 +123,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--target", help="explain only this word or phrase of the answer")
     add("--target_occurrence", type=int, default=1, help="which one, where the answer has the target several times")
     add("--contrast", help="explain the target's score minus that of this text in its place")
-    add("--score", choices=SCORES, default="logit", help="what is summed over the explained tokens")
-    add("--method", choices=METHODS, default="gradcam", help="gradients pooled, each token's own, or the mean of both")
+    add("--score", choices=CHOICES["score"], default="logit", help="what is summed over the explained tokens")
+    add(
+        "--method",
+        choices=CHOICES["method"],
+        default="gradcam",
+        help="gradients pooled, each token's own, or the mean of both",
+    )
     add(
         "--norms",
-        choices=NORMS,
+        choices=CHOICES["norms"],
         default="frozen",
         help="gradients with the norms' denominators held constant, or plain",
     )
-    add("--tap", choices=("input", "output"), default="input", help="side of a layer that is read")
+    add("--tap", choices=CHOICES["tap"], default="input", help="side of a layer that is read")
     add("--max_pixels", type=int, default=1_000_000, help="cap on the photo's pixels; never raises the model's own")
     add("--mask", help="evaluate mode: image of the photo's size, white where the explained object is")
-    add("--baseline", choices=BASELINES, default="blur", help="evaluate mode: what removed image tokens show")
+    add("--baseline", choices=CHOICES["baseline"], default="blur", help="evaluate mode: what removed image tokens show")
     add("--steps", type=int, default=64, help="evaluate mode: steps of insertion and deletion")
     add("--batch_size", type=int, default=8, help="evaluate mode: pictures run through the model at once")
     add("--randomize", action="store_true", help="evaluate mode: also re-draw the weights of a copy, and compare maps")
@@ -223,79 +149,163 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The flags, once it is known that each can act. Raises ValueError, or SystemExit as argparse does."""
-    args = make_parser().parse_args(argv)
-    given = {word.split("=")[0] for word in argv}
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags (of the command line for None), once it is known that each can act; else SystemExit with code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        check_flags(args, {word.split("=")[0] for word in argv})
+    except ValueError as exc:
+        parser.error(str(exc))
+    return args
+
+
+def check_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """What can be known of the flags without a model. Raises ValueError naming the flag and what is valid."""
     for flag, modes in MODES_OF_FLAG.items():
         if flag in given and args.mode not in modes:
             instead = "use --words" if flag.startswith("--target") else "it cannot act"
             if flag == "--save_raw":
                 instead = "maps.npz is always written"
-            if flag in LAYER_FLAGS.values():
-                own = LAYER_FLAGS.get(args.mode)
-                instead = f"use {own}" if own else "early, middle and late layers are chosen by itself"
+            if flag.startswith("--layer"):
+                thirds = "early, middle and late layers are chosen by itself"
+                own = {"single": "use --layer", "comparative": thirds}
+                instead = own.get(args.mode, "use --layers")
             raise ValueError(f"{flag} acts in {', '.join(modes)} mode only; in {args.mode} mode {instead}")
+    if args.layers and args.layer_range:
+        raise ValueError("--layers and --layer_range say the same: give one of them")
+    args.layers = [part for parts in args.layers or args.layer_range or [["auto"]] for part in parts]
+    if len(args.layers) > 1 and any(isinstance(part, str) for part in args.layers):
+        raise ValueError(f"--layers takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
+    for flag in ("num_samples", "max_new_tokens", "max_pixels", "target_occurrence", "steps", "batch_size"):
+        if not 1 <= getattr(args, flag) < 2**63:
+            raise ValueError(f"--{flag} {getattr(args, flag)} must be 1 or more, and below 2^63")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")
+    if not 0 <= args.noise_std <= 1:
+        raise ValueError(f"--noise_std {args.noise_std} must be 0 to 1 (0.15 is 15 % of the pixel range)")
     if args.noise_std == 0 and "--num_samples" in given and args.num_samples > 1:
         raise ValueError(f"--num_samples {args.num_samples} cannot act beside --noise_std 0: all copies would be equal")
     if args.answer is not None and "--max_new_tokens" in given:
         raise ValueError("--max_new_tokens cannot act beside --answer: nothing is generated")
-    if isinstance(args.layer_range, list) and any(isinstance(part, str) for part in args.layer_range):
-        if len(args.layer_range) > 1:
-            raise ValueError(f"--layer_range takes one of {', '.join(LAYER_RANGES)}, or layer indices, not both or two")
-        args.layer_range = args.layer_range[0]
-    return args
-
-
-# what can be checked before the model is loaded
-
-
-def check_values(args: argparse.Namespace) -> None:
-    """Raises ValueError naming the flag, its value and what is valid."""
-    for flag in ("num_samples", "max_new_tokens", "max_pixels", "target_occurrence", "steps", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be 1 or more")
-    if not (math.isfinite(args.noise_std) and args.noise_std >= 0):
-        raise ValueError(f"--noise_std {args.noise_std} must be finite and 0 or more (0.1 is 10 % of the pixel range)")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")
     for flag in ("prompt", "answer", "target", "contrast", "words", *PATH_FLAGS):
         text = getattr(args, flag)
         if text is not None and not text.strip():
             raise ValueError(f"--{flag} {text!r} is empty: give a {'path' if flag in PATH_FLAGS else 'text'}")
         if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"--{flag} {text!r} is not valid text in the terminal's encoding")
+        if text is not None and flag in PATH_FLAGS:
+            check_path(flag, text)
+    if args.words not in ("content", "all") and not all(word.strip() for word in args.words.split(",")):
+        raise ValueError(f"--words {args.words!r} has an empty word: give content, all, or words such as dog,apple")
+    if args.target is None and args.target_occurrence > 1:
+        raise ValueError(f"--target_occurrence {args.target_occurrence} needs a --target")
     if args.contrast is not None and args.target is None:
         raise ValueError(f"--contrast {args.contrast!r} needs a --target, whose place it takes")
     if args.contrast is not None and args.contrast == args.target:
         raise ValueError(f"--contrast {args.contrast!r} is the target itself: their difference is zero everywhere")
-    if args.answer is not None or args.target is None:
-        find_target(args.answer or "", args.target, args.target_occurrence)
-    if args.words not in ("content", "all"):
-        if not all(word.strip() for word in args.words.split(",")):
-            raise ValueError(f"--words {args.words!r} has an empty word: give content, all, or words such as dog,apple")
-        if args.answer is not None:
-            choose_words(args.answer, [], args.words)
+
+
+def check_path(flag: str, path: str) -> None:
+    """Raises ValueError for a path that no file system takes, or that cannot be looked at."""
+    try:
+        os.stat(path)  # noqa: PTH116  (Path.stat is no better, and a name on the hub is no path)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # told where it is opened
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ValueError(f"--{flag} {path[:100]!r} cannot be: {reason}") from exc
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistyped flags are answered here
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig  # noqa: E402
+
+from smooth_gradcam import (  # noqa: E402
+    ExplanationError,
+    ExplanationWarning,
+    Settings,
+    SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
+    TokenMaps,
+    compute_token_maps,
+    explain,
+    find_target,
+    get_model_layers,
+    load_rgb,
+    read,
+    resolve_layers,
+)
+from visualization_utils import (  # noqa: E402
+    comparative_layers,
+    create_comparative_analysis,  # noqa: F401  (users import it from here)
+    create_layer_comparison_grid,  # noqa: F401
+    draw_comparative,
+    draw_grid,
+    draw_multilayer,
+    draw_single,
+    other_files,
+    output_folder,
+    select_layers,
+    show_progress,
+    visualize_multiple_layers,  # noqa: F401
+)
+
+MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+MAX_ASPECT = 200  # beyond it the processor refuses a photo
+HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of the files that phones write
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
+
+
+def single_layer_visualization(
+    model, processor, image, prompt, layer_idx=-1, num_samples=10, noise_std=0.15, save_dir="cam_results_single",
+    *, quiet=False, **settings,
+):  # fmt: skip
+    """Explain the answer at one decoder layer, and write the photo, heatmap, overlay and a figure of the three.
+
+    `layer_idx` counts from the end if negative; `image` and `settings` (further keywords) are those of
+    `compute_token_maps`. Writes original_image.png, heatmap.png, superimposed_result.png and visualization.png.
+
+    Returns {"superimposed", "heatmap": uint8 RGB (height, width, 3), "cam": the raw map, float32 (H, W), "layer": its
+    index, "answer", "target": what was explained}. A layer without a map has grey panels and zeros. Raises what
+    `compute_token_maps` and `output_folder` raise.
+    """
+    (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
+    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    with output_folder(save_dir) as write:
+        token_maps = compute_token_maps(model, processor, image, prompt, [layer], **settings)
+        result, files = draw_single(image, token_maps)
+        write(files)
+    return result | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
+
+
+# photo, folder, device
 
 
 def load_photo(path: str) -> Image.Image:
     """The photo as RGB, the right way up. Raises ValueError if it is none or far too long for the processor."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", path):
+        raise ValueError(f"--image_path {path[:100]} is an address: download the photo, and give its file")
+    if Path(path).is_file():
+        try:
+            with Path(path).open("rb") as file:
+                head = file.read(12)
+        except OSError as exc:
+            raise ValueError(f"--image_path {path} cannot be read: {exc.strerror}") from exc
+        if head[4:8] == b"ftyp" and head[8:12] in HEIC:
+            raise ValueError(f"--image_path {path} is a HEIC photo: convert it to JPEG, e.g. with pillow-heif")
     photo = load_rgb(path)
     if max(photo.size) > MAX_ASPECT * min(photo.size):
         raise ValueError(
             f"{path} is {photo.width} x {photo.height} pixels: sides up to 1 : {MAX_ASPECT} can be processed"
         )
     return photo
-
-
-def read_mask(path: str | None, size: tuple[int, int]) -> np.ndarray | None:
-    """The object's pixels, if there is a --mask. Raises ValueError naming it."""
-    if path is None:
-        return None
-    try:
-        return load_mask(path, size)
-    except ValueError as exc:
-        raise ValueError(f"--mask {path}: {exc}") from exc
 
 
 @contextmanager
@@ -332,36 +342,28 @@ def resolve_device(name: str) -> str:
 
 def count_layers(model_path: str) -> int:
     """Decoder layers of the checkpoint, from its config.json. Raises ValueError if it is no Qwen-VL."""
-    folder = Path(model_path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"--model_path {model_path} is no model folder: it has no config.json")
-    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or model_path.startswith(".")):
-        raise ValueError(f"--model_path {model_path} does not exist: give a model folder or a name on the hub")
+    folder, name = Path(model_path), f"--model_path {model_path}"
     try:
+        if folder.exists() and not (folder / "config.json").is_file():
+            raise ValueError(f"{name} is no model folder: it has no config.json")
+        if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or model_path.startswith(".")):
+            raise ValueError(f"{name} does not exist: give a model folder or a name on the hub")
         config, _ = PretrainedConfig.get_config_dict(model_path)
-    except (OSError, ValueError) as exc:
+    except PermissionError as exc:
+        raise ValueError(f"{name} cannot be read: {exc.strerror}") from exc
+    except (OSError, TypeError, AttributeError, RecursionError) as exc:  # of a config that is no record, too
         missing = "neither a folder nor a name on the hub that can be reached"
-        raise ValueError(f"--model_path {model_path} is {'unreadable' if folder.exists() else missing}: {exc}") from exc
-    if not isinstance(config, dict):
-        raise ValueError(f"--model_path {model_path} has a config.json that is no record")
+        raise ValueError(f"{name} is {'unreadable' if folder.exists() else missing}: {exc}") from exc
+    text = config.get("text_config", {}) if isinstance(config, dict) else None
+    if not isinstance(text, dict):
+        raise ValueError(f"{name} is unreadable: its config.json holds no record where one should be")
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        raise ValueError(
-            f"--model_path {model_path} is of type {kind}, no vision-language model: {', '.join(MODEL_TYPES)}"
-        )
-    layers = {**config, **config.get("text_config", {})}.get("num_hidden_layers")
-    if not isinstance(layers, int):
-        raise ValueError(f"--model_path {model_path} has a config.json without num_hidden_layers")
+        raise ValueError(f"{name} is of type {kind}, no vision-language model: {', '.join(MODEL_TYPES)}")
+    layers = {**config, **text}.get("num_hidden_layers")
+    if type(layers) is not int or not 1 <= layers < 10_000:
+        raise ValueError(f"{name} has a config.json with num_hidden_layers {layers!r}: it must be 1 or more")
     return layers
-
-
-def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str, list[int]]:
-    """The layers that the mode explains, of each third in comparative mode. Raises ValueError."""
-    if args.mode == "single":
-        return resolve_layers([args.layer], total)
-    if args.mode == "comparative":
-        return representative_thirds(total)
-    return select_layers(args.layer_range if args.mode == "grid" else args.layers or "auto", total)
 
 
 # model
@@ -427,284 +429,170 @@ def load_model(model_path: str, device: str, dtype: str):
         ) from exc
     if info["missing_keys"]:
         raise ValueError(f"--model_path {model_path} lacks weights, such as {sorted(info['missing_keys'])[0]}")
+    if unknown := sorted(info["unexpected_keys"]):
+        about = f"--model_path {model_path} has {len(unknown)} weights that its config.json does not know: {unknown[0]}"
+        if any(re.search(r"\b(layers|blocks)\.\d+\.", key) for key in unknown):
+            raise ValueError(f"{about}, ...: the model would be cut short")
+        warnings.warn(about, ExplanationWarning, stacklevel=2)
     return (model if where else model.to(device)).eval()
-
-
-# what is written
-
-
-def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """What --save_raw writes: maps (layers, H, W) float32 and all it takes to know what they are; JSON for records."""
-    records = ("grid", "prompt", "answer", "tokens", "target", "target_span", "target_tokens")
-    asked = {name: getattr(args, name) for name in ("mode", "model_path", "image_path", "max_pixels", "dtype")}
-    return {name: np.array(getattr(token_maps, name)) for name in records} | {
-        "maps": np.stack(list(token_maps.maps.values())),
-        "layers": np.array(list(token_maps.maps)),
-        "no_gradient": np.array(sorted(token_maps.no_gradient), dtype=int),
-        "seed": np.array(token_maps.settings["seed"]),
-        "settings": np.array(json.dumps(token_maps.settings | asked)),
-        "versions": np.array(json.dumps({name: importlib.metadata.version(name) for name in PACKAGES})),
-    }
-
-
-def draw(mode: str, photo: Image.Image, token_maps: TokenMaps, layers) -> dict[str, np.ndarray]:
-    """{file name: picture} of a mode that draws maps."""
-    if mode == "comparative":
-        return draw_comparative(photo, token_maps, layers)[1]
-    return {"single": draw_single, "grid": draw_grid, "multi": draw_multilayer}[mode](photo, token_maps)[1]
-
-
-# evaluate mode
-
-
-def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray | None) -> list[dict]:
-    """The measures of each layer with a gradient, then of the random orders' mean: rows of scores.csv."""
-
-    def row(layer, insertion, deletion):
-        areas = [area(curve, measured.shares) for curve in (insertion, deletion)]
-        return {
-            "layer": layer,
-            "insertion": areas[0],
-            "deletion": areas[1],
-            "difference": areas[0] - areas[1],
-            "probability": float(deletion[0]),
-            "without_hottest_10_percent": float(deletion[np.abs(measured.shares - SHARE).argmin()]),
-            "baseline_picture": float(deletion[-1]),
-        }
-
-    rows = [row(layer, measured.insertion[layer], measured.deletion[layer]) for layer in measured.insertion]
-    for part in rows if mask is not None else []:
-        part |= localization(token_maps.maps[part["layer"]], mask)
-    return [*rows, row("random", measured.random_insertion.mean(0), measured.random_deletion.mean(0))]
-
-
-def randomization_rows(staged: dict[int, TokenMaps]) -> list[dict]:
-    """Likeness of each layer's map to the given one after each stage: rows of randomization.csv."""
-    given = staged[0]
-    return [
-        {
-            "redrawn_layers": number,
-            "layer": layer,
-            "spearman": spearman(cam, token_maps.maps[layer]),
-            "ssim": ssim(cam, token_maps.maps[layer]),
-        }
-        for number, token_maps in staged.items()
-        for layer, cam in given.maps.items()
-        if layer not in given.no_gradient
-    ]
-
-
-def _number(value: float, digits: int = 2) -> str:
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus zero
-
-
-def to_csv(rows: list[dict]) -> str:
-    """Rows as comma-separated text with a head; what a row lacks is empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: _number(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if abs(share) >= 0.1 or abs(share) < 0.0005 else f"{100 * share:.1f} %"
-
-
-def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
-    """What the measures say about each layer's map, and in sum, in words."""
-    *layers, random = rows
-    probability = random["probability"]
-    lines = [f"the model gives the explained tokens a mean probability of {probability:.3f}"]
-
-    def cost(row):
-        lost = (probability - row["without_hottest_10_percent"]) / (probability or 1)
-        return (
-            f"costs the answer {_percent(abs(lost))}" if lost > -0.0005 else f"gives the answer {_percent(-lost)} more"
-        )
-
-    for row in layers:
-        line = f"layer {row['layer']}: removing the hottest 10 % of the image {cost(row)} of its probability; "
-        line += f"a random 10 % {cost(random)}"
-        if "energy" in row:
-            place = "on" if row["pointing"] else "next to" if row["near"] else "off"
-            line += f"; the maximum lies {place} the object, {_percent(row['energy'])} of the map inside it"
-        lines.append(line)
-    best = max(layers, key=lambda row: row["difference"])
-    pairs = zip(measured.random_insertion, measured.random_deletion, strict=True)
-    chance = [area(insertion - deletion, measured.shares) for insertion, deletion in pairs]
-    beaten = sum(row["difference"] > max(chance) for row in layers)
-    lines.append(
-        f"most faithful: layer {best['layer']}, insertion {_number(best['insertion'])} - deletion "
-        f"{_number(best['deletion'])} = {_number(best['difference'])}; {len(chance)} random orders: "
-        f"{_number(min(chance))} to {_number(max(chance))}"
-    )
-    lines.append(
-        f"{beaten} of {len(layers)} maps beat every random order"
-        + ("" if beaten == len(layers) else ": do not rely on the others")
-    )
-    if probability < UNLIKELY:
-        lines.append(
-            "beware: the model would hardly say this of the photo, so there is little that a map could explain"
-        )
-    elif random["baseline_picture"] > 0.5 * probability:
-        kept = _percent(random["baseline_picture"] / probability)
-        lines.append(
-            f"beware: on the baseline picture alone the answer keeps {kept} of its probability: that much is not from "
-            "the photo, and no map can score high"
-        )
-    return lines
-
-
-def randomization_verdict(rows: list[dict]) -> str:
-    """In words, how much of the maps is left when all weights are re-drawn."""
-    last = max(row["redrawn_layers"] for row in rows)
-    likeness = [row["spearman"] for row in rows if row["redrawn_layers"] == last]
-    mean = float(np.mean(likeness))
-    depends = (
-        "the maps depend on what the model has learned" if mean < 0.5 else "beware: the maps hardly need the model"
-    )
-    return f"with all weights re-drawn the maps keep a mean rank correlation of {_number(mean)}: {depends}"
-
-
-def evaluate(model, processor, photo, token_maps: TokenMaps, mask, args) -> tuple[dict[str, object], list[str]]:
-    """({file name: picture or text}, verdict) of the maps. Raises ExplanationError if no layer has a gradient."""
-    if set(token_maps.maps) <= token_maps.no_gradient:
-        raise ExplanationError("no layer has a gradient, so there is no map to evaluate")
-    measured = insertion_deletion(
-        model,
-        processor,
-        photo,
-        token_maps,
-        steps=args.steps,
-        baseline=args.baseline,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        extra_shares=[SHARE],
-        progress=show_progress(args.quiet, "orders of the image tokens", "order"),
-    )
-    rows = score_rows(token_maps, measured, mask)
-    files = {"faithfulness.png": draw_faithfulness(photo, token_maps, measured, rows), "scores.csv": to_csv(rows)}
-    lines = [*verdict(rows, measured), f"cost: {measured.forwards} pictures run through the model"]
-    if args.randomize:
-        bar = show_progress(args.quiet, "weights re-drawn", "stage")
-        staged = randomized_maps(model, processor, photo, token_maps, seed=args.seed, progress=bar)
-        likeness = randomization_rows(staged)
-        files["randomization.png"] = draw_randomization(photo, staged, likeness)
-        files["randomization.csv"] = to_csv(likeness)
-        lines.append(randomization_verdict(likeness))
-    return files, lines
 
 
 # the run
 
 
-def explain_words(model, processor, photo, layers, write, args, settings) -> tuple[str, list[Path], list[str]]:
-    """Words mode, once everything is loaded; returns what `run` does."""
-    word_maps = compute_word_maps(model, processor, photo, args.prompt, layers, words=args.words, **settings)
-    probabilities, tokens = word_tokens(model, processor, photo, word_maps)
-    files = draw_words(photo, Path(args.image_path).name, word_maps, probabilities, tokens)[1]
-    words = ", ".join(name_words(word_maps))
-    lines = [f"explained: {words} at layer {', '.join(map(str, layers))}"]
-    grey = frozenset.intersection(*(word.no_gradient for word in word_maps))
-    lines += [_without_map(layer, args.mode) for layer in sorted(grey)]
-    return word_maps[0].answer, write(files), lines
+def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """What --save_raw writes: maps (layers, H, W) float32 and all it takes to know what they are; JSON for records."""
+    from importlib.metadata import version
+
+    records = ("grid", "prompt", "answer", "tokens", "target", "target_span", "target_tokens")
+    asked = ("mode", "model_path", "image_path", "max_pixels", "dtype", "max_new_tokens")
+    asked = {name: getattr(args, name) for name in asked}
+    return {name: np.array(getattr(token_maps, name)) for name in records} | {
+        "maps": np.stack(list(token_maps.maps.values())),
+        "layers": np.array(list(token_maps.maps)),
+        "no_gradient": np.array(sorted(token_maps.no_gradient), dtype=int),
+        "seed": np.array(token_maps.settings.seed),
+        "settings": np.array(json.dumps(asdict(token_maps.settings) | asked)),
+        "versions": np.array(json.dumps({name: version(name) for name in PACKAGES})),
+    }
+
+
+def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str, list[int]]:
+    """The layers that the mode explains, of each third in comparative mode. Raises ValueError."""
+    if args.mode == "single":
+        return resolve_layers([args.layer], total)
+    if args.mode == "comparative":
+        return comparative_layers(total)
+    return select_layers(args.layers[0] if isinstance(args.layers[0], str) else args.layers, total)
 
 
 def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
     """Check, load, explain, draw and write; returns the answer, the files, and what is to be said."""
-    check_values(args)
-    photo = load_photo(args.image_path)
-    mask = read_mask(args.mask, photo.size)
+    photo, mask = load_photo(args.image_path), None
+    if args.mask is not None:
+        from studies.faithfulness import load_mask
+
+        mask = load_mask(args.mask, photo.size)
+    if args.answer is not None:
+        find_target(args.answer, args.target, args.target_occurrence)
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
     with claim_folder(args) as write:
-        return explain(args, photo, mask, device, layers, write)
+        processor = load_processor(args.model_path, args.max_pixels)
+        model = load_model(args.model_path, device, args.dtype)
+        reading = read(model, processor, photo, args.prompt, args.answer, args.max_new_tokens)
+        settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
+        files, lines = (explain_words if args.mode == "words" else explain_target)(
+            args, reading, layers, settings, mask
+        )
+        return reading.answer, write(files), lines
 
 
-def explain(args, photo, mask, device, layers, write) -> tuple[str, list[Path], list[str]]:
-    """Load, explain, draw and write, once all flags are known to be good; returns what `run` does."""
-    processor = load_processor(args.model_path, args.max_pixels)
-    model = load_model(args.model_path, device, args.dtype)
-    settings = {name: getattr(args, name) for name in MAP_SETTINGS} | {"progress": show_progress(args.quiet)}
-    if args.mode == "words":
-        return explain_words(model, processor, photo, layers, write, args, settings)
+def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[str]]:
+    """({file name: content}, lines to be said) of every mode that explains one part of the answer."""
     chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
-    targets = {name: getattr(args, name) for name in TARGET_SETTINGS}
-    token_maps = compute_token_maps(model, processor, photo, args.prompt, chosen, **settings, **targets)
+    span = find_target(reading.answer, args.target, args.target_occurrence)
+    (token_maps,) = explain(reading, [span], chosen, settings, show_progress(args.quiet))
+    what = "the whole answer" if token_maps.target == reading.answer else repr(token_maps.target)
+    if settings.contrast is not None:
+        what += f" rather than {settings.contrast!r}"
+    count = f"{len(token_maps.target_tokens)} of {len(reading.tokens)} tokens"
+    lines = [f"explained: {what} ({count}) at layer {', '.join(map(str, chosen))}"]
+    consequence = "it is left out" if args.mode == "evaluate" else "its pictures are grey panels"
+    lines += [f"layer {layer} has no map ({why}): {consequence}" for layer, why in token_maps.blank.items()]
     if args.mode == "evaluate":
-        files, lines = evaluate(model, processor, photo, token_maps, mask, args)
+        from studies.faithfulness import evaluate
+
+        options = {
+            name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed", "randomize", "quiet")
+        }
+        files, measured = evaluate(reading, token_maps, mask, **options)
+        lines += measured
+    elif args.mode == "comparative":
+        files = draw_comparative(reading.photo, token_maps, layers)[1]
     else:
-        files, lines = draw(args.mode, photo, token_maps, layers), []
-    lines = [*explained(token_maps, args.mode), *lines]
+        draw = {"single": draw_single, "grid": draw_grid, "multi": draw_multilayer}[args.mode]
+        files = draw(reading.photo, token_maps)[1]
     if args.save_raw:
         files["maps.npz"] = raw_arrays(token_maps, args)
-    return token_maps.answer, write(files), lines
+    return files, lines
 
 
-def explained(token_maps: TokenMaps, mode: str) -> list[str]:
-    """What was explained, in words."""
-    scored, count = len(token_maps.target_tokens), len(token_maps.tokens)
-    what = "the whole answer" if token_maps.target == token_maps.answer else repr(token_maps.target)
-    if token_maps.settings["contrast"] is not None:
-        what += f" rather than {token_maps.settings['contrast']!r}"
-    layers = ", ".join(map(str, token_maps.maps))
-    lines = [f"explained: {what} ({scored} of {count} tokens) at layer {layers}"]
-    return lines + [_without_map(layer, mode) for layer in sorted(token_maps.no_gradient)]
+def explain_words(args, reading, layers, settings, mask) -> tuple[dict, list[str]]:
+    """The same of words mode."""
+    from studies.words import choose_words, draw_words, name_words, word_tokens
 
-
-def _without_map(layer: int, mode: str) -> str:
-    so = "it is left out" if mode == "evaluate" else "its pictures are grey panels"
-    return f"layer {layer}: no gradient reaches it there, so it has no map and {so}"
+    spans = choose_words(reading.answer, reading.spans, args.words)
+    word_maps = explain(reading, spans, layers, settings, show_progress(args.quiet))
+    files = draw_words(reading.photo, Path(args.image_path).name, word_maps, *word_tokens(reading, word_maps))[1]
+    lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
+    for layer in layers:
+        if all(layer in word.blank for word in word_maps):
+            why = word_maps[0].blank[layer]
+            lines.append(f"layer {layer} has no map of any word ({why}): its pictures are grey panels")
+    return files, lines
 
 
 def report(answer: str, paths: list[Path], lines: list[str]) -> None:
     """Print the answer, what is to be said of it, and the files."""
-    print(f"answer: {answer}")
-    for line in lines:
-        print(line)
     here = Path.cwd()
-    for path in paths:
-        print(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}")
-    if left := earlier_files(paths):
-        print(f"beware: {left[0].parent} holds files of an earlier run too: {len(left)} such as {left[0].name}")
+    print(f"answer: {answer}")
+    for line in [*lines, *(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}" for path in paths)]:
+        print(line)
+    if others := other_files(paths):
+        print(f"beware: {others[0].parent} holds files of another run too: {len(others)} such as {others[0].name}")
 
 
-def _hush() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+@contextmanager
+def quietly(verbose: bool):
+    """Inside, the libraries report nothing unless asked to; our own warnings take one line each."""
+    with warnings.catch_warnings():
+        if not verbose:
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ExplanationWarning)
+        usual = warnings.showwarning
+
+        def show(message, category, *where, **options):
+            if issubclass(category, ExplanationWarning):
+                print(f"test_gradcam.py: warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, *where, **options)
+
+        warnings.showwarning = show
+        yield
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # an answer in a script that the terminal lacks is no error
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # an answer in a script that the terminal lacks is no error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    args = parse_args(argv)
     try:
-        args = parse_args(argv)
-        with warnings.catch_warnings():
-            if not args.verbose:
-                _hush()
-            report(*run(args))
-            sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output has read enough; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with quietly(args.verbose):
+            done = run(args)
     except KeyboardInterrupt:
         return 130
     except Exception as exc:
-        if "--verbose" in argv:
+        if args.verbose:
             traceback.print_exc()
         message = " ".join(str(exc).split()) or type(exc).__name__
         message = re.sub(r"^(prompt|answer|target|target_occurrence|contrast|words)=", r"--\1 ", message)  # its flag
         print(f"test_gradcam.py: error: {message}", file=sys.stderr)
         return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
+    try:
+        report(*done)
+        if sys.stdout is not None:  # closed from the start
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has read enough; the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing half done, as Ctrl-C
     sys.exit(main())

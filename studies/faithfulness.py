@@ -1,0 +1,627 @@
+"""How far to trust a map: insertion and deletion, fit to an object's mask, and cascading randomisation.
+
+    Reading, TokenMaps                  of the core
+      -> measures                       insertion_deletion, localization, cascading_randomization
+      -> rows, verdict, figures         evaluate: all of them, as the files and lines of the driver's mode
+
+Shapes:  N  image tokens     S  steps     height, width  pixels of the photo
+"""
+
+import copy
+import csv
+import io
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.ticker import AutoLocator
+from PIL import Image, ImageFilter
+from torch import nn
+
+from smooth_gradcam import (
+    ExplanationError,
+    Reading,
+    TokenMaps,
+    borrowed,
+    check_whole,
+    explain,
+    get_model_layers,
+    load_rgb,
+    memory_explained,
+    normalize_cam,
+    prepare_inputs,
+    score_parts,
+    token_probabilities,
+    upsample_cam,
+)
+from visualization_utils import (
+    BAND,
+    GAP,
+    INNER,
+    LINE,
+    MARGIN,
+    SMALL,
+    TEXT,
+    WIDTH,
+    Page,
+    draw_layer,
+    fit_box,
+    header,
+    method_title,
+    settings_text,
+    show_progress,
+    shrink,
+    small_print,
+    spread,
+    text_rows,
+    text_width,
+)
+
+__all__ = [
+    *("insertion_deletion", "Faithfulness", "auc", "localization", "load_mask", "cascading_randomization"),
+    *("spearman", "ssim", "evaluate"),
+]
+
+
+# fit to an object's mask
+
+NEAR = 15  # pixels off the object that the pointing game lets pass (Zhang et al., "Top-down Neural Attention", 2018)
+
+
+def load_mask(mask, size: tuple[int, int]) -> np.ndarray:
+    """The object's pixels, bool (height, width): where a path or PIL image is lighter than mid grey.
+
+    Raises ValueError if its size is not the photo's (width, height), or if nothing or everything is the object.
+    """
+    image = load_rgb(mask)
+    if image.size != size:
+        raise ValueError(
+            f"the mask has {image.width} x {image.height} pixels, the photo {size[0]} x {size[1]}: they must be equal"
+        )
+    pixels = np.asarray(image.convert("L")) > 127
+    if pixels.all() or not pixels.any():
+        raise ValueError("the mask is all object or has none: white is the object, black is the rest")
+    return pixels
+
+
+def localization(cam: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """How well a raw (H, W) map fits an object's mask, bool (height, width); shares in [0, 1], all 0 for a zero map.
+
+    pointing  1 if the map's maximum lies on the object: the pointing game
+    near      1 if it lies at most 15 pixels off it, the pointing game's usual tolerance
+    energy    share of the map inside the object (Wang et al., Score-CAM, 2020: energy-based pointing game)
+    obj_iou   intersection over union of the object and the map above Otsu's threshold (Obj-IoU; TAM, ICCV 2025)
+    """
+    heat = upsample_cam(cam, mask.shape)
+    if not heat.any():
+        return dict.fromkeys(("pointing", "near", "energy", "obj_iou"), 0.0)
+    distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    off = distance.flat[heat.argmax()]
+    grey = np.round(255 * normalize_cam(heat)).astype(np.uint8)
+    threshold, _ = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    hot = grey > threshold
+    return {
+        "pointing": float(off == 0),
+        "near": float(off <= NEAR),
+        "energy": float(heat[mask].sum() / heat.sum()),
+        "obj_iou": float((hot & mask).sum() / (hot | mask).sum()),
+    }
+
+
+# insertion and deletion
+
+BASELINES = ("blur", "mean", "black")
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Mean probability of the explained tokens as image tokens are revealed or removed, the hottest of a map first."""
+
+    shares: np.ndarray  # (S + 1,) share of the image tokens that is revealed or removed, 0 to 1
+    insertion: dict[int | str, np.ndarray]  # layer -> (S + 1,), from the baseline picture to the photo
+    deletion: dict[int | str, np.ndarray]  # layer -> (S + 1,), from the photo to the baseline picture
+    random_insertion: np.ndarray  # (orders, S + 1), in a random order
+    random_deletion: np.ndarray  # (orders, S + 1)
+    baseline: str
+    forwards: int  # pictures that were run through the model
+
+
+def auc(curve: np.ndarray, shares: np.ndarray) -> float:
+    """Area under an insertion or deletion curve, in [0, 1]."""
+    return float(np.trapezoid(curve, shares))
+
+
+def baseline_image(image: Image.Image, baseline: str) -> Image.Image:
+    """What removed image tokens show: the photo blurred by a tenth of its shorter side, its mean colour, or black."""
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline={baseline!r} must be one of {', '.join(BASELINES)}")
+    if baseline == "blur":
+        return image.filter(ImageFilter.GaussianBlur(0.1 * min(image.size)))
+    mean = tuple(np.asarray(image).mean((0, 1)).round().astype(int).tolist())
+    return Image.new("RGB", image.size, mean if baseline == "mean" else "black")
+
+
+def _check_same(reading: Reading, token_maps: TokenMaps) -> None:
+    if reading.grid != token_maps.grid:
+        raise ValueError(
+            f"the maps have {token_maps.grid} image tokens, the photo {reading.grid}: another photo or processor"
+        )
+    if (reading.prompt, reading.tokens) != (token_maps.prompt, token_maps.tokens):
+        raise ValueError(f"the maps explain {token_maps.answer!r}, the reading says {reading.answer!r}")
+
+
+def insertion_deletion(
+    reading: Reading,
+    token_maps: TokenMaps,
+    *,
+    steps: int = 64,
+    baseline: str = "blur",
+    random_orders: int = 5,
+    batch_size: int = 8,
+    seed: int = 0,
+    extra_shares: Iterable[float] = (),
+    progress: Callable[[Iterable], Iterable] | None = None,
+) -> Faithfulness:
+    """Insertion and deletion (Petsiuk et al., RISE, 2018) by whole image tokens, for every layer that has a map.
+
+    The image tokens are revealed on the baseline picture, or removed from the photo, in `steps` steps (fewer if there
+    are fewer tokens) by their rank in the map, ties at random; what counts is the mean probability of the explained
+    tokens, after the same words. A map is faithful if insertion lies far above deletion; a random order has them about
+    equal, and `random_orders` of them are measured. One map costs 2 * (steps - 1) forward passes, run in batches of
+    `batch_size`; each of `extra_shares`, in [0, 1], is measured as well. `progress` wraps the iterable over the orders.
+
+    Raises ValueError for bad arguments, and RuntimeError if memory runs out.
+    """
+    for name, value, least in (("steps", steps, 1), ("random_orders", random_orders, 0), ("batch_size", batch_size, 1)):
+        check_whole(name, value, least)
+    check_whole("seed", seed, 0)
+    _check_same(reading, token_maps)
+    model, count, rng = reading.model, len(reading.positions), np.random.default_rng(seed)
+    blank = baseline_image(reading.photo, baseline)
+    with borrowed(model):
+        blank = prepare_inputs(model, reading.processor, blank, reading.prompt)["pixel_values"]
+        forced, (scored,) = score_parts(reading.inputs, reading.tokens, [token_maps.target_tokens])
+        ends = [
+            pixels.unflatten(0, (count, -1)) for pixels in (blank, reading.inputs["pixel_values"])
+        ]  # (N, patches, ...)
+        shares = [*np.linspace(0, 1, min(steps, count) + 1), *extra_shares]
+        moved = np.unique(np.round(np.multiply(shares, count)).astype(int))  # (S + 1,)
+
+        def probability(pixels):  # (B, N, patches, ...) -> (B,)
+            return token_probabilities(model, forced, pixels.flatten(1, 2), scored).mean(1)
+
+        def curve(order, start, end):
+            values = []
+            for i in range(1, len(moved) - 1, batch_size):
+                pixels = start.repeat(len(moved[i : min(i + batch_size, len(moved) - 1)]), 1, 1, 1)  # (B, N, ...)
+                for picture, number in zip(pixels, moved[i:], strict=False):
+                    picture[order[:number]] = end[order[:number]]
+                values.append(probability(pixels))
+            return np.concatenate(values) if values else np.zeros(0)
+
+        with memory_explained(count):
+            bounds = [probability(pixels[None]) for pixels in ends]
+            orders = {
+                layer: np.lexsort((rng.random(count), -cam.ravel()))
+                for layer, cam in token_maps.maps.items()
+                if layer not in token_maps.blank
+            }
+            orders |= {("random", i): rng.permutation(count) for i in range(random_orders)}
+            curves = {}
+            for key in (progress or iter)(orders):
+                order = torch.as_tensor(orders[key])
+                curves[key] = [
+                    np.concatenate([bounds[a], curve(order, ends[a], ends[b]), bounds[b]]) for a, b in ((0, 1), (1, 0))
+                ]
+    random = np.array([pair for key, pair in curves.items() if isinstance(key, tuple)])  # (orders, 2, S + 1)
+    random = random.reshape(-1, 2, len(moved))
+    layers = {key: pair for key, pair in curves.items() if not isinstance(key, tuple)}
+    return Faithfulness(
+        moved / count,
+        {layer: insertion for layer, (insertion, _) in layers.items()},
+        {layer: deletion for layer, (_, deletion) in layers.items()},
+        random[:, 0],
+        random[:, 1],
+        baseline,
+        2 + 2 * (len(moved) - 2) * len(curves),
+    )
+
+
+# cascading randomisation
+
+
+def randomize_weights(modules: Iterable[nn.Module], generator: torch.Generator) -> None:
+    """Re-draw the weights of the modules, in place, each tensor from a normal with its own mean and deviation."""
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        if not parameter.is_floating_point() or parameter.is_meta:
+            raise ValueError(f"weights of {parameter.dtype} on {parameter.device} cannot be re-drawn")
+        values = parameter.detach().float()
+        spread = values.std(correction=0).item()
+        drawn = torch.randn(values.shape, generator=generator) * spread + values.mean().item()
+        parameter.data.copy_(drawn)
+
+
+def cascading_randomization(
+    reading: Reading, token_maps: TokenMaps, *, stages: int = 7, seed: int = 0, progress=None
+) -> dict[int, TokenMaps]:
+    """{number of re-drawn decoder layers: maps of the same answer} (Adebayo et al., "Sanity Checks", 2018).
+
+    On a copy of the model, which takes its memory again, weights are re-drawn from the top down: the last decoder layer
+    with the norm and, if it is not tied to the embeddings, the head behind it, then further ones, in `stages` even
+    steps down to the first; behind the last step the vision tower as well. 0 are the maps that were given. A map that
+    depends on what the model has learned changes. `progress` wraps the iterable over the stages.
+    """
+    check_whole("stages", stages, 1)
+    check_whole("seed", seed, 0)
+    _check_same(reading, token_maps)
+    generator, total = torch.Generator().manual_seed(operator.index(seed)), get_model_layers(reading.model)[1]
+    numbers = np.unique(np.round(np.linspace(0, total, min(stages, total) + 1)).astype(int)).tolist()
+    model, results = copy.deepcopy(reading.model), {0: token_maps}
+    randomized = replace(reading, model=model)
+    layers, _ = get_model_layers(model)
+    parent = operator.attrgetter("model.language_model" if hasattr(model.model, "language_model") else "model")(model)
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    tied = head.weight is model.get_input_embeddings().weight
+    for before, number in zip(numbers, (progress or iter)(numbers[1:]), strict=False):
+        fresh = [] if before else [parent.norm] if tied else [parent.norm, head]
+        fresh += layers[total - number : total - before]
+        if number == total and hasattr(model.model, "visual"):
+            fresh.append(model.model.visual)
+        randomize_weights(fresh, generator)
+        places = [modules[key] if isinstance(key, str) else key for key in token_maps.maps]
+        (results[number],) = explain(randomized, [token_maps.target_span], places, token_maps.settings)
+    return results
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks (n,) of the values, equal ones sharing the mean of theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two maps, -1 to 1; 0 if one of them is the same everywhere."""
+    a, b = _ranks(a.ravel()), _ranks(b.ravel())
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity of two (H, W) maps, each scaled by its maximum: at most 1 (Wang et al., 2004).
+
+    Gaussian window of standard deviation 1.5 and 11 x 11 cells, constants 0.01 and 0.03, data range 1.
+    """
+    a, b = (normalize_cam(cam).astype(np.float64) for cam in (a, b))
+
+    def mean(x):
+        return cv2.GaussianBlur(x, (11, 11), 1.5, borderType=cv2.BORDER_REFLECT)
+
+    a_mean, b_mean = mean(a), mean(b)
+    a_variance, b_variance = mean(a * a) - a_mean**2, mean(b * b) - b_mean**2
+    covariance = mean(a * b) - a_mean * b_mean
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * a_mean * b_mean + c1) * (2 * covariance + c2)
+    return float((similarity / ((a_mean**2 + b_mean**2 + c1) * (a_variance + b_variance + c2))).mean())
+
+
+# rows and verdict
+
+UNLIKELY = 0.01  # probability below which the verdict says that there is nothing to measure
+SHARE = 0.1  # of the image, whose removal the verdict speaks of
+
+
+def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray | None) -> list[dict]:
+    """The measures of each layer with a gradient, then of the random orders' mean: rows of scores.csv."""
+
+    def row(layer, insertion, deletion):
+        areas = [auc(curve, measured.shares) for curve in (insertion, deletion)]
+        return {
+            "layer": layer,
+            "insertion": areas[0],
+            "deletion": areas[1],
+            "difference": areas[0] - areas[1],
+            "probability": float(deletion[0]),
+            "without_hottest_10_percent": float(deletion[np.abs(measured.shares - SHARE).argmin()]),
+            "baseline_picture": float(deletion[-1]),
+        }
+
+    rows = [row(layer, measured.insertion[layer], measured.deletion[layer]) for layer in measured.insertion]
+    for part in rows if mask is not None else []:
+        part |= localization(token_maps.maps[part["layer"]], mask)
+    return [*rows, row("random", measured.random_insertion.mean(0), measured.random_deletion.mean(0))]
+
+
+def randomization_rows(staged: dict[int, TokenMaps]) -> list[dict]:
+    """Likeness of each layer's map to the given one after each stage: rows of randomization.csv."""
+    given = staged[0]
+    return [
+        {
+            "redrawn_layers": number,
+            "layer": layer,
+            "spearman": spearman(cam, token_maps.maps[layer]),
+            "ssim": ssim(cam, token_maps.maps[layer]),
+        }
+        for number, token_maps in staged.items()
+        for layer, cam in given.maps.items()
+        if layer not in given.blank
+    ]
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus zero
+
+
+def to_csv(rows: list[dict]) -> str:
+    """Rows as comma-separated text with a head; what a row lacks is empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: _number(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if abs(share) >= 0.1 or abs(share) < 0.0005 else f"{100 * share:.1f} %"
+
+
+def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
+    """What the measures say about each layer's map, and in sum, in words."""
+    *layers, random = rows
+    probability = random["probability"]
+    lines = [f"the model gives the explained tokens a mean probability of {probability:.3f}"]
+
+    def cost(row):
+        lost = (probability - row["without_hottest_10_percent"]) / (probability or 1)
+        return (
+            f"costs the answer {_percent(abs(lost))}" if lost > -0.0005 else f"gives the answer {_percent(-lost)} more"
+        )
+
+    for row in layers:
+        line = f"layer {row['layer']}: removing the hottest 10 % of the image {cost(row)} of its probability; "
+        line += f"a random 10 % {cost(random)}"
+        if "energy" in row:
+            place = "on" if row["pointing"] else "next to" if row["near"] else "off"
+            line += f"; the maximum lies {place} the object, {_percent(row['energy'])} of the map inside it"
+        lines.append(line)
+    best = max(layers, key=lambda row: row["difference"])
+    pairs = zip(measured.random_insertion, measured.random_deletion, strict=True)
+    chance = [auc(insertion - deletion, measured.shares) for insertion, deletion in pairs]
+    beaten = sum(row["difference"] > max(chance) for row in layers)
+    lines.append(
+        f"most faithful: layer {best['layer']}, insertion {_number(best['insertion'])} - deletion "
+        f"{_number(best['deletion'])} = {_number(best['difference'])}; {len(chance)} random orders: "
+        f"{_number(min(chance))} to {_number(max(chance))}"
+    )
+    lines.append(
+        f"{beaten} of {len(layers)} maps beat every random order"
+        + ("" if beaten == len(layers) else ": do not rely on the others")
+    )
+    if probability < UNLIKELY:
+        lines.append(
+            "beware: the model would hardly say this of the photo, so there is little that a map could explain"
+        )
+    elif random["baseline_picture"] > 0.5 * probability:
+        kept = _percent(random["baseline_picture"] / probability)
+        lines.append(
+            f"beware: on the baseline picture alone the answer keeps {kept} of its probability: that much is not from "
+            "the photo, and no map can score high"
+        )
+    return lines
+
+
+def randomization_verdict(rows: list[dict]) -> str:
+    """In words, how much of the maps is left when all weights are re-drawn."""
+    last = max(row["redrawn_layers"] for row in rows)
+    likeness = [row["spearman"] for row in rows if row["redrawn_layers"] == last]
+    mean = float(np.mean(likeness))
+    depends = (
+        "the maps depend on what the model has learned" if mean < 0.5 else "beware: the maps hardly need the model"
+    )
+    return f"with all weights re-drawn the maps keep a mean rank correlation of {_number(mean)}: {depends}"
+
+
+# figures
+
+
+def _layer_colours(layers: list) -> dict:
+    return dict(zip(layers, colormaps["viridis"](np.linspace(0, 0.92, len(layers))), strict=True))
+
+
+def _plot(page: Page, x: float, y: float, title: str, **style):
+    """Axes under a title; `style` goes to their `set`."""
+    page.text(x + PLOT[0] / 2, y, title, TEXT, ha="center", weight="bold")
+    axes = page.axes(x, y + BAND, *PLOT)
+    axes.spines[:].set(linewidth=0.5, color="black")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(AutoLocator())
+    axes.yaxis.set_major_locator(AutoLocator())
+    axes.xaxis.label.set_size(SMALL)
+    axes.yaxis.label.set_size(SMALL)
+    axes.set(**style)
+    return axes
+
+
+def _draw_curves(axes, measured: Faithfulness, curves: dict, random: np.ndarray, colours: dict) -> None:
+    """The curve of each layer, and of the random orders the range and the mean."""
+    if len(random):
+        axes.fill_between(measured.shares, random.min(0), random.max(0), color="0.88", linewidth=0)
+        axes.plot(measured.shares, random.mean(0), color="0.45", linestyle="--", linewidth=1, label="random")
+    for layer, curve in curves.items():
+        axes.plot(measured.shares, curve, color=colours[layer], linewidth=1.2, label=f"layer {layer}")
+
+
+def _draw_by_layer(axes, layers: list, rows: dict[str, tuple], levels: dict[str, tuple]) -> None:
+    """Values by layer, {label: (values, colour, marker)}, and dashed levels, {label: (level, colour)}."""
+    for label, (level, colour) in levels.items():
+        axes.axhline(level, color=colour, linestyle="--", linewidth=0.8, label=label)
+    for label, (values, colour, marker) in rows.items():
+        axes.plot(layers, values, color=colour, marker=marker, markersize=3, linewidth=1.2, label=label)
+    axes.set_xticks(layers if len(layers) <= 10 else spread(layers, 8))
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.26), "ncols": 2, "borderaxespad": 0}
+    axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.6, labelspacing=0.25, columnspacing=1, **below)
+
+
+INSERTION, DELETION = "#0072b2", "#d55e00"  # blue and vermilion of the Okabe-Ito palette
+PLOT = 2.8, 1.75
+
+
+def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict]) -> np.ndarray:
+    """Insertion and deletion curves, their areas by layer and, if a mask was given, how well the maps fit it.
+
+    `scores` are rows of `score_rows`. Returns the figure, uint8 RGB (height, width, 3).
+    """
+    photo, texts = load_rgb(image), text_rows(token_maps)
+    rows = [row for row in scores if row["layer"] in measured.insertion]
+    layers = [row["layer"] for row in rows]
+    leading = max(rows, key=lambda row: row["difference"])["layer"]
+    page, colours = Page(WIDTH, "".join(text for _, text, _ in texts)), _layer_colours(layers)
+    width, height = fit_box(photo.width / photo.height, 2.3, 1.7)
+    page.picture(MARGIN, MARGIN, width, height, draw_layer(shrink(photo, width, height), token_maps, leading, True))
+    under = f"layer {leading}, the largest difference"
+    page.text(MARGIN, MARGIN + height + 0.03, under, SMALL, color="0.3")
+    x = MARGIN + max(width, text_width(under, SMALL, page.families)) + 2 * GAP
+    title = f"{method_title(token_maps.settings)}: faithfulness"
+    y = max(header(page, x, MARGIN, title, texts), MARGIN + height + BAND) + 3 * GAP
+
+    left, right, pitch = 0.5, PLOT[0] + 1.15, BAND + PLOT[1] + 0.42  # with room for the axes' labels
+    style = {"xlim": (0, 1), "ylim": (0, 1.02), "ylabel": "probability of the explained tokens"}
+    for x, name, curves, random, shown in (
+        (left, "Insertion", measured.insertion, measured.random_insertion, "revealed"),
+        (right, "Deletion", measured.deletion, measured.random_deletion, "removed"),
+    ):
+        axes = _plot(page, x, y, name, xlabel=f"share of the image tokens {shown}, hottest first", **style)
+        _draw_curves(axes, measured, curves, random, colours)
+    y = _layer_legend(page, y + pitch, colours, bool(len(measured.random_insertion))) + 2 * GAP
+
+    def column(name):
+        return np.array([row[name] for row in rows])
+
+    areas = {
+        "insertion": (column("insertion"), INSERTION, "o"),
+        "deletion": (column("deletion"), DELETION, "s"),
+    }
+    levels = {}
+    if len(measured.random_insertion):
+        random_row = next(row for row in scores if row["layer"] == "random")
+        levels["random, insertion"] = random_row["insertion"], INSERTION
+        levels["random, deletion"] = random_row["deletion"], DELETION
+    style = {"ylim": (-0.02, 1.02), "xlabel": "layer"}
+    axes = _plot(page, left, y, "Areas under the curves", ylabel="area", **style)
+    _draw_by_layer(axes, layers, areas, levels)
+    if "energy" in rows[0]:
+        fits = {
+            "maximum on or near the object": (column("near"), "#009e73", "^"),
+            "energy inside it": (column("energy"), "#cc79a7", "o"),
+            "Obj-IoU": (column("obj_iou"), "#e69f00", "s"),
+        }
+        _draw_by_layer(_plot(page, right, y, "Fit to the object's mask", ylabel="share", **style), layers, fits, {})
+    else:
+        difference = {"insertion − deletion": (column("difference"), "#009e73", "^")}
+        levels = {"random": (random_row["difference"], "0.45")} if levels else {}
+        style["ylim"] = min(-0.3, column("difference").min()) - 0.05, 1.02
+        axes = _plot(page, right, y, "Insertion − deletion", ylabel="difference", **style)
+        _draw_by_layer(axes, layers, difference, levels)
+    y += pitch + 2 * SMALL * LINE + 2 * GAP
+    blank = {"blur": "a blurred copy of the photo", "mean": "the photo's mean colour", "black": "black"}
+    orders = len(measured.random_insertion)
+    mean = "one random order" if orders == 1 else f"mean of {orders} random orders, with their range"
+    left_out = ", ".join(f"layer {layer} ({why})" for layer, why in token_maps.blank.items())
+    caption = (
+        f"A map is faithful if revealing its hottest image tokens restores the answer early and removing them destroys "
+        f"it early. Removed tokens show {blank[measured.baseline]}. {f'Dashed grey: {mean}. ' if orders else ''}"
+        f"{settings_text(token_maps.settings)}{f' Left out, as it has no map: {left_out}.' if left_out else ''}"
+    )
+    return page.finish(small_print(page, y, caption))
+
+
+def _layer_legend(page: Page, y: float, colours: dict, random: bool) -> float:
+    """One line that names the layers' colours, the first and last ones if they are many; returns the y below it."""
+    layers = list(colours)
+    entries = [(f"layer {layer}", colours[layer]) for layer in (layers if len(layers) <= 7 else spread(layers, 7))]
+    entries += [("random", "0.45")] if random else []
+    pitch = min(0.85, INNER / len(entries))
+    x = (WIDTH - pitch * len(entries)) / 2
+    for i, (label, colour) in enumerate(entries):
+        page.text(x + i * pitch, y, "●", SMALL, color=colour, family="DejaVu Sans")
+        page.text(x + i * pitch + 0.12, y, label, SMALL)
+    return y + SMALL * LINE
+
+
+def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) -> np.ndarray:
+    """The maps of one layer as weights are re-drawn from the top down, and their likeness by layer.
+
+    `staged` is {re-drawn layers: maps}, `scores` rows of `randomization_rows`. Returns the
+    figure, uint8 RGB (height, width, 3).
+    """
+    photo, given = load_rgb(image), staged[0]
+    texts = text_rows(given)
+    layers, numbers = [layer for layer in given.maps if layer not in given.blank], list(staged)
+    page, shown = Page(WIDTH, "".join(text for _, text, _ in texts)), layers[len(layers) // 2]
+    colours, title = _layer_colours(layers), f"{method_title(given.settings)}: does the map depend on the model?"
+    y = header(page, MARGIN, MARGIN, title, texts) + GAP
+
+    columns = min(len(numbers), 8)
+    pitch = (INNER + GAP) / columns
+    width, height = fit_box(photo.width / photo.height, pitch - GAP, 2.2)
+    small = shrink(photo, width, height)
+    for i, number in enumerate(numbers):
+        x, top = MARGIN + i % columns * pitch, y + i // columns * (height + BAND + GAP)
+        x += (pitch - GAP - width) / 2
+        label = "the model" if number == 0 else f"{number} re-drawn"
+        page.text(x + width / 2, top, label, SMALL, ha="center")
+        page.picture(x, top + BAND, width, height, draw_layer(small, staged[number], shown, overlay=False))
+    y += -(-len(numbers) // columns) * (height + BAND + GAP) + 2 * GAP
+
+    style = {"xlabel": "decoder layers with re-drawn weights, from the top", "ylabel": "likeness to the model's map"}
+    style["ylim"] = min([-0.5, *(row["spearman"] for row in scores)]) - 0.05, 1.05
+    for x, name, column in ((0.5, "Spearman's rank correlation", "spearman"), (PLOT[0] + 1.15, "SSIM", "ssim")):
+        axes = _plot(page, x, y, name, **style)
+        axes.axhline(0, color="0.6", linewidth=0.5)
+        for layer in layers:
+            values = [row[column] for row in scores if row["layer"] == layer]
+            axes.plot(numbers, values, color=colours[layer], marker="o", markersize=2.5, linewidth=1.2)
+        axes.set_xticks(numbers)
+    y = _layer_legend(page, y + BAND + PLOT[1] + 0.42, colours, False) + 2 * GAP
+    caption = (
+        f"Above: the heatmap of layer {shown} as the weights are re-drawn from the top layer down; the last step also "
+        f"re-draws the vision tower. A map that stays the same shows the picture and not what the model has learned "
+        f"(Adebayo et al., 2018). {settings_text(given.settings)}"
+    )
+    return page.finish(small_print(page, y, caption))
+
+
+# the mode
+
+
+def evaluate(
+    reading: Reading, token_maps: TokenMaps, mask: np.ndarray | None = None, *, steps=64, baseline="blur", batch_size=8,
+    seed=0, randomize=False, quiet=False,
+) -> tuple[dict[str, object], list[str]]:  # fmt: skip
+    """({file name: content}, verdict in lines) of the maps; `mask` as of `load_mask`, the rest as measured above.
+
+    Raises ExplanationError if no layer has a map.
+    """
+    if set(token_maps.maps) <= set(token_maps.blank):
+        raise ExplanationError("no layer has a map (no gradient, or zero everywhere), so there is nothing to evaluate")
+    bar = show_progress(quiet, "orders of the image tokens", "order")
+    options = {"steps": steps, "baseline": baseline, "batch_size": batch_size, "seed": seed}
+    measured = insertion_deletion(reading, token_maps, **options, extra_shares=[SHARE], progress=bar)
+    rows = score_rows(token_maps, measured, mask)
+    files = {
+        "faithfulness.png": draw_faithfulness(reading.photo, token_maps, measured, rows),
+        "scores.csv": to_csv(rows),
+    }
+    lines = [*verdict(rows, measured), f"cost: {measured.forwards} pictures run through the model"]
+    if randomize:
+        bar = show_progress(quiet, "weights re-drawn", "stage")
+        staged = cascading_randomization(reading, token_maps, seed=seed, progress=bar)
+        likeness = randomization_rows(staged)
+        files["randomization.png"] = draw_randomization(reading.photo, staged, likeness)
+        files["randomization.csv"] = to_csv(likeness)
+        lines.append(randomization_verdict(likeness))
+    return files, lines

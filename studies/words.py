@@ -1,0 +1,365 @@
+"""Word by word: a map of each word of an answer, as a figure and as a page to explore.
+
+    Reading                             read: one answer
+      -> parts of the answer            choose_words
+      -> TokenMaps of each word         explain: one forward pass per noisy copy serves all words and layers
+      -> figure, page, tables           draw_words
+
+Shapes:  H, W  rows and columns of image tokens
+"""
+
+import base64
+import functools
+import io
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from smooth_gradcam import (
+    Reading,
+    Settings,
+    TokenMaps,
+    borrowed,
+    explain,
+    get_model_layers,
+    is_word_character,
+    load_rgb,
+    normalize_cam,
+    occurrences,
+    read,
+    score_parts,
+    token_probabilities,
+)
+from visualization_utils import (
+    AUTO_LAYERS,
+    GAP,
+    INNER,
+    LINE,
+    MARGIN,
+    SMALL,
+    WIDTH,
+    Page,
+    caption,
+    draw_layer,
+    excerpt,
+    fit_box,
+    footer,
+    header,
+    layer_pictures,
+    method_title,
+    output_folder,
+    select_layers,
+    settings_text,
+    show_progress,
+    shrink,
+    text_rows,
+    wrap,
+)
+
+__all__ = ["compute_word_maps", "create_word_maps", "choose_words", "split_words", "draw_words"]
+
+
+# which words
+
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+FUNCTION_WORDS = """
+a an the this that these those some any each every all both no not nor and or but so than then as if while because of
+in on at by for from to into onto with without within over under above below between among through across along around
+near behind beside beyond against toward towards about up down out off upon is are was were be been being am do does
+did done has have had having can could will would shall should may might must i you he she it we they me him her us
+them my your his its our their there here who whom whose which what when where why how it's that's there's isn't aren't
+also just very too such other another more most much many only own same
+的 了 着 在 是 和 与 及 或 有 也 都 就 而 但 把 被 这 那 其 之 一个 这个 那个 个
+"""  # of English and Chinese
+
+
+def split_words(answer: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, end) in characters of each word of the answer, whose tokens have these spans; see `token_spans`.
+
+    A word is a run of letters, digits and their marks, across an apostrophe or hyphen inside it and a decimal point.
+    In scripts that set no blanks (Chinese, Japanese, Thai, Lao, Khmer, Burmese) it is what the model has as a token.
+    """
+    cuts = {start for start, _ in spans if not any(first < start < last for first, last in spans)}
+    unspaced = [bool(UNSPACED.match(character)) for character in answer]
+    words = []
+    for i, character in enumerate(answer):
+        inside = bool(words) and words[-1][1] == i
+        if character.isalnum():
+            if inside and unspaced[i] == unspaced[i - 1] and not (unspaced[i] and i in cuts):
+                words[-1] = words[-1][0], i + 1
+            else:
+                words.append((i, i + 1))
+        elif inside and (is_word_character(character) or character in "\u200c\u200d"):  # marks, (non-)joiners
+            words[-1] = words[-1][0], i + 1
+        elif inside and answer[i + 1 : i + 2].isalnum() and not (unspaced[i - 1] or unspaced[i + 1]):
+            number = answer[i - 1].isdigit() and answer[i + 1].isdigit()
+            if character in "-'\u2019" or (character in ".," and number):
+                words[-1] = words[-1][0], i + 1
+    return words
+
+
+def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple[int, int]]:
+    """The spans in characters of the chosen words, in the answer's order: see `compute_word_maps`.
+
+    "content" leaves out the words of `FUNCTION_WORDS`, English and Chinese, whatever their letter case. Raises
+    ValueError if nothing is left, or for a word that is not in the answer.
+    """
+    if isinstance(words, str) and words in ("content", "all"):
+        found = split_words(answer, spans)
+        if words == "content":
+            function_words = FUNCTION_WORDS.split()
+            found = [span for span in found if answer[slice(*span)].lower() not in function_words]
+        if not found:
+            raise ValueError(f"words={words!r}: there is none in the answer {answer!r}; name the parts to explain")
+        return found
+    found = set()
+    if not isinstance(words, Iterable):
+        raise ValueError(f'words={words!r} must be "content", "all", or words of the answer')
+    for word in words.split(",") if isinstance(words, str) else words:
+        found.update(occurrences(answer, word.strip() if isinstance(word, str) else word, "words"))
+    if not found:
+        raise ValueError(f'words={words!r} must be "content", "all", or words of the answer {answer!r}')
+    return sorted(found)
+
+
+# maps
+
+
+def compute_word_maps(
+    model, processor, image, prompt: str, layers: Iterable[int | nn.Module],
+    *, words="content", answer=None, max_new_tokens=128, progress=None, **settings,
+) -> list[TokenMaps]:  # fmt: skip
+    """The raw maps of each word of the answer, in its order: one forward per noisy copy serves all words and layers.
+
+    `words` is "content" (all but function words), "all", or the words themselves, each at all its occurrences, as a
+    list or as "dog,apple"; `split_words` says what a word is, `choose_words` what a function word. The rest is as in
+    `compute_token_maps`, which says what is raised; ValueError too for words that are not in the answer.
+    """
+    settings = Settings(**settings)
+    if settings.contrast is not None:
+        raise ValueError(f"contrast={settings.contrast!r}: a map of each word takes no contrast")
+    reading = read(model, processor, image, prompt, answer, max_new_tokens)
+    return explain(reading, choose_words(reading.answer, reading.spans, words), layers, settings, progress)
+
+
+def word_tokens(reading: Reading, word_maps: list[TokenMaps]) -> tuple[list[list[float]], list[list[str]]]:
+    """Of each word its tokens' probabilities and texts, from one forward pass of the photo without noise.
+
+    A probability is that of the token after the photo, the prompt and the answer before it. The text of a token that
+    carries only some bytes of a character is that character.
+    """
+    with borrowed(reading.model):
+        forced, (scored,) = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
+        pixels = reading.inputs["pixel_values"][None]
+        found = token_probabilities(reading.model, forced, pixels, scored)[0].tolist()  # (A,)
+    probabilities = [[found[i] for i in word.target_tokens] for word in word_maps]
+    texts = [[reading.answer[slice(*reading.spans[i])] for i in word.target_tokens] for word in word_maps]
+    return probabilities, texts
+
+
+# figure
+
+
+def name_words(word_maps: list[TokenMaps]) -> list[str]:
+    """A name for each word: itself, and from its second occurrence on with a number, "dog (2)"."""
+    texts = [word.target for word in word_maps]
+    return [f"{text} ({texts[: i + 1].count(text)})" if text in texts[:i] else text for i, text in enumerate(texts)]
+
+
+def _columns_of_text(word_maps: list[TokenMaps]) -> list[tuple[str, str]]:
+    """For each word: the text of the answer that precedes it, and the word with the punctuation that follows."""
+    answer, columns, end = word_maps[0].answer, [], 0
+    for i, word in enumerate(word_maps):
+        start, stop = word.target_span
+        before, end = answer[min(end, start) : start].strip(), stop
+        following = word_maps[i + 1].target_span[0] if i + 1 < len(word_maps) else len(answer)
+        while end < following and not (answer[end].isspace() or answer[end].isalnum()):
+            end += 1
+        columns.append((before, answer[start:end]))
+    return columns
+
+
+def _word_heads(page: Page, xs: list[float], y: float, width: float, heads: list[tuple[str, str]]) -> float:
+    """Over each column the text before its word, in grey, and the word; returns the y below them."""
+    texts = [(excerpt(before, (len(before),) * 2, 44)[0], excerpt(word, (0, 0), 44)[0]) for before, word in heads]
+    widths = width, 0.87 * width  # letters are wider in bold
+    lines = [
+        [wrap(text, limit, SMALL, page.families) if text else [] for text, limit in zip(head, widths, strict=True)]
+        for head in texts
+    ]
+    middle = y + max(len(before) for before, _ in lines) * SMALL * LINE  # the words stand on one line
+    for x, (before, word), (above, below) in zip(xs, texts, lines, strict=True):
+        for i, line in enumerate(above):
+            page.text(x, middle - (len(above) - i) * SMALL * LINE, before[slice(*line)].strip(), SMALL, color="0.45")
+        for i, line in enumerate(below):
+            page.text(x, middle + i * SMALL * LINE, word[slice(*line)].strip(), SMALL, weight="bold")
+    return middle + max(len(below) for _, below in lines) * SMALL * LINE
+
+
+PAGE_ROWS = 30  # of pictures on one page of the figure, or as many as ten words have
+
+
+def word_figures(photo: Image.Image, word_maps: list[TokenMaps]) -> dict[str, object]:
+    """{file name: function that draws a page of the figure}; long answers take several pages, of ten words a block."""
+    size = 10 * max(1, PAGE_ROWS // len(word_maps[0].maps))
+    pages = [range(i, min(i + size, len(word_maps))) for i in range(0, len(word_maps), size)]
+    names = ["words_by_layer.png", *(f"words_by_layer_{i}.png" for i in range(2, len(pages) + 1))]
+    return {
+        name: functools.partial(_words_figure, photo, word_maps, page) for name, page in zip(names, pages, strict=True)
+    }
+
+
+def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], shown: range) -> np.ndarray:
+    """Words across, layers down, overlays in the cells; of long answers ten words stand side by side."""
+    given, layers, aspect = word_maps[0], list(word_maps[0].maps), photo.width / photo.height
+    rows = [(label, text, (0, 0)) for label, text, _ in text_rows(given)[:2]]
+    columns = min(len(word_maps), 10)
+    side, cell = 0.55, min(1.5, max(1.0, (INNER - 0.55) / columns - GAP))  # of the layers' labels, of a picture
+    width, height = fit_box(aspect, cell, 1.5 if len(layers) <= AUTO_LAYERS else 1.0)
+    cell, small = max(width, min(cell, 1.0)), shrink(photo, width, height)  # a word needs its room
+    page = Page(max(WIDTH, 2 * MARGIN + side + columns * (cell + GAP)), given.prompt + given.answer)
+    photo_size = fit_box(aspect, 2.3, 1.4)
+    page.picture(MARGIN, MARGIN, *photo_size, np.asarray(shrink(photo, *photo_size)))
+    title = f"{method_title(given.settings)}, word by word"
+    if len(shown) < len(word_maps):
+        title += f" ({shown[0] + 1}–{shown[-1] + 1} of {len(word_maps)})"
+    y = max(header(page, MARGIN + photo_size[0] + 2 * GAP, MARGIN, title, rows), MARGIN + photo_size[1]) + 2 * GAP
+
+    heads = _columns_of_text(word_maps)
+    for first in range(shown.start, shown.stop, columns):
+        block = range(first, min(first + columns, shown.stop))
+        xs = [MARGIN + side + (i - first) * (cell + GAP) for i in block]
+        y = _word_heads(page, xs, y, cell, [heads[i] for i in block]) + GAP / 2
+        for layer in layers:
+            page.text(MARGIN, y + height / 2, f"layer {layer}", SMALL, va="center")
+            for x, i in zip(xs, block, strict=True):
+                page.picture(x, y, width, height, draw_layer(small, word_maps[i], layer, overlay=True))
+            y += height + GAP
+        y += 2 * GAP
+    below = caption(given, photo, [], "Each column explains one word of the answer. ")
+    if any(word.blank for word in word_maps):
+        below += " Grey: the word has no map at that layer, for the reason that stands there."
+    return page.finish(footer(page, y, given.settings.method, below))
+
+
+# page and tables
+
+PAGE_SIDE = 1600  # pixels of the longer side of the photo in the page
+
+
+def page_data(image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens) -> dict:
+    """What the page of the words shows, as plain values: see words_page.html for its use.
+
+    Raw maps are stored as their maximum and the share of it in 16 bits, little-endian, base64.
+    """
+    photo, given = load_rgb(image), word_maps[0]
+    photo.thumbnail((PAGE_SIDE, PAGE_SIDE))
+    encoded = io.BytesIO()
+    photo.save(encoded, "JPEG", quality=90)
+
+    def pack(cam):
+        return base64.b64encode(np.round(65535 * normalize_cam(cam)).astype("<u2").tobytes()).decode()
+
+    return {
+        "photo": "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode(),
+        "width": photo.width,
+        "height": photo.height,
+        "file_name": file_name,
+        "prompt": given.prompt,
+        "answer": given.answer,
+        "grid": list(given.grid),
+        "layers": list(given.maps),
+        "settings": settings_text(given.settings),
+        "words": [
+            {
+                "text": word.target,
+                "start": word.target_span[0],
+                "end": word.target_span[1],
+                "tokens": token,
+                "probabilities": probability,
+                "maps": ["" if layer in word.blank else pack(cam) for layer, cam in word.maps.items()],
+                "maxima": [float(cam.max()) for cam in word.maps.values()],
+            }
+            for word, probability, token in zip(word_maps, probabilities, tokens, strict=True)
+        ],
+    }
+
+
+def words_page(data: dict) -> str:
+    """The page with its data, which can end neither the script it stands in nor a line of it."""
+    template = Path(__file__).with_name("words_page.html").read_text(encoding="utf-8")
+    text = json.dumps(data, ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return template.replace("__DATA__", text)
+
+
+def draw_words(
+    image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens: list[list[str]]
+) -> tuple[dict, dict[str, object]]:
+    """Of all words ({name: {layer: LayerPictures}}, {file name: content}).
+
+    `probabilities` and `tokens` are those of each word's tokens; `file_name` is the photo's, for the page.
+    """
+    photo, given, names = load_rgb(image), word_maps[0], name_words(word_maps)
+    results = [layer_pictures(photo, word) for word in word_maps]
+    records = [
+        {
+            "name": name,
+            "word": word.target,
+            "span": list(word.target_span),
+            "tokens": token,
+            "token_ids": [word.tokens[i] for i in word.target_tokens],
+            "probabilities": probability,
+            "maxima": {str(layer): float(cam.max()) for layer, cam in word.maps.items()},
+            "no_gradient": sorted(word.no_gradient),
+        }
+        for name, word, probability, token in zip(names, word_maps, probabilities, tokens, strict=True)
+    ]
+    about = {"prompt": given.prompt, "answer": given.answer, "grid": list(given.grid), "layers": list(given.maps)}
+    about |= {"settings": asdict(given.settings), "words": records}
+    files = word_figures(photo, word_maps) | {
+        "index.html": words_page(page_data(photo, file_name, word_maps, probabilities, tokens)),
+        "words.json": json.dumps(about, ensure_ascii=False, indent=1) + "\n",
+        "maps.npz": {
+            "maps": np.stack([np.stack(list(word.maps.values())) for word in word_maps]),  # (words, layers, H, W)
+            "layers": np.array(list(given.maps)),
+            "words": np.array(names),
+            "spans": np.array([word.target_span for word in word_maps]),
+        },
+    }
+    return dict(zip(names, results, strict=True)), files
+
+
+def create_word_maps(
+    model, processor, image, prompt, layer_range="auto", save_dir="cam_results_words",
+    *, words="content", answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1, quiet=False, **settings,
+):  # fmt: skip
+    """A map of each word of the answer at each layer, all from one answer and one forward pass per noisy copy.
+
+    `words` is "content" (all but function words), "all", or the words, as a list or as "dog,apple"; `layer_range` as in
+    `create_layer_comparison_grid`, `settings` as there but for a target and a contrast. Writes words_by_layer.png
+    (words across, layers down; of long answers further pages), index.html (a page that shows each word's map at a
+    touch; it needs no network), words.json (tokens, spans, probabilities) and maps.npz (the raw maps).
+
+    Returns {word: {layer: {"superimposed", "heatmap", "cam"}}}, the second "dog" as "dog (2)". Raises what
+    `compute_word_maps` and `output_folder` raise.
+    """
+    layers = select_layers(layer_range, get_model_layers(model)[1])
+    settings = Settings(num_samples, noise_std, **settings)
+    with output_folder(save_dir) as write:
+        reading = read(model, processor, image, prompt, answer, max_new_tokens)
+        spans = choose_words(reading.answer, reading.spans, words)
+        word_maps = explain(reading, spans, layers, settings, show_progress(quiet))
+        file_name = Path(image).name if isinstance(image, (str, Path)) else ""
+        results, files = draw_words(reading.photo, file_name, word_maps, *word_tokens(reading, word_maps))
+        write(files)
+    return results
