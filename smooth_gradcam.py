@@ -214,7 +214,7 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     values = np.asarray(image, dtype=np.float32)
     scales = [1.0] * (image.mode == "F") + [255.0] * (";" not in image.mode) + [65535.0]  # what is white
     low, high = values.min(), values.max()
-    if not (np.isfinite(values).all() and low >= 0 and high <= scales[-1]):
+    if not (low >= 0 and high <= scales[-1]):  # nan is neither
         raise ValueError(
             f"the image has grey values from {low:g} to {high:g}: they must be finite, 0 to {scales[-1]:g}"
         )
@@ -303,16 +303,12 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
 
 def prepare_inputs(model, processor, image: Image.Image, prompt: str) -> dict[str, Tensor]:
     """What the processor makes of a photo and a prompt, with its chat template, where the model's embeddings are."""
-
-    def render(text):
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-
-    frame = render("")
     for marker in processor.tokenizer.all_special_tokens:
-        if marker in prompt and marker in frame:
+        if marker in prompt and not re.search("object|box|quad", marker):  # but for those of grounding
             raise ValueError(f"prompt={prompt!r} contains {marker}, which stands for a picture or a turn of the chat")
-    inputs = dict(processor(text=[render(prompt)], images=[image], return_tensors="pt"))
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
     if "mm_token_type_ids" in accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
         inputs.setdefault("mm_token_type_ids", (inputs["input_ids"] == model.config.image_token_id).long())
     device = model.get_input_embeddings().weight.device
@@ -714,6 +710,8 @@ def noisy_passes(reading: Reading, spans, taps: list[Tap], settings: Settings, p
     One forward a copy (a second one for a contrast), one backward a part. To be used inside `borrowed`.
     """
     parts = [reading.tokens_of(span) for span in spans]
+    if not all(parts):
+        raise ValueError(f"the span {spans[parts.index([])]} has no token in the answer {reading.answer!r}")
     readings = [score_parts(reading.inputs, reading.tokens, parts)]
     if settings.contrast is not None:
         tokens, part = put_in_place(reading, spans[0], settings.contrast)
@@ -782,11 +780,13 @@ def explain(
 ) -> list[TokenMaps]:
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
-    `spans` are the parts, (start, end) in characters of `reading.answer`; see `find_target`. With a contrast there can
-    be only one. `layers`, `progress` and what is raised are told at `compute_token_maps`.
+    `spans` are the parts, (start, end) in characters of `reading.answer`, one or more (one for a contrast); see
+    `find_target`. `layers`, `progress` and what is raised are told at `compute_token_maps`.
     """
     if settings.contrast is not None and len(spans) != 1:
         raise ValueError(f"contrast={settings.contrast!r} needs one part to take the place of, not {len(spans)}")
+    if not spans:
+        raise ValueError("spans=[] names no part of the answer: give one or more, (start, end) in characters")
     taps = find_taps(reading.model, layers, settings.tap)
     maps = [{tap.key: np.zeros(reading.grid, np.float32) for tap in taps} for _ in spans]
     alive = [set() for _ in spans]
@@ -836,7 +836,7 @@ def compute_token_maps(
     that is not finite, and RuntimeError if memory runs out. The model and the random state of the caller stay as they
     are. Threads may explain with one model: one pass waits for the other.
     """
-    settings = Settings(**settings)
+    settings, layers = Settings(**settings), list(_listed(layers))
     if settings.contrast is not None and target is None:
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
     find_taps(model, layers, settings.tap)  # before an answer is generated
@@ -893,6 +893,8 @@ class SmoothQwenGradCAM:
     """
 
     def __init__(self, model, processor, target_layer, num_samples=10, noise_std=0.1, **options):
+        if "use_smooth" in options:
+            raise TypeError("use_smooth is an argument of generate_cam")
         others = ("answer", "max_new_tokens", "target", "target_occurrence", "progress")
         Settings(num_samples, noise_std, **{name: value for name, value in options.items() if name not in others})
         self.model, self.processor, self.target_layer, self.options = model, processor, target_layer, options

@@ -175,9 +175,10 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             raise ValueError(f"{flag} acts in {', '.join(modes)} mode only; in {args.mode} mode {instead}")
     if args.layers and args.layer_range:
         raise ValueError("--layers and --layer_range say the same: give one of them")
+    flag = "--layer_range" if args.layer_range else "--layers"
     args.layers = [part for parts in args.layers or args.layer_range or [["auto"]] for part in parts]
     if len(args.layers) > 1 and any(isinstance(part, str) for part in args.layers):
-        raise ValueError(f"--layers takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
+        raise ValueError(f"{flag} takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
     for flag in ("num_samples", "max_new_tokens", "max_pixels", "target_occurrence", "steps", "batch_size"):
         if not 1 <= getattr(args, flag) < 2**63:
             raise ValueError(f"--{flag} {getattr(args, flag)} must be 1 or more, and below 2^63")
@@ -306,6 +307,26 @@ def load_photo(path: str) -> Image.Image:
             f"{path} is {photo.width} x {photo.height} pixels: sides up to 1 : {MAX_ASPECT} can be processed"
         )
     return photo
+
+
+def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
+    """The object's pixels. Raises ValueError naming the flag."""
+    from studies.faithfulness import load_mask
+
+    try:
+        return load_mask(path, size)
+    except ValueError as exc:
+        raise ValueError(f"--mask {path}: {exc}") from exc
+
+
+def check_answer(args: argparse.Namespace) -> None:
+    """Raises ValueError if the given answer does not hold what is to be explained."""
+    if args.mode != "words":
+        find_target(args.answer, args.target, args.target_occurrence)
+    elif args.words not in ("content", "all"):
+        from studies.words import choose_words
+
+        choose_words(args.answer, [], args.words)
 
 
 @contextmanager
@@ -468,13 +489,10 @@ def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str,
 
 def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
     """Check, load, explain, draw and write; returns the answer, the files, and what is to be said."""
-    photo, mask = load_photo(args.image_path), None
-    if args.mask is not None:
-        from studies.faithfulness import load_mask
-
-        mask = load_mask(args.mask, photo.size)
+    photo = load_photo(args.image_path)
+    mask = None if args.mask is None else read_mask(args.mask, photo.size)
     if args.answer is not None:
-        find_target(args.answer, args.target, args.target_occurrence)
+        check_answer(args)
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
     with claim_folder(args) as write:
@@ -587,8 +605,11 @@ def main(argv: list[str] | None = None) -> int:
         report(*done)
         if sys.stdout is not None:  # closed from the start
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output has read enough; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as exc:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        if not isinstance(exc, BrokenPipeError):  # else whoever reads the output has read enough
+            print(f"test_gradcam.py: error: the files are written, but not this report: {exc}", file=sys.stderr)
+            return 1
     return 0
 
 

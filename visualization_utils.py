@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from smooth_gradcam import (
     Settings,
+    SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
     TokenMaps,
     check_whole,
     colorize_cam,
@@ -539,9 +540,8 @@ def draw_comparative(image, token_maps: TokenMaps, thirds: dict[str, list[int]])
     photo, title = load_rgb(image), method_title(token_maps.settings)
     results = layer_pictures(photo, token_maps)
     draw = functools.partial(layers_figure, photo, token_maps)
-    rows = {f"{name} layers": layers for name, layers in thirds.items()}
     heading = f"{title}: early, middle and late layers"
-    files = {"comparative_analysis.png": functools.partial(draw, list(results), heading, rows)}
+    files = {"comparative_analysis.png": functools.partial(draw, list(results), heading, thirds)}
     parts = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
     for name, part in parts.items():
         figure = functools.partial(draw, list(part), f"{title}, {name} layers")
@@ -552,9 +552,13 @@ def draw_comparative(image, token_maps: TokenMaps, thirds: dict[str, list[int]])
 # files
 
 
+_DRAWING = threading.Lock()  # matplotlib draws in one thread at a time
+
+
 def _encode(content) -> bytes:
     if callable(content):  # a picture that is drawn only now, so that not all of them are in memory at once
-        content = content()
+        with _DRAWING:
+            content = content()
     if isinstance(content, str):
         return content.encode()
     buffer = io.BytesIO()

@@ -101,8 +101,11 @@ def main():
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of every scene, in pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(options.model_path).to(options.device).eval()
-    processor = AutoProcessor.from_pretrained(options.model_path)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        options.model_path, trust_remote_code=False, use_safetensors=True
+    )
+    model = model.to(options.device).eval()
+    processor = AutoProcessor.from_pretrained(options.model_path, trust_remote_code=False)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{options.scenes} unseen scenes, {platform.machine()} {options.device}, {versions}")
     for name, (right, total) in evaluate(model, processor, options.scenes, options.size).items():

@@ -151,7 +151,10 @@ def _check_same(reading: Reading, token_maps: TokenMaps) -> None:
             f"the maps have {token_maps.grid} image tokens, the photo {reading.grid}: another photo or processor"
         )
     if (reading.prompt, reading.tokens) != (token_maps.prompt, token_maps.tokens):
-        raise ValueError(f"the maps explain {token_maps.answer!r}, the reading says {reading.answer!r}")
+        raise ValueError(
+            f"the maps explain {token_maps.answer!r} to {token_maps.prompt!r}, the reading {reading.answer!r} to "
+            f"{reading.prompt!r}: another answer, or other tokens"
+        )
 
 
 def insertion_deletion(
@@ -467,7 +470,7 @@ def _draw_by_layer(axes, layers: list, rows: dict[str, tuple], levels: dict[str,
 
 
 INSERTION, DELETION = "#0072b2", "#d55e00"  # blue and vermilion of the Okabe-Ito palette
-PLOT = 2.8, 1.75
+PLOT = 2.75, 1.75
 
 
 def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict]) -> np.ndarray:
@@ -488,7 +491,7 @@ def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scor
     title = f"{method_title(token_maps.settings)}: faithfulness"
     y = max(header(page, x, MARGIN, title, texts), MARGIN + height + BAND) + 3 * GAP
 
-    left, right, pitch = 0.5, PLOT[0] + 1.15, BAND + PLOT[1] + 0.42  # with room for the axes' labels
+    left, right, pitch = 0.55, PLOT[0] + 1.3, BAND + PLOT[1] + 0.42  # with room for the axes' labels
     style = {"xlim": (0, 1), "ylim": (0, 1.02), "ylabel": "probability of the explained tokens"}
     for x, name, curves, random, shown in (
         (left, "Insertion", measured.insertion, measured.random_insertion, "revealed"),
@@ -579,7 +582,7 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
 
     style = {"xlabel": "decoder layers with re-drawn weights, from the top", "ylabel": "likeness to the model's map"}
     style["ylim"] = min([-0.5, *(row["spearman"] for row in scores)]) - 0.05, 1.05
-    for x, name, column in ((0.5, "Spearman's rank correlation", "spearman"), (PLOT[0] + 1.15, "SSIM", "ssim")):
+    for x, name, column in ((0.55, "Spearman's rank correlation", "spearman"), (PLOT[0] + 1.3, "SSIM", "ssim")):
         axes = _plot(page, x, y, name, **style)
         axes.axhline(0, color="0.6", linewidth=0.5)
         for layer in layers:

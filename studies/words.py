@@ -287,6 +287,7 @@ def page_data(image, file_name: str, word_maps: list[TokenMaps], probabilities: 
                 "probabilities": probability,
                 "maps": ["" if layer in word.blank else pack(cam) for layer, cam in word.maps.items()],
                 "maxima": [float(cam.max()) for cam in word.maps.values()],
+                "blank": [word.blank.get(layer, "") for layer in word.maps],
             }
             for word, probability, token in zip(word_maps, probabilities, tokens, strict=True)
         ],

@@ -4,7 +4,7 @@ On scenes the demo model has never seen, every object word of its own answers is
 one clean copy of the picture, by this project's methods and by others; the objects' pixels are known. Printed, and
 written to --output_dir as localization.csv, choices.csv, faithfulness.csv and localization.png:
 
-    localization  pointing, near, energy, Obj-IoU of each method over the layers (see `smooth_gradcam.localization`),
+    localization  pointing, near, energy, Obj-IoU of each method over the layers (see `studies.faithfulness`),
                   and how often the maximum lies at the border instead
     choices       the same for each norm handling, score, weighting, tap and upsampling that could have been chosen
     faithfulness  area under insertion, under deletion, and their difference, for the first --words_faithful words
@@ -19,7 +19,6 @@ Shapes: N image tokens = H * W   C channels   T tokens of a word   L tokens in a
 
 import argparse
 import csv
-import dataclasses
 import multiprocessing
 import operator
 import os
@@ -29,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 from tqdm import tqdm
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -52,6 +51,8 @@ from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
 from smooth_gradcam import best, gradcam, hirescam  # noqa: E402
+from studies.faithfulness import auc, insertion_deletion, localization  # noqa: E402
+from test_gradcam import count_layers, load_model, load_processor  # noqa: E402
 
 MEASURES = ("pointing", "near", "energy", "obj_iou", "border")  # as `localization` has them, and `at_border`
 RESAMPLES = 1000
@@ -210,40 +211,29 @@ def bounds(mask: np.ndarray, grid: tuple[int, int], rng: np.random.Generator) ->
 
 
 class Word(NamedTuple):
+    """A word of the answer that names an object of the scene, which is named once."""
+
     kind: str
     mask: np.ndarray
-    scored: core._Scored
+    scored: core.Scored
 
 
-class Reading(NamedTuple):
-    """A scene and the words of the model's answer that name an object of it, each named exactly once."""
-
-    number: int
-    answer: str
-    words: list[Word]
-    forced: dict[str, Tensor]  # inputs with the answer
-    positions: Tensor
-    grid: tuple[int, int]
+def read_scene(model, processor, number: int, answer: str | None = None) -> core.Reading:
+    """An unseen scene, with the answer or the model's own description."""
+    image = Image.fromarray(scenes.make_scene(UNSEEN + number).image)
+    return core.read(model, processor, image, scenes.DESCRIBE[0], answer, max_new_tokens=64)
 
 
-def scene_image(number: int) -> Image.Image:
-    return Image.fromarray(scenes.make_scene(UNSEEN + number).image)
+def find_words(reading: core.Reading, number: int) -> tuple[dict[str, Tensor], list[Word]]:
+    """The inputs with the answer behind them as far as its words need it, and the words."""
+    things = scenes.make_scene(UNSEEN + number).objects
+    things = [thing for thing in things if len(re.findall(rf"\b{thing.kind}\b", reading.answer)) == 1]
+    parts = [reading.tokens_of(core.find_target(reading.answer, thing.kind)) for thing in things]
+    forced, scored = core.score_parts(reading.inputs, reading.tokens, parts) if parts else (reading.inputs, [])
+    return forced, [Word(thing.kind, thing.mask, part) for thing, part in zip(things, scored, strict=True)]
 
 
-def read_scene(model, processor, number: int) -> Reading:
-    things, tokenizer = scenes.make_scene(UNSEEN + number).objects, processor.tokenizer
-    inputs = core._prepare_inputs(model, processor, scene_image(number), scenes.DESCRIBE[0])
-    positions, grid = core._image_grid(model, inputs)
-    tokens = core._generate(model, tokenizer, inputs, 64)
-    answer, spans = core._decode(tokenizer, tokens), core.token_spans(tokenizer, tokens)
-    things = [thing for thing in things if len(re.findall(rf"\b{thing.kind}\b", answer)) == 1]
-    parts = [core._covering(spans, core.find_target(answer, thing.kind)).tokens for thing in things]
-    forced, scored = core._read(inputs, tokens, parts) if parts else (inputs, [])
-    words = [Word(thing.kind, thing.mask, part) for thing, part in zip(things, scored, strict=True)]
-    return Reading(number, answer, words, forced, positions, grid)
-
-
-def make_taps(model, layers, few) -> list[core._Tap]:
+def make_taps(model, layers, few) -> list[core.Tap]:
     """All places that are read, keyed (place, layer): those of the rows at `layers`, those of the choices at `few`."""
     decoder, _ = core.get_model_layers(model)
     wanted = {(row.place, i) for row in ROWS.values() for i in layers if row.place != "attention"}
@@ -251,7 +241,7 @@ def make_taps(model, layers, few) -> list[core._Tap]:
     taps = []
     for place, i in sorted(wanted, key=operator.itemgetter(1, 0)):
         module, tap = (decoder[i], place) if place in core.TAPS else (operator.attrgetter(place)(decoder[i]), "output")
-        taps.append(core._find_taps(model, [module], tap)[0]._replace(key=(place, i)))
+        taps.append(core.find_taps(model, [module], tap)[0]._replace(key=(place, i)))
     return taps
 
 
@@ -277,9 +267,9 @@ def attention_weights(model, layers):
 
 def forward(model, forced, taps, layers, norms: str) -> tuple[dict, Tensor]:
     """{(place, layer): tensor} of one pass, its graph kept, and the logits (L, V)."""
-    with core.NORMS[norms](model), core._captured(taps) as captured, attention_weights(model, layers) as weights:
+    with core.NORMS[norms](model), core.captured(taps) as features, attention_weights(model, layers) as weights:
         logits = model(**forced, use_cache=False).logits[0]
-    return captured | weights, logits
+    return features | weights, logits
 
 
 def backward(tensors: dict, logits: Tensor, word: Word, score: str, positions: Tensor) -> dict:
@@ -290,7 +280,7 @@ def backward(tensors: dict, logits: Tensor, word: Word, score: str, positions: T
     def at_image(key, tensor):
         if key[0] == "attention":
             return tensor[0][:, word.scored.predicting][:, :, positions]
-        return core._image_rows(key, tensor, positions)
+        return core.image_rows(key, tensor, positions)
 
     return {
         key: (at_image(key, tensor.detach()), at_image(key, torch.zeros_like(tensor) if g is None else g))
@@ -298,8 +288,11 @@ def backward(tensors: dict, logits: Tensor, word: Word, score: str, positions: T
     }
 
 
-def row_maps(pairs: dict, logits: Tensor, reading: Reading, word: Word, layers, rng) -> dict[str, list[np.ndarray]]:
-    """{row: one map (H, W) per layer, or a single one}; `pairs`: norms -> what `backward` gives for the logit."""
+def row_maps(pairs: dict, logits: Tensor, ids: Tensor, reading, word: Word, layers, rng) -> dict[str, list[np.ndarray]]:
+    """{row: one map (H, W) per layer, or a single one}; `pairs`: norms -> what `backward` gives for the logit.
+
+    `logits` and the token `ids` are those of the whole sequence, (L, V) and (L,).
+    """
     drawn = {
         name: [row.method(*pairs[row.norms][row.place, i]).reshape(reading.grid).numpy() for i in layers]
         for name, row in ROWS.items()
@@ -307,7 +300,6 @@ def row_maps(pairs: dict, logits: Tensor, reading: Reading, word: Word, layers, 
     place, logits = (reading.positions, reading.grid), logits.detach().float()
     chosen = list(zip(word.scored.expected, word.scored.predicting, strict=True))
     lenses = [logit_lens(logits, place[0], token).reshape(reading.grid).numpy() for token, _ in chosen]
-    ids = reading.forced["input_ids"][0]
     activations = [tam(logits, ids, *place, token, predicting) for token, predicting in chosen]
     drawn |= {"logit lens": [np.mean(lenses, 0)], "TAM": [np.mean(activations, 0)]}
     return drawn | {name: [heat] for name, heat in bounds(word.mask, reading.grid, rng).items()}
@@ -345,7 +337,7 @@ def at_border(heat: np.ndarray, fit: dict[str, float]) -> float:
 
 def measure(maps: list[np.ndarray], mask: np.ndarray) -> np.ndarray:
     """(maps, measures); a map of the mask's own size is not upsampled any more."""
-    fits = [core.localization(heat, mask) for heat in maps]
+    fits = [localization(heat, mask) for heat in maps]
     return np.array([[*fit.values(), at_border(heat, fit)] for heat, fit in zip(maps, fits, strict=True)])
 
 
@@ -366,8 +358,8 @@ WORKER = {}  # of this process: setup, model, processor, taps
 
 def start_worker(setup: Setup):
     torch.set_num_threads(1)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(setup.path).eval()
-    processor, taps = AutoProcessor.from_pretrained(setup.path), make_taps(model, setup.layers, setup.few)
+    model = load_model(setup.path, "cpu", "auto")
+    processor, taps = load_processor(setup.path, 10**9), make_taps(model, setup.layers, setup.few)
     WORKER.update(setup=setup, model=model, processor=processor, taps=taps)
 
 
@@ -375,13 +367,13 @@ def measure_scene(number: int) -> list[dict]:
     """One record per named object; those of the first scenes keep the maps that insertion and deletion may need."""
     setup, model, records = WORKER["setup"], WORKER["model"], []
     model.set_attn_implementation("eager")  # the others do not tell their weights
-    with core._borrowed(model):
-        reading = read_scene(model, WORKER["processor"], number)
-        passes = {
-            norms: forward(model, reading.forced, WORKER["taps"], setup.layers, norms) if reading.words else None
-            for norms in core.NORMS
-        }
-        for place, word in enumerate(reading.words):
+    reading = read_scene(model, WORKER["processor"], number)
+    forced, words = find_words(reading, number)
+    if not words:
+        return records
+    with core.borrowed(model):
+        passes = {norms: forward(model, forced, WORKER["taps"], setup.layers, norms) for norms in core.NORMS}
+        for place, word in enumerate(words):
             found = {}
             for norms, (tensors, logits) in passes.items():
                 for score in SCORES:
@@ -389,7 +381,7 @@ def measure_scene(number: int) -> list[dict]:
                     found[norms, score] = backward(used, logits, word, score, reading.positions)
             rng = np.random.default_rng((setup.seed, number, place))
             pairs = {norms: found[norms, "logit"] for norms in core.NORMS}
-            rows = row_maps(pairs, passes["live"][1], reading, word, setup.layers, rng)
+            rows = row_maps(pairs, passes["live"][1], forced["input_ids"][0], reading, word, setup.layers, rng)
             choices = choice_maps(found, reading.grid, word.mask.shape, setup.few)
             kept = {(row, i): m for row, maps in rows.items() for i, m in zip(setup.layers, maps, strict=False)}
             records.append(
@@ -405,14 +397,14 @@ def measure_faithfulness(job: tuple[int, str, str, dict[str, np.ndarray]]) -> di
     """{label: (3,) areas under insertion and deletion and their difference} of a word's labelled maps."""
     number, kind, answer, maps = job
     model, processor, setup = WORKER["model"], WORKER["processor"], WORKER["setup"]
-    arguments = model, processor, scene_image(number)
     model.set_attn_implementation("sdpa")  # faster
-    word = core.compute_token_maps(*arguments, scenes.DESCRIBE[0], [-1], use_smooth=False, answer=answer, target=kind)
-    word = dataclasses.replace(word, maps=maps, no_gradient=frozenset())
-    curves = core.insertion_deletion(*arguments, word, steps=setup.steps, seed=setup.seed)
+    reading = read_scene(model, processor, number, answer)
+    (word,) = core.explain(reading, [core.find_target(answer, kind)], [-1], core.Settings(use_smooth=False))
+    word = replace(word, maps=maps, no_gradient=frozenset())
+    curves = insertion_deletion(reading, word, steps=setup.steps, seed=setup.seed)
     areas = {name: (curves.insertion[name], curves.deletion[name]) for name in maps}
     areas["random order"] = curves.random_insertion.mean(0), curves.random_deletion.mean(0)
-    areas = {name: [core.area(curve, curves.shares) for curve in pair] for name, pair in areas.items()}
+    areas = {name: [auc(curve, curves.shares) for curve in pair] for name, pair in areas.items()}
     return {name: np.array([*pair, pair[0] - pair[1]]) for name, pair in areas.items()}
 
 
@@ -674,7 +666,7 @@ def parse(arguments=None) -> argparse.Namespace:
 
 
 def make_setup(path: str, options) -> Setup:
-    total = transformers.AutoConfig.from_pretrained(path).get_text_config().num_hidden_layers
+    total = count_layers(path)
 
     def spread(layers, count):
         places = np.linspace(0, len(layers) - 1, min(count, len(layers))).round().astype(int)

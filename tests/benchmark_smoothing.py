@@ -11,6 +11,7 @@ preview has already.
 
 import argparse
 import csv
+import functools
 import multiprocessing
 import os
 import platform
@@ -25,7 +26,6 @@ import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo_model")]
@@ -33,6 +33,8 @@ import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
+from studies.faithfulness import auc, insertion_deletion, localization, spearman  # noqa: E402
+from test_gradcam import load_model, load_processor  # noqa: E402
 
 DRAWN = ("gradcam", "hirescam", "best")  # methods
 MEASURES = ("near", "obj_iou", "insertion", "likeness")
@@ -40,71 +42,54 @@ STEPS = 16  # of the insertion curve
 OTHERS = 20  # copies of the map that likeness compares with
 
 
-def copies_of_maps(model, processor, image, answer, words, layer, noise_std, count, seed) -> dict:
-    """{(drawn, word): (count, H, W)} raw maps of each noisy copy, one forward a copy."""
-    inputs = core._prepare_inputs(model, processor, image, scenes.DESCRIBE[0])
-    positions, grid = core._image_grid(model, inputs)
-    tokens = core._tokenise(processor.tokenizer, answer)
-    spans, taps = core.token_spans(processor.tokenizer, tokens), core._find_taps(model, [layer], "input")
-    parts = [core._covering(spans, core.find_target(answer, word)).tokens for word in words]
-    forced, scored = core._read(inputs, tokens, parts)
-    generator, maps = torch.Generator().manual_seed(seed), {}
-    for _ in range(count):
-        pixels = core.add_noise(inputs["pixel_values"], noise_std, processor.image_processor, generator)
-        noisy = forced | {"pixel_values": pixels}
-        runs = core._features_and_gradients(model, noisy, taps, scored, "logit", "frozen")
-        for word, pairs in zip(words, runs, strict=True):
+def copies_of_maps(reading, spans: dict, layer: int, settings: core.Settings) -> dict:
+    """{(drawn, word): (copies, H, W)} raw maps of each noisy copy, one forward a copy; `spans` are the words'."""
+    words, taps, maps = list(spans), core.find_taps(reading.model, [layer], settings.tap), {}
+    with core.borrowed(reading.model):
+        for _, part, pairs in core.noisy_passes(reading, spans.values(), taps, settings):
             for method in DRAWN:
-                cam = core._layer_map(layer, *pairs[layer], positions, grid, model.config.vision_config, method)
-                maps.setdefault((method, word), []).append(cam)
+                cam = core.token_map(layer, *pairs[layer], reading, method)
+                maps.setdefault((method, words[part]), []).append(cam)
     return {key: np.stack(stack) for key, stack in maps.items()}
 
 
 def measure_scene(job) -> list[dict]:
     """The rows of one scene: (drawn, noise, copies, averaging) -> measures, of each of its words."""
     number, layer, noises, counts, faithful, model_path = job
-    model, processor = _load(model_path)
     scene = scenes.make_scene(UNSEEN + number)
-    image = Image.fromarray(scene.image)
-    first = core.compute_token_maps(model, processor, image, scenes.DESCRIBE[0], [layer], use_smooth=False)
-    masks = {thing.kind: thing.mask for thing in scene.objects if f" {thing.kind} " in first.answer}
-    targets = {}
-    for word in masks if number < faithful else ():
-        settings = {"answer": first.answer, "target": word, "use_smooth": False}
-        targets[word] = core.compute_token_maps(model, processor, image, first.prompt, [layer], **settings)
-    rows = []
+    reading = core.read(*_load(model_path), Image.fromarray(scene.image), scenes.DESCRIBE[0])
+    masks = {thing.kind: thing.mask for thing in scene.objects if f" {thing.kind} " in reading.answer}
+    spans = {word: core.find_target(reading.answer, word) for word in masks}
+    if not spans:
+        return []
+    targets, rows = {}, []
+    if number < faithful:
+        clean = core.explain(reading, list(spans.values()), [layer], core.Settings(use_smooth=False))
+        targets = dict(zip(spans, clean, strict=True))
     for noise in noises:
-        settings = (model, processor, image, first.answer, list(masks), layer, noise)
-        maps = copies_of_maps(*settings, max(counts) if noise else 1, seed=0)
-        others = copies_of_maps(*settings, OTHERS, seed=1) if noise else maps
+        maps = copies_of_maps(reading, spans, layer, core.Settings(max(counts), noise, seed=0))
+        others = copies_of_maps(reading, spans, layer, core.Settings(OTHERS, noise, seed=1))
         for (drawn, word), stack in maps.items():
             reference = others[drawn, word].mean(0)
             for count in counts if noise else [1]:
                 raw, scaled = stack[:count].mean(0), np.mean([core.normalize_cam(cam) for cam in stack[:count]], axis=0)
                 for averaging, cam in {"raw": raw, "normalised": scaled}.items():
                     row = {"scene": number, "word": word, "drawn": drawn, "noise_std": noise, "num_samples": count}
-                    row |= {"averaging": averaging} | core.localization(cam, masks[word])
-                    row["likeness"] = core.spearman(cam, reference) if noise else 1.0
+                    row |= {"averaging": averaging} | localization(cam, masks[word])
+                    row["likeness"] = spearman(cam, reference) if noise else 1.0
                     if word in targets and averaging == "raw":
                         target = replace(targets[word], maps={layer: cam}, no_gradient=frozenset())
-                        faith = core.insertion_deletion(
-                            model, processor, image, target, steps=STEPS, random_orders=0, batch_size=STEPS
-                        )
-                        row["insertion"] = core.area(faith.insertion[layer], faith.shares)
-                        row["deletion"] = core.area(faith.deletion[layer], faith.shares)
+                        faith = insertion_deletion(reading, target, steps=STEPS, random_orders=0, batch_size=STEPS)
+                        row["insertion"] = auc(faith.insertion[layer], faith.shares)
+                        row["deletion"] = auc(faith.deletion[layer], faith.shares)
                     rows.append(row)
     return rows
 
 
-_loaded = {}
-
-
+@functools.cache
 def _load(path: str):
-    if path not in _loaded:
-        torch.set_num_threads(1)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path).eval().requires_grad_(False)
-        _loaded[path] = model, AutoProcessor.from_pretrained(path)
-    return _loaded[path]
+    torch.set_num_threads(1)
+    return load_model(path, "cpu", "auto"), load_processor(path, 10**9)
 
 
 def mean(rows: list[dict], measure: str, **wanted) -> float:

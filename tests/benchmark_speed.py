@@ -14,21 +14,20 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import smooth_gradcam as core  # noqa: E402
-from smooth_gradcam import compute_token_maps, compute_word_maps, get_model_layers  # noqa: E402
+from smooth_gradcam import Reading, Settings, explain, get_model_layers, read, score_parts  # noqa: E402
+from studies.words import choose_words  # noqa: E402
+from test_gradcam import load_model, load_processor  # noqa: E402
 
 
 @torch.inference_mode()
-def forward_passes(model, processor, image, prompt, answer: str, count: int):
+def forward_passes(reading: Reading, count: int):
     """`count` plain forward passes of the photo with its answer."""
-    inputs = core._prepare_inputs(model, processor, core.load_rgb(image), prompt)
-    forced = core._teacher_force(inputs, core._tokenise(processor.tokenizer, answer))
+    forced, _ = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
     for _ in range(count):
-        model(**forced, use_cache=False)
+        reading.model(**forced, use_cache=False).logits[0, -1, 0].item()  # which waits for the device
 
 
 def main():
@@ -42,21 +41,18 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(options.model_path).to(options.device).eval()
-    processor = AutoProcessor.from_pretrained(options.model_path)
-    total = get_model_layers(model)[1]
-    arguments = model, processor, options.image_path, options.prompt
-    first = compute_token_maps(*arguments, [0], use_smooth=False)  # warms up, and gives the answer
-    words = [word.target for word in compute_word_maps(*arguments, [0], use_smooth=False, answer=first.answer)]
-    words, layers = list(dict.fromkeys(words)), range(total)
-    given = {"num_samples": options.num_samples, "answer": first.answer}
+    model = load_model(options.model_path, options.device, "auto")
+    reading = read(model, load_processor(options.model_path, 10**9), options.image_path, options.prompt)
+    answer, words = [(0, len(reading.answer))], choose_words(reading.answer, reading.spans, "content")
+    total, settings = get_model_layers(model)[1], Settings(options.num_samples)
     runs = {
-        "forward": lambda: forward_passes(*arguments, first.answer, options.num_samples),
-        "layer 0": lambda: compute_token_maps(*arguments, [0], **given),
-        "all layers": lambda: compute_token_maps(*arguments, layers, **given),
-        "one word": lambda: compute_word_maps(*arguments, layers, words=words[:1], **given),
-        "all words": lambda: compute_word_maps(*arguments, layers, words="content", **given),
+        "forward": lambda: forward_passes(reading, options.num_samples),
+        "layer 0": lambda: explain(reading, answer, [0], settings),
+        "all layers": lambda: explain(reading, answer, range(total), settings),
+        "one word": lambda: explain(reading, words[:1], range(total), settings),
+        "all words": lambda: explain(reading, words, range(total), settings),
     }
+    explain(reading, answer, [0], Settings(use_smooth=False))  # warms up
     seconds = {name: [] for name in runs}
     for _ in range(options.repeats):
         for name, measure in runs.items():
@@ -64,14 +60,14 @@ def main():
             measure()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    count = len(compute_word_maps(*arguments, [0], use_smooth=False, answer=first.answer))
     print(f"{platform.machine()} {options.device}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{first.grid[0]} x {first.grid[1]} image tokens, {options.num_samples} copies, {options.repeats} repeats")
+    height, width = reading.grid
+    print(f"{height} x {width} image tokens, {options.num_samples} copies, {options.repeats} repeats")
     for name, median in medians.items():
         print(f"{name:>10}: {median:.3f} s  ({min(seconds[name]):.3f} to {max(seconds[name]):.3f})")
-    further = (medians["all words"] - medians["one word"]) / (count - 1)
+    further = (medians["all words"] - medians["one word"]) / (len(words) - 1)
     print(f"all {total} layers / layer 0: {medians['all layers'] / medians['layer 0']:.2f}")
-    print(f"each further word of {count} / forward: {further / medians['forward']:.2f}")
+    print(f"each further word of {len(words)} / forward: {further / medians['forward']:.2f}")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo_model")]
 import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
-from smooth_gradcam import compute_word_maps, localization  # noqa: E402
+from studies.faithfulness import localization  # noqa: E402
+from studies.words import compute_word_maps  # noqa: E402
+from test_gradcam import load_model, load_processor  # noqa: E402
 
 
 def measure(model, processor, number: int, layer: int, **settings) -> list[tuple[float, float, float]]:
@@ -46,8 +47,7 @@ def main():
     parser.add_argument("--layer", type=int, default=16)
     parser.add_argument("--method", default="gradcam")
     options = parser.parse_args()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(options.model_path).eval()
-    processor = AutoProcessor.from_pretrained(options.model_path)
+    model, processor = load_model(options.model_path, "cpu", "auto"), load_processor(options.model_path, 10**9)
     several = (number for number in range(10 * options.scenes) if len(scenes.make_scene(UNSEEN + number).objects) > 1)
     numbers = [number for number, _ in zip(several, range(options.scenes), strict=False)]
     rows = [

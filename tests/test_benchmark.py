@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from smooth_gradcam import NORMS, _borrowed
+from smooth_gradcam import NORMS, borrowed
 
 
 def test_interference_is_taken_away_in_least_squares():
@@ -95,15 +95,15 @@ def setup():
 def test_attention_weights_are_the_models_own(setup, norms):
     """Their rows sum to one, and reading them leaves features and gradients as they are with the usual attention."""
     model, found = benchmark.WORKER["model"], {}
-    with _borrowed(model):
+    with borrowed(model):
         for attention in ("sdpa", "eager"):
             model.set_attn_implementation(attention)
             reading = benchmark.read_scene(model, benchmark.WORKER["processor"], 0)
-            taps = benchmark.WORKER["taps"]
-            tensors, logits = benchmark.forward(model, reading.forced, taps, setup.layers, norms)
+            forced, words = benchmark.find_words(reading, 0)
+            tensors, logits = benchmark.forward(model, forced, benchmark.WORKER["taps"], setup.layers, norms)
             weights = [tensors[key] for key in list(tensors) if key[0] == "attention"]
             tensors = {key: tensor for key, tensor in tensors.items() if key[0] != "attention"}
-            found[attention] = benchmark.backward(tensors, logits, reading.words[0], "logit", reading.positions)
+            found[attention] = benchmark.backward(tensors, logits, words[0], "logit", reading.positions)
     assert len(weights) == 3
     for rows in weights:
         torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
@@ -116,12 +116,10 @@ def test_attention_weights_are_the_models_own(setup, norms):
 def test_attention_x_gradient_is_of_the_weights_that_were_used(setup):
     """To first order, sum of weight * gradient over a layer's row is what scaling all its values does to the score."""
     model = benchmark.WORKER["model"]
-    with _borrowed(model):
+    with borrowed(model):
         model.set_attn_implementation("eager")
-        reading = benchmark.read_scene(model, benchmark.WORKER["processor"], 0)
-        arguments = model, reading.forced, benchmark.WORKER["taps"], setup.layers, "live"
-        tensors, logits = benchmark.forward(*arguments)
-        word = reading.words[0]
+        forced, (word, *_) = benchmark.find_words(benchmark.read_scene(model, benchmark.WORKER["processor"], 0), 0)
+        tensors, logits = benchmark.forward(model, forced, benchmark.WORKER["taps"], setup.layers, "live")
         (gradient,) = torch.autograd.grad(
             logits[word.scored.predicting[0], word.scored.expected[0]], tensors["attention", 27]
         )
@@ -132,7 +130,7 @@ def test_attention_x_gradient_is_of_the_weights_that_were_used(setup):
             handle = projection.register_forward_pre_hook(lambda module, args: (args[0] * scale,))
             try:
                 with torch.no_grad():
-                    logits = model(**reading.forced, use_cache=False).logits[0]
+                    logits = model(**forced, use_cache=False).logits[0]
             finally:
                 handle.remove()
             return float(logits[word.scored.predicting[0], word.scored.expected[0]])
@@ -141,20 +139,8 @@ def test_attention_x_gradient_is_of_the_weights_that_were_used(setup):
 
 
 def test_the_whole(tmp_path, capsys):
-    arguments = [
-        "--scenes",
-        "2",
-        "--words_faithful",
-        "1",
-        "--steps",
-        "3",
-        "--layers",
-        "3",
-        "--processes",
-        "1",
-        "--output_dir",
-    ]
-    benchmark.main([*arguments, str(tmp_path)])
+    sizes = ["--scenes=2", "--words_faithful=1", "--steps=3", "--layers=3", "--processes=1"]
+    benchmark.main([*sizes, f"--output_dir={tmp_path}"])
     printed = capsys.readouterr().out
     assert "in 2 unseen scenes" in printed
     assert "gradcam @ 27" in printed

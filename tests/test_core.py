@@ -2,7 +2,10 @@
 
 import copy
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +16,13 @@ from torch import nn
 import smooth_gradcam as core
 from smooth_gradcam import (
     ExplanationError,
+    ExplanationWarning,
+    Settings,
+    TokenMaps,
     compute_token_maps,
-    find_target,
+    explain,
     get_model_layers,
+    read,
     resolve_layers,
     token_spans,
 )
@@ -97,7 +104,8 @@ def test_norms_are_frozen_unless_asked_otherwise(model, processor, image):
     }
     np.testing.assert_array_equal(maps[""].maps[1], maps["frozen"].maps[1])
     assert not np.allclose(maps["live"].maps[1], maps["frozen"].maps[1], rtol=0.1)
-    assert {name: found.settings["norms"] for name, found in maps.items() if name} == {
+    assert {name: found.settings.norms for name, found in maps.items()} == {
+        "": "frozen",
         "frozen": "frozen",
         "live": "live",
     }
@@ -108,28 +116,37 @@ def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, oracles, processor, 
     record = model.model.visual.patch_embed.register_forward_pre_hook(lambda module, args: copies.append(args[0]))
     found = compute_token_maps(model, processor, image, PROMPT, [1], num_samples=3, noise_std=0.2, answer=ANSWER)
     record.remove()
-    assert len(copies) == 3
+    noise = torch.stack(copies) - core.prepare_inputs(model, processor, image, PROMPT)["pixel_values"]
+    assert np.abs(np.corrcoef(noise.flatten(1)) - np.eye(3)).max() < 0.05  # three copies, each with noise of its own
+    assert noise.std((1, 2)).tolist() == pytest.approx([0.2 / 0.268] * 3, rel=0.05)  # and no more in the last one
     one_by_one = [oracle(oracles["frozen"], processor, image, 1, pixel_values=pixels) for pixels in copies]
     np.testing.assert_allclose(found.maps[1].ravel(), np.mean(one_by_one, axis=0), rtol=1e-6, atol=1e-12)
 
 
-def gradients_of(model, processor, image, layers, norms="frozen", score="logit", tap="input"):
+def gradients_of(model, processor, image, layers, **settings):
     """{layer: (features, gradient)} of the answer without noise, and the rows of the image tokens."""
-    inputs = core._prepare_inputs(model, processor, image, PROMPT)
-    tokens = core._tokenise(processor.tokenizer, ANSWER)
-    forced, scored = core._read(inputs, tokens, [range(len(tokens))])
-    with core._borrowed(model):
-        (found,) = core._features_and_gradients(
-            model, forced, core._find_taps(model, layers, tap), scored, score, norms
-        )
-    return found, core._image_grid(model, inputs)[0]
+    settings = Settings(**settings)
+    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    tokens = core.tokenise(processor.tokenizer, ANSWER)
+    forced, scored = core.score_parts(inputs, tokens, [range(len(tokens))])
+    taps = core.find_taps(model, layers, settings.tap)
+    with core.borrowed(model):
+        (found,) = core.features_and_gradients(model, forced, taps, scored, settings)
+    return found, core.image_grid(model, inputs)[0]
+
+
+def forced_by_hand(inputs, tokens):
+    """The inputs with the whole answer behind them."""
+    ids = inputs["input_ids"].new_tensor([tokens])
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
+    return inputs | {name: torch.cat([inputs[name], more[name]], dim=1) for name in more.keys() & inputs.keys()}
 
 
 @pytest.mark.parametrize("norms", ["live", "frozen"])
 def test_gradient_agrees_with_finite_differences(model, processor, image, norms):
     """Frozen gradients are no derivative of the model, but of the model whose norms go on dividing by what they did."""
     channel, token, step = 5, 7, 1e-4
-    found, positions = gradients_of(model, processor, image, [1], norms)
+    found, positions = gradients_of(model, processor, image, [1], norms=norms)
     if norms == "frozen":
         first = {}
         model = dividing_by(model, lambda norm, x: first.setdefault(norm, rms(norm, x)))
@@ -146,9 +163,9 @@ def test_gradient_agrees_with_finite_differences(model, processor, image, norms)
         handle.remove()
         return sum(logits[p, t].item() for p, t in zip(predicting, tokens, strict=True))
 
-    inputs = core._prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, image, PROMPT)
     tokens = processor.tokenizer(ANSWER)["input_ids"]
-    forced = core._teacher_force(inputs, tokens)
+    forced = forced_by_hand(inputs, tokens)
     predicting = list(range(inputs["input_ids"].shape[1] - 1, forced["input_ids"].shape[1] - 1))
     score_with(0)  # the first time
     gradient = found[1][1][0, positions[token], channel].item()
@@ -162,8 +179,9 @@ def test_teacher_forced_logits_are_those_of_generation(model, processor, image):
     record = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[0].detach()))
     found = compute_token_maps(model, processor, image, PROMPT, [0], use_smooth=False, max_new_tokens=6)
     record.remove()
-    inputs = core._prepare_inputs(model, processor, image, PROMPT)
-    banned = core._placeholders(model)
+    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    config = model.config
+    banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "suppress_tokens": banned}
     generated = model.generate(**inputs, **options, max_new_tokens=6)
     assert generated.sequences[0, inputs["input_ids"].shape[1] :].tolist() == found.tokens
@@ -186,7 +204,7 @@ def test_tokens_behind_the_last_scored_one_are_left_out_and_change_nothing(model
     record = decoder(model)[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     found = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, target=target)
     record.remove()
-    prompt = core._prepare_inputs(model, processor, image, PROMPT)["input_ids"].shape[1]
+    prompt = core.prepare_inputs(model, processor, image, PROMPT)["input_ids"].shape[1]
     assert lengths == [prompt + found.target_tokens[-1]]
     scored = slice(found.target_tokens[0], found.target_tokens[-1] + 1)
     expected = oracle(oracles["frozen"], processor, image, 1, scored=scored)  # with the whole answer
@@ -195,7 +213,7 @@ def test_tokens_behind_the_last_scored_one_are_left_out_and_change_nothing(model
 
 def test_forward_without_logits_to_keep_gives_the_same_map(model, processor, image, monkeypatch):
     kept = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, target="cat").maps[1]
-    monkeypatch.setattr(core, "_accepted", lambda model: ["mm_token_type_ids"])
+    monkeypatch.setattr(core, "accepted", lambda model: ["mm_token_type_ids"])
     full = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, target="cat").maps[1]
     np.testing.assert_allclose(full, kept, rtol=1e-6)
 
@@ -207,7 +225,7 @@ def test_live_norms_leave_next_to_nothing_of_a_token_that_acts_through_a_norm_al
     """So does each image token in the last layer: its length is of no effect, and sum_k g_k A_k is that effect."""
     kept = {}
     for norms in ("live", "frozen"):
-        found, positions = gradients_of(model, processor, image, [2], norms)
+        found, positions = gradients_of(model, processor, image, [2], norms=norms)
         products = (found[2][0] * found[2][1])[0, positions]  # (N, C)
         kept[norms] = (products.sum(1).abs().sum() / products.abs().sum()).item()
     assert kept["live"] < 1e-4
@@ -235,10 +253,10 @@ def test_what_enters_the_last_norm_adds_up_to_the_score_if_it_is_frozen(make_mod
     record = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[0].detach()))
     sums = {}
     for norms in ("live", "frozen"):
-        found, _ = gradients_of(model, processor, image, [2], norms, tap="output")
+        found, _ = gradients_of(model, processor, image, [2], norms=norms, tap="output")
         sums[norms] = (found[2][0].double() * found[2][1].double()).sum().item()
     record.remove()
-    tokens = core._tokenise(processor.tokenizer, ANSWER)
+    tokens = core.tokenise(processor.tokenizer, ANSWER)
     score = sum(row[token].item() for row, token in zip(seen[0][-len(tokens) :], tokens, strict=True))
     assert sums["frozen"] == pytest.approx(score, rel=1e-5)
     assert abs(sums["live"]) < 1e-4 * abs(score)
@@ -261,7 +279,7 @@ def test_frozen_norms_and_linear_maps_pass_on_all_of_the_output():
         (gradient,) = torch.autograd.grad(output, x)
         return (x * gradient).sum().item(), output.item()
 
-    with core.frozen_norms(norms):
+    with core.detached_norms(norms):
         total, output = contributions()
     assert total == pytest.approx(output, rel=1e-12)
     total, same = contributions()
@@ -272,9 +290,9 @@ def test_frozen_norms_and_linear_maps_pass_on_all_of_the_output():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_frozen_norms_change_no_bit_of_the_logits(make_model, processor, image, dtype):
     model = make_model(dtype)
-    inputs = core._prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, image, PROMPT)
     expected = model(**inputs).logits
-    with core.frozen_norms(model):
+    with core.detached_norms(model):
         frozen = model(**inputs).logits
     assert frozen.requires_grad  # else nothing would have been frozen
     assert torch.equal(frozen, expected)
@@ -285,7 +303,7 @@ def test_frozen_norms_change_no_bit_of_the_logits(make_model, processor, image, 
 def test_token_of_zeros_has_a_finite_gradient_through_frozen_norms(make_model, make_norm):
     norm = nn.RMSNorm(32) if make_norm else copy.deepcopy(make_model(torch.float32).model.language_model.norm)
     x = torch.tensor([[0.0] * 32, [0.0, -3.0] * 16], requires_grad=True)
-    with core.frozen_norms(nn.ModuleList([norm])):
+    with core.detached_norms(nn.ModuleList([norm])):
         output = norm(x)
     assert torch.equal(output, norm(x))
     (gradient,) = torch.autograd.grad(output.sum(), x)
@@ -303,10 +321,10 @@ def test_no_hook_of_frozen_norms_outlives_them(make_model):
 
     before = hooked()
     assert len(norms) == 2 * 2 + 1 + 2 * 3 + 1  # two in each vision block and decoder layer, the merger's, the last
-    with core.frozen_norms(model):
+    with core.detached_norms(model):
         assert hooked() == [count + 1 for count in before]
     assert hooked() == before
-    with pytest.raises(KeyError), core.frozen_norms(model):
+    with pytest.raises(KeyError), core.detached_norms(model):
         raise KeyError
     assert hooked() == before
 
@@ -322,14 +340,14 @@ def test_module_that_is_a_norm_itself_or_lies_before_some_has_its_gradient(
         layer, block = decoder(model)[2].input_layernorm, model.model.visual.blocks[0].norm2
         return {"decoder": layer, "vision": block, "last norm": model.model.language_model.norm}[where]
 
-    found, positions = gradients_of(model, processor, image, [find(model)], norms)
+    found, positions = gradients_of(model, processor, image, [find(model)], norms=norms)
     ((features, gradient),) = found.values()
     outputs = []
     record = find(oracles[norms]).register_forward_hook(lambda module, args, output: outputs.append(output))
-    inputs = core._prepare_inputs(oracles[norms], processor, image, PROMPT)
-    answer = core._tokenise(processor.tokenizer, ANSWER)
+    inputs = core.prepare_inputs(oracles[norms], processor, image, PROMPT)
+    answer = core.tokenise(processor.tokenizer, ANSWER)
     before = inputs["input_ids"].shape[1] - 1
-    logits = oracles[norms](**core._teacher_force(inputs, answer)).logits[0]
+    logits = oracles[norms](**forced_by_hand(inputs, answer)).logits[0]
     record.remove()
     (expected,) = torch.autograd.grad(sum(logits[before + i, token] for i, token in enumerate(answer)), outputs)
     if features.dim() == 3:  # a sequence: the core's ends before the last scored token
@@ -338,27 +356,6 @@ def test_module_that_is_a_norm_itself_or_lies_before_some_has_its_gradient(
     torch.testing.assert_close(features, outputs[0].detach())
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
     assert gradient.abs().max() > 1e-3
-
-
-# methods
-
-
-def test_best_is_the_geometric_mean_of_the_other_two():
-    features = torch.tensor([[1.0, 2.0], [3.0, -1.0], [-1.0, 4.0]])
-    gradients = torch.tensor([[2.0, 1.0], [-1.0, 2.0], [2.0, 3.0]])  # mean (1, 2)
-    assert core.gradcam(features, gradients).tolist() == [5, 1, 7]
-    assert core.hirescam(features, gradients).tolist() == [4, 0, 10]  # 2 + 2, ReLU(-3 - 2), -2 + 12
-    torch.testing.assert_close(core.best(features, gradients), torch.tensor([20**0.5, 0, 70**0.5]))
-    tiny = core.best(features * 1e-30, gradients)  # whose products no float32 holds
-    torch.testing.assert_close(tiny * 1e30, torch.tensor([20**0.5, 0, 70**0.5]))
-
-
-def test_best_is_zero_where_either_is():
-    features = torch.tensor([[1.0], [-1.0]])
-    gradients = torch.tensor([[3.0], [-1.0]])  # mean 1
-    assert core.gradcam(features, gradients).tolist() == [1, 0]
-    assert core.hirescam(features, gradients).tolist() == [3, 1]
-    torch.testing.assert_close(core.best(features, gradients), torch.tensor([3**0.5, 0]))
 
 
 # layers
@@ -376,7 +373,7 @@ def test_all_layers_in_one_pass_equal_one_at_a_time(model, processor, image):
 @pytest.mark.parametrize("norms", ["live", "frozen"])
 def test_last_layer_is_not_blank_at_its_input(model, processor, image, norms):
     """With the sum before the ReLU: whether something is left of it depends on the weights' luck."""
-    found, positions = gradients_of(model, processor, image, [1, -1], norms)
+    found, positions = gradients_of(model, processor, image, [1, -1], norms=norms)
     pooled = {
         layer: (features[0, positions] @ gradient[0, positions].mean(0)).abs().max()
         for layer, (features, gradient) in found.items()
@@ -420,9 +417,14 @@ def test_vision_merger_is_in_raster_order(model, processor):
 
 
 def test_vision_block_averages_the_patches_of_a_token(model, processor, image):
-    found = compute_token_maps(model, processor, image, PROMPT, [model.model.visual.blocks[0]], **CLEAN)
-    assert found.maps["model.visual.blocks.0"].shape == (4, 6)
-    assert found.maps["model.visual.blocks.0"].max() > 0
+    """By the book: its patches come four by four in the order of the windows, of 4 x 4 tokens here."""
+    block = model.model.visual.blocks[0]
+    found = compute_token_maps(model, processor, image, PROMPT, [block], **CLEAN).maps["model.visual.blocks.0"]
+    pairs, _ = gradients_of(model, processor, image, [block])
+    heat = core.gradcam(*pairs["model.visual.blocks.0"]).reshape(-1, 4).mean(1)
+    expected = torch.cat([heat[:16].reshape(4, 4), heat[16:].reshape(4, 2)], dim=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.max() > 1e-2
 
 
 class Stack(nn.Module):
@@ -453,8 +455,8 @@ class Scale(nn.Module):
 @pytest.mark.parametrize("at_input", [True, False])
 def test_layers_that_return_tuples_or_tensors_are_captured_alike(style, at_input):
     stack = Stack(style)
-    taps = [core._Tap("a", stack.first, at_input), core._Tap("b", stack.second, at_input)]
-    with core._captured(taps) as captured:
+    taps = [core.Tap("a", stack.first, at_input), core.Tap("b", stack.second, at_input)]
+    with core.captured(taps) as captured:
         result = stack(torch.tensor([2.0]))
     gradients = torch.autograd.grad(result.sum(), [captured["a"], captured["b"]])
     assert [captured["a"].item(), captured["b"].item()] == ([2, 6] if at_input else [6, 30])
@@ -474,10 +476,27 @@ def test_layer_that_does_not_exist_is_named_with_the_valid_range(layer):
 def test_no_layers_and_foreign_modules_are_errors(model, processor, image):
     with pytest.raises(ValueError, match="no layer is given"):
         compute_token_maps(model, processor, image, PROMPT, [])
-    with pytest.raises(ValueError, match="Linear is no part of the model"):
+    with pytest.raises(ValueError, match="the layer Linear does not belong to the model"):
         compute_token_maps(model, processor, image, PROMPT, [nn.Linear(1, 1)])
-    with pytest.raises(ValueError, match="Linear has its decoder layers neither at"):
+    places = "model.language_model.layers, language_model.layers, model.layers"
+    with pytest.raises(ValueError, match=f"^Linear has its decoder layers at none of {places}$"):
         get_model_layers(nn.Linear(1, 1))
+
+
+def test_decoder_layers_are_found_with_and_without_the_language_models_head(model):
+    layers = model.model.language_model.layers
+    for each in (model, model.model, SimpleNamespace(model=model.model.language_model)):  # with it, AutoModel's, text
+        found, total = get_model_layers(each)
+        assert found is layers
+        assert total == 3
+
+
+@pytest.mark.parametrize("layers", [3, "all", "1", None])
+def test_layers_that_are_no_list_are_named(model, processor, image, layers):
+    with pytest.raises(ValueError, match=rf"^layers={layers!r} must be a list of layers, such as \[0, -1\]$"):
+        compute_token_maps(model, processor, image, PROMPT, layers)
+    with pytest.raises(ValueError, match=rf"^layers={layers!r} must be a list of layers"):
+        resolve_layers(layers, 28)
 
 
 def test_module_without_a_row_per_image_token_is_an_error(model, processor, image):
@@ -506,6 +525,26 @@ def test_object_in_a_corner_is_found_in_that_corner(model, processor, monkeypatc
     assert (row, column) == ((found.grid[0] - 1) * low, (found.grid[1] - 1) * right)
 
 
+VISION = SimpleNamespace(window_size=56, spatial_merge_size=2, patch_size=14)  # windows of 2 x 2 tokens
+
+
+@pytest.mark.parametrize(
+    ("key", "grid", "expected"),
+    [
+        (1, (2, 3), [[0, 1, 2], [3, 4, 5]]),
+        ("lm_head", (3, 2), [[0, 1], [2, 3], [4, 5]]),
+        ("model.visual.patch_embed", (2, 3), [[0, 1, 2], [3, 4, 5]]),
+        ("model.visual.merger", (2, 3), [[0, 1, 4], [2, 3, 5]]),
+        ("model.visual.blocks.1.norm2", (3, 3), [[0, 1, 4], [2, 3, 5], [6, 7, 8]]),
+    ],
+)
+@pytest.mark.parametrize("patches", [[0], [0, 0, 0, 4], [-2, 2, -5, 9]])  # of a token, beside their mean
+def test_cells_are_the_mean_of_their_patches_row_by_row_and_out_of_window_order(key, grid, expected, patches):
+    means = np.arange(grid[0] * grid[1], dtype=np.float32)
+    heat = (means[:, None] + np.array(patches) - np.mean(patches)).ravel()
+    assert core.to_grid(key, heat, grid, VISION).tolist() == expected
+
+
 def test_bare_count_of_tokens_has_the_nearest_factor_pair():
     assert [core.grid_from_count(n) for n in (3577, 12, 16, 13, 1)] == [(49, 73), (3, 4), (4, 4), (1, 13), (1, 1)]
 
@@ -531,7 +570,7 @@ def test_no_noise_is_plain_gradcam(model, processor, image):
     plain = compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN)
     np.testing.assert_array_equal(silent.maps[0], plain.maps[0])
     assert silent.settings == plain.settings
-    assert silent.settings["num_samples"] == 1
+    assert (silent.settings.num_samples, silent.settings.noise_std) == (1, 0)
 
 
 def test_noise_is_the_same_in_both_temporal_copies_and_nowhere_else(processor, image):
@@ -549,6 +588,11 @@ def test_noise_is_in_units_of_the_unit_interval(processor):
         :, None, None
     ]
     torch.testing.assert_close(noise.std((0, 2, 3)), torch.full((3,), 0.15), rtol=0.02, atol=0)
+
+
+def test_layers_may_come_from_an_iterator(model, processor, image):
+    found = compute_token_maps(model, processor, image, PROMPT, iter([1, -1]), **CLEAN)
+    assert list(found.maps) == [1, 2]
 
 
 def test_progress_wraps_the_noisy_copies(model, processor, image):
@@ -620,52 +664,203 @@ def test_target_is_scored_by_the_tokens_that_write_it(model, processor, image):
     assert not np.array_equal(found.maps[0], whole.maps[0])
 
 
-def test_target_is_a_whole_word_where_there_is_one():
-    assert find_target("a carpet, a car", "car") == (12, 15)
-    assert find_target("a carpet", "car") == (2, 5)
-    assert find_target("一只大猫", "猫") == (3, 4)
-    assert find_target("all of it", None) == (0, 9)
+# settings and bad arguments
 
 
-@pytest.mark.parametrize("target", ["dog", "", " "])
-def test_target_that_is_not_there_prints_the_answer(target):
-    with pytest.raises(ValueError, match="the red cat"):
-        find_target("the red cat", target)
-
-
-# bad arguments
+WHOLE, STD = "must be a whole number, {} or more", "must be 0 to 1 (0.15 is 15 % of the pixel range)"
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "message"),
     [
-        ("num_samples", 0),
-        ("num_samples", 2.5),
-        ("noise_std", -0.1),
-        ("noise_std", float("nan")),
-        ("noise_std", float("inf")),
-        ("seed", "a"),
-        ("max_new_tokens", 0),
-        ("tap", "both"),
-        ("score", "loss"),
-        ("method", "cam"),
-        ("norms", "melted"),
-        ("answer", ""),
-        ("answer", "a<|im_end|>"),
-        ("prompt", "  "),
-        ("prompt", "a <|image_pad|>"),
+        ("num_samples", 0, WHOLE.format(1)),
+        ("num_samples", 2.5, WHOLE.format(1)),
+        ("num_samples", 2**63, "must be below 2^63"),
+        ("noise_std", -0.1, STD),
+        ("noise_std", 1.01, STD),
+        ("noise_std", float("nan"), STD),
+        ("noise_std", float("inf"), STD),
+        ("noise_std", "0.1", STD),
+        ("seed", -1, WHOLE.format(0)),
+        ("seed", "a", WHOLE.format(0)),
+        ("seed", 2**63, "must be below 2^63"),
+        ("tap", "both", "must be one of input, output"),
+        ("score", "loss", "must be one of logit, logprob"),
+        ("method", "cam", "must be one of gradcam, hirescam, best"),
+        ("method", ["best"], "must be one of gradcam, hirescam, best"),
+        ("norms", "melted", "must be one of frozen, live"),
+        ("contrast", "", "must be a text that is not empty"),
+        ("contrast", " \n", "must be a text that is not empty"),
+        ("contrast", 5, "must be a text that is not empty"),
+        ("max_new_tokens", 0, WHOLE.format(1)),
+        ("max_new_tokens", 2**63, "must be below 2^63"),
+        ("target_occurrence", 2**63, "must be below 2^63"),
+        ("answer", "", "must be a text that is not empty"),
+        ("answer", [1, 2], "must be a text that is not empty"),
+        ("answer", "a<|im_end|>", "must be text that is not empty, without special tokens"),
+        ("prompt", "  ", "must be a text that is not empty"),
+        ("prompt", None, "must be a text that is not empty"),
+        ("prompt", "a <|image_pad|>", "contains <|image_pad|>, which stands for a picture or a turn of the chat"),
+        ("prompt", "a<|im_end|>", "contains <|im_end|>, which stands for a picture or a turn of the chat"),
+        ("prompt", "a<|vision_pad|>", "contains <|vision_pad|>, which stands for a picture or a turn of the chat"),
     ],
 )
-def test_bad_argument_is_named_with_its_value(model, processor, image, name, value):
-    arguments = {"prompt": PROMPT} | {name: value}
-    with pytest.raises(ValueError, match=name) as caught:
+def test_bad_argument_is_named_with_its_value(model, processor, image, name, value, message):
+    arguments = {"prompt": PROMPT, "answer": ANSWER} | {name: value}
+    message = f"^{re.escape(f'{name}={value!r} {message}')}$"
+    if name in asdict(Settings()):
+        with pytest.raises(ValueError, match=message):
+            Settings(**{name: value})
+    with pytest.raises(ValueError, match=message):
         compute_token_maps(model, processor, image, layers=[0], **arguments)
-    assert repr(value) in str(caught.value)
+
+
+def test_settings_are_fixed_once_they_are_checked():
+    settings = Settings(num_samples=2**63 - 1, noise_std=1, seed=np.int64(3))
+    assert replace(settings, noise_std=np.float32(0.5)).num_samples == 2**63 - 1
+    with pytest.raises(FrozenInstanceError):
+        settings.noise_std = 5
+    with pytest.raises(ValueError, match="noise_std=5 must be 0 to 1"):
+        replace(settings, noise_std=5)
+    plain = {"num_samples": 1, "noise_std": 0, "seed": 0, "tap": "input", "score": "logit", "contrast": None}
+    plain |= {"method": "gradcam", "norms": "frozen"}
+    assert asdict(Settings()) == plain | {"num_samples": 10, "noise_std": 0.1}
+    assert asdict(Settings(7, 0.3, use_smooth=False)) == asdict(Settings(7, 0)) == plain
+
+
+def test_unknown_keyword_is_a_type_error(model, processor, image):
+    with pytest.raises(TypeError, match="'colour'"):
+        compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN, colour="red")
 
 
 def test_image_beyond_the_processors_aspect_ratio_is_a_value_error(model, processor):
     with pytest.raises(ValueError, match="aspect ratio"):
         compute_token_maps(model, processor, make_image(3000, 10), PROMPT, [0])
+
+
+def test_wrong_kind_of_processor_or_model_is_told_what_to_use(model, processor, image):
+    for other in (processor.tokenizer, processor.image_processor, None):
+        message = f"^a {type(other).__name__} is no processor .it has no tokenizer.: use AutoProcessor$"
+        with pytest.raises(ValueError, match=message):
+            compute_token_maps(model, other, image, PROMPT, [0])
+    part = SimpleNamespace(tokenizer=processor.tokenizer, image_processor=processor.image_processor)
+    with pytest.raises(ValueError, match="is no processor .it has no apply_chat_template."):
+        compute_token_maps(model, part, image, PROMPT, [0])
+    with pytest.raises(ValueError, match="^Qwen2_5_VLModel cannot answer: load it with AutoModelForImageTextToText$"):
+        compute_token_maps(model.model, processor, image, PROMPT, [0])
+
+
+@pytest.mark.parametrize(("size", "few"), [((56, 112), "2 x 4"), ((112, 56), "4 x 2"), ((84, 84), None)])
+def test_photo_of_hardly_any_image_tokens_is_warned_of(model, processor, recwarn, size, few):
+    found = compute_token_maps(model, processor, make_image(*size), PROMPT, [0], **CLEAN)
+    assert found.maps[0].shape == (size[1] // 28, size[0] // 28)
+    assert [(type(warning.message), str(warning.message)) for warning in recwarn] == (
+        [(ExplanationWarning, f"the photo is seen as {few} image tokens: so few cells tell hardly any places apart")]
+        if few
+        else []
+    )
+
+
+# one reading, many explanations
+
+
+def values_of(found):
+    """All that TokenMaps hold, to be compared."""
+    values = {field.name: getattr(found, field.name) for field in fields(found)}
+    return values | {"maps": {layer: cam.tolist() for layer, cam in found.maps.items()}}
+
+
+@pytest.mark.parametrize("answer", [ANSWER, None])
+def test_one_reading_serves_any_number_of_explanations(model, processor, image, monkeypatch, answer):
+    """Of other parts, layers and settings, in any order: the same as each with a reading of its own."""
+    reading = read(model, processor, image, PROMPT, answer, 6)
+    words = reading.answer.split()
+    target, layers = words[-1], [[1], [2, model.model.visual.merger]]
+    jobs = [
+        (None, layers[0], {"num_samples": 2}),
+        (target, layers[1], {"num_samples": 2, "seed": 4, "method": "hirescam", "norms": "live", "tap": "output"}),
+        (target, layers[0], {"use_smooth": False, "contrast": "犬", "score": "logprob"}),
+        (None, layers[0], {"num_samples": 2}),
+    ]
+    alone = [
+        compute_token_maps(model, processor, image, PROMPT, at, target=part, answer=answer, max_new_tokens=6, **options)
+        for part, at, options in jobs
+    ]
+    before = {name: value.clone() for name, value in reading.inputs.items()}
+    monkeypatch.setattr(model, "generate", raising(AssertionError("answers again")))
+    monkeypatch.setattr(type(processor), "__call__", raising(AssertionError("reads again")))
+    for (part, at, options), expected in zip(jobs, alone, strict=True):
+        span = core.find_target(reading.answer, part)
+        (found,) = explain(reading, [span], at, Settings(**options))
+        assert values_of(found) == values_of(expected)
+        assert any(cam.any() for cam in found.maps.values())
+    assert reading.inputs.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in reading.inputs.items())
+    assert (reading.prompt, reading.photo.tobytes()) == (PROMPT, image.tobytes())
+
+
+def test_reading_is_what_the_model_reads(model, processor, image):
+    reading = read(model, processor, image, PROMPT, ANSWER)
+    assert (reading.answer, reading.grid) == (ANSWER, (4, 6))
+    assert reading.tokens == processor.tokenizer(ANSWER)["input_ids"]
+    assert (reading.inputs["input_ids"][0, reading.positions] == model.config.image_token_id).all()
+    assert (reading.inputs["input_ids"] == model.config.image_token_id).sum() == len(reading.positions) == 24
+    assert [reading.tokens_of(span) for span in ((4, 7), (6, 9), (12, 13), (0, 1))] == [[4], [4, 5], [7, 8, 9], [0]]
+
+
+def test_several_parts_take_no_contrast(model, processor, image):
+    reading = read(model, processor, image, PROMPT, ANSWER)
+    with pytest.raises(ValueError, match="contrast='a' needs one part to take the place of, not 2"):
+        explain(reading, [(0, 3), (4, 7)], [0], Settings(contrast="a"))
+
+
+def test_parts_that_name_no_token_are_errors(model, processor, image):
+    reading = read(model, processor, image, PROMPT, ANSWER)
+    with pytest.raises(ValueError, match=r"^spans=\[\] names no part of the answer"):
+        explain(reading, [], [0])
+    for span in ((3, 3), (30, 33)):
+        with pytest.raises(
+            ValueError, match=f"^the span {re.escape(str(span))} has no token in the answer '{ANSWER}'$"
+        ):
+            explain(reading, [(0, 3), span], [0])
+
+
+def plain(value):
+    """Whether a value is of plain Python and NumPy, through and through."""
+    if isinstance(value, (dict, list, tuple, frozenset)):
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        return all(plain(part) for part in parts)
+    return value is None or type(value) in (str, int, float, np.ndarray)
+
+
+def test_results_are_plain_values(model, processor, image):
+    """They outlive the model and its graphs, and can be stored."""
+    layers = [2, model.model.visual.merger]
+    found = compute_token_maps(model, processor, image, PROMPT, layers, num_samples=2, max_new_tokens=3, tap="output")
+    values = {field.name: getattr(found, field.name) for field in fields(found)}
+    settings = values.pop("settings")
+    assert plain(values)
+    assert plain(asdict(settings))
+    assert not plain({"a": [torch.tensor(1)]})
+    assert found.maps[2].dtype == np.float32
+
+
+def test_blank_layers_are_told_apart():
+    """One without a gradient from one whose map is zero everywhere, and neither from one that has a map."""
+    some, zeros = np.array([[0, 1]], np.float32), np.zeros((1, 2), np.float32)
+    maps = {0: some, 1: zeros, "model.visual.merger": zeros, 2: zeros}
+    about = (1, 2), PROMPT, "cat", [5], "cat", (0, 3), [0]
+    found = TokenMaps(maps, *about, frozenset([2, "model.visual.merger"]), Settings())
+    no_gradient = dict.fromkeys([2, "model.visual.merger"], "no gradient")
+    assert found.blank == {1: "zero everywhere"} | no_gradient
+    assert TokenMaps({0: some}, *about, frozenset(), Settings()).blank == {}
+
+
+def test_map_that_is_zero_everywhere_is_blank_but_has_a_gradient(model, processor, image, monkeypatch):
+    monkeypatch.setitem(core.METHODS, "gradcam", lambda features, gradients: 0 * core.gradcam(features, gradients))
+    found = compute_token_maps(model, processor, image, PROMPT, [1, 2], **CLEAN, tap="output")
+    assert found.blank == {1: "zero everywhere", 2: "no gradient"}
+    assert found.no_gradient == {2}
 
 
 # what the model may do
@@ -687,25 +882,24 @@ def test_out_of_memory_says_how_many_image_tokens(model, processor, image):
         handle.remove()
 
 
-def test_gradient_that_is_not_finite_names_its_layer(model, processor, image):
+DAMAGED = "its weights may be damaged, or hold values that are not finite"
+ADVICE = {torch.float16: "load it as bfloat16 or float32", torch.bfloat16: "load it as float32"}
+ADVICE |= {torch.float32: DAMAGED, torch.float64: DAMAGED}
+
+
+@pytest.mark.parametrize("dtype", ADVICE, ids=str)
+def test_values_that_are_not_finite_name_layer_and_dtype_and_what_to_do(make_model, processor, image, dtype):
     def poison(module, args):
         args[0].register_hook(lambda gradient: gradient * float("nan"))
 
+    model = make_model(dtype)
     handle = decoder(model)[2].register_forward_pre_hook(poison)
-    try:
-        with pytest.raises(ExplanationError, match="gradient at layer 1 is not finite.*bfloat16 or float32"):
-            compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN)
-    finally:
-        handle.remove()
-
-
-def test_score_that_is_not_finite_names_the_dtype(model, processor, image):
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: output * float("inf"))
-    try:
-        with pytest.raises(ExplanationError, match="score is .*torch.float64.*bfloat16 or float32"):
-            compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN)
-    finally:
-        handle.remove()
+    with pytest.raises(ExplanationError, match=f"^the gradient at layer 1 is not finite in {dtype}: {ADVICE[dtype]}$"):
+        compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN)
+    handle.remove()
+    model.lm_head.register_forward_hook(lambda module, args, output: output.abs() * float("inf"))
+    with pytest.raises(ExplanationError, match=f"^the score is inf in {dtype}: {ADVICE[dtype]}$"):
+        compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN)
 
 
 # nothing is left behind
@@ -766,6 +960,22 @@ def test_threads_that_share_a_model_get_their_own_maps(model, processor, image):
     assert state_of(model, image)["requires_grad"] == before["requires_grad"]
 
 
+def test_model_in_training_is_explained_in_evaluation(make_model, processor, image):
+    """Its dropout is off for the pass, for the answer too, and on again behind it."""
+    model = make_model()
+    for layer in decoder(model):
+        layer.self_attn.attention_dropout = 0.5
+    answers = {"num_samples": 2, "max_new_tokens": 5}
+    expected = [compute_token_maps(model, processor, image, PROMPT, [0, 1], **each) for each in (CLEAN, answers)]
+    model.train()
+    with torch.random.fork_rng(), torch.no_grad():
+        inputs = core.prepare_inputs(model, processor, image, PROMPT)
+        assert not torch.equal(model(**inputs).logits, model(**inputs).logits)  # it does differ from one to the next
+    found = [compute_token_maps(model, processor, image, PROMPT, [0, 1], **each) for each in (CLEAN, answers)]
+    assert [values_of(one) for one in found] == [values_of(one) for one in expected]
+    assert all(module.training for module in model.modules())
+
+
 def test_no_graph_is_built_below_the_first_layer_asked_for(model, processor, image):
     needs = {}
     watched = {"vision": model.model.visual.merger, "below": decoder(model)[0], "above": decoder(model)[1]}
@@ -807,6 +1017,28 @@ def test_every_dtype_gives_the_map_of_float64(make_model, model, processor, imag
     found = compute_token_maps(make_model(dtype), processor, image, PROMPT, [1], **CLEAN, norms=norms).maps[1]
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() < tolerance * expected.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_summed_in_float32(dtype):
+    """By hand: 4097 has 13 bits; half precision, with 8 or 11, would make 4096 of it."""
+    features = torch.tensor([[[4096, 1], [0, 0], [0, 4096]]], dtype=dtype)  # (1, L, C)
+    gradient = torch.ones_like(features)
+    about = {"grid": (1, 2), "positions": torch.tensor([0, 2])}
+    reading = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vision_config=VISION)), **about)
+    rows = (tensor[0, [0, 2]] for tensor in (features, gradient))  # as the vision tower has them
+    for key, a, g in ((0, features, gradient), ("visual.merger", *rows)):
+        for method in ("gradcam", "hirescam"):
+            assert core.token_map(key, a, g, reading, method).tolist() == [[4097, 4096]]
+
+
+def test_scores_are_summed_in_float32(make_model, processor, image):
+    """Ten logits of 3e4 go beyond what float16 can hold, and their sum has the same gradient as before."""
+    model = make_model(torch.float16)
+    expected = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN).maps[1]
+    model.lm_head.register_forward_hook(lambda module, args, output: output + 3e4)
+    found = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN).maps[1]
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_last_layers_per_token_map_is_no_rounding_noise_in_bfloat16(make_model, model, processor, image):

@@ -2,21 +2,33 @@
 
 import csv
 import functools
+import gc
 import json
+import os
 import pickle
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import smooth_gradcam as core
 import test_gradcam
 import visualization_utils
 from smooth_gradcam import ExplanationError, compute_token_maps
+from studies import faithfulness
 from test_gradcam import (
+    CHOICES,
     EXAMPLES,
     FOLDERS,
     MODES_OF_FLAG,
@@ -34,6 +46,7 @@ from visualization_utils import (
     visualize_multiple_layers,
 )
 
+ROOT = Path(__file__).parent.parent
 PICTURES = ("heatmap", "superimposed")
 ANSWER = "the red cat"
 
@@ -162,7 +175,7 @@ def test_generated_answer_is_explained_without_answer_flag(drive):
 def test_a_layer_without_gradient_is_said_and_grey(drive, tmp_path):
     code, out, _ = drive("--mode", "multi", "--layers", 0, 3, "--tap", "output", "--answer", ANSWER)
     assert code == 0
-    assert "layer 3: no gradient" in out
+    assert "layer 3 has no map (no gradient): its pictures are grey panels" in out
     pixels = np.asarray(Image.open(tmp_path / "out/multilayer/layer_3_heatmap.png"))
     assert np.ptp(pixels, axis=-1).max() == 0
     assert np.ptp(np.asarray(Image.open(tmp_path / "out/multilayer/layer_0_heatmap.png")), axis=-1).max() > 0
@@ -173,7 +186,7 @@ def test_an_earlier_runs_layers_are_told_of_and_stay(drive, tmp_path):
     assert "beware" not in drive("--mode", "grid", "--layer_range", 0, 1, "--answer", ANSWER, "--save_raw")[1]
     (folder / "mine.png").write_bytes(b"mine")
     out = drive("--mode", "grid", "--layer_range", 1, 2, "--answer", ANSWER)[1]
-    assert "grid holds files of an earlier run too: 2 such as layer_0_heatmap.png" in out
+    assert "grid holds files of another run too: 4 such as layer_0_heatmap.png" in out
     assert written(folder) == {"mine.png", "maps.npz", "layer_comparison_grid.png"} | of_layers(0, 1, 2)
 
 
@@ -234,7 +247,7 @@ def test_raw_file_holds_what_the_pass_knows(raw, model_folder, image):
     assert file["tokens"].tolist() == expected.tokens
     assert file["target_tokens"].tolist() == expected.target_tokens
     assert (str(file["answer"]), str(file["target"]), int(file["seed"])) == (ANSWER, "red", 5)
-    assert json.loads(str(file["settings"])).items() >= expected.settings.items()
+    assert json.loads(str(file["settings"])).items() >= asdict(expected.settings).items()
     assert json.loads(str(file["versions"]))["torch"] == torch.__version__.split("+")[0]
 
 
@@ -343,11 +356,11 @@ def a_number(pattern, text):
 def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monkeypatch):
     """Of a model that sees: what the tiny one gives for a probability is next to nothing."""
     monkeypatch.setattr(
-        test_gradcam, "localization", lambda cam, mask: dict(zip(FITS, (0, 1, 0.25, 0.125), strict=True))
+        faithfulness, "localization", lambda cam, mask: dict(zip(FITS, (0, 1, 0.25, 0.125), strict=True))
     )
     monkeypatch.setattr(visualization_utils, "DPI", 40)
     folder = tmp_path / "out/evaluate"
-    real, tenth = test_gradcam.insertion_deletion, []
+    real, tenth = faithfulness.insertion_deletion, []
 
     def stronger(*args, **kwargs):
         measured = real(*args, **kwargs)
@@ -360,7 +373,7 @@ def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monk
         measured.random_insertion[1] *= 0.9
         return measured
 
-    monkeypatch.setattr(test_gradcam, "insertion_deletion", stronger)
+    monkeypatch.setattr(faithfulness, "insertion_deletion", stronger)
     code, out, _ = drive(*EVALUATE, "--mask", mask_path, "--randomize")
     assert code == 0
     first, second, random = (
@@ -401,7 +414,7 @@ def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monk
 )
 def test_verdict_warns_where_there_is_little_to_measure(drive, monkeypatch, probability, said):
     monkeypatch.setattr(
-        "smooth_gradcam._token_probabilities",
+        "studies.faithfulness.token_probabilities",
         lambda model, forced, pixels, scored: np.full((len(pixels), 1), probability),
     )
     assert drive(*EVALUATE)[1].count("beware") == 1
@@ -421,7 +434,7 @@ def test_the_tenth_that_the_verdict_speaks_of_is_measured(drive, tmp_path):
 def test_an_earlier_randomization_is_told_of_and_stays(drive, tmp_path):
     drive(*EVALUATE, "--randomize")
     out = drive(*EVALUATE)[1]
-    assert "evaluate holds files of an earlier run too: 2 such as randomization.csv" in out
+    assert "evaluate holds files of another run too: 2 such as randomization.csv" in out
     assert (tmp_path / "out/evaluate/randomization.png").exists()
 
 
@@ -429,7 +442,7 @@ def test_an_earlier_randomization_is_told_of_and_stays(drive, tmp_path):
 def test_answer_that_cannot_be_has_a_verdict(drive, monkeypatch):
     """Probabilities that are zero in float32."""
     monkeypatch.setattr(
-        "smooth_gradcam._token_probabilities", lambda model, forced, pixels, scored: np.zeros((len(pixels), 1))
+        "studies.faithfulness.token_probabilities", lambda model, forced, pixels, scored: np.zeros((len(pixels), 1))
     )
     code, out, _ = drive(*EVALUATE)
     assert code == 0
@@ -450,7 +463,7 @@ def test_evaluate_mode_leaves_out_a_layer_without_gradient_and_says_so(drive, tm
     flags = ["--mode", "evaluate", "--tap", "output", "--layers", 2, 3, "--steps", 3, "--answer", ANSWER]
     code, out, _ = drive(*flags, "--randomize")
     assert code == 0
-    assert "layer 3: no gradient reaches it there, so it has no map and it is left out" in out
+    assert "layer 3 has no map (no gradient): it is left out" in out
     assert " of 1 maps beat" in out
     assert [row["layer"] for row in read_csv(tmp_path / "out/evaluate/scores.csv")] == ["2", "random"]
     assert {row["layer"] for row in read_csv(tmp_path / "out/evaluate/randomization.csv")} == {"2"}
@@ -552,8 +565,8 @@ def test_words_maps_are_those_of_single_mode(drive, tmp_path):
 def test_words_mode_says_where_no_gradient_is(drive):
     code, out, _ = drive("--mode", "words", "--tap", "output", "--layers", 2, 3, "--answer", ANSWER)
     assert code == 0
-    assert out.count("no gradient reaches it there, so it has no map and its pictures are grey panels") == 1
-    assert "layer 3: no gradient" in out
+    assert out.count("has no map") == 1
+    assert "layer 3 has no map of any word (no gradient): its pictures are grey panels" in out
 
 
 # which flag acts in which mode
@@ -581,6 +594,7 @@ def test_every_flag_of_some_modes_is_known_to_the_parser():
     for flag, mode in PAIRS:
         if mode in MODES_OF_FLAG[flag]:
             value = [] if OUTSIDE[flag] is None else [OUTSIDE[flag]]
+            value += ["--target", "cat"] if flag in ("--target_occurrence", "--contrast") else []
             assert parse_args(["--mode", mode, flag, *value]).mode == mode
 
 
@@ -635,6 +649,17 @@ def bad(tmp_path_factory, image, model_folder):
     (folder / "cut.png").write_bytes((folder / "whole.png").read_bytes()[:700])
     Image.new("RGB", (2010, 10)).save(folder / "long.png")
     Image.new("RGB", image.size).save(folder / "black.png")
+    Image.fromarray(np.full((3, 3), np.nan, np.float32)).save(folder / "nan.tiff")
+    (folder / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    os.mkfifo(folder / "pipe")
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    layers = '{"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": %s}}'
+    configs = {"list": "[]", "null": "null", "deep": "[" * 100_000, "zero": layers % 0, "minus": layers % -3}
+    configs |= {"text": layers % '"28"', "odd": '{"model_type": "qwen2_5_vl", "text_config": [3]}'}
+    for name, text in configs.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(text)
     (folder / "no_config").mkdir()
     (folder / "llama").mkdir()
     (folder / "llama/config.json").write_text('{"model_type": "llama", "num_hidden_layers": 4}')
@@ -654,6 +679,11 @@ BAD = {  # flags: what the message says
     "--image_path {bad}/empty.png": "cannot be read as an image",
     "--image_path {bad}/text.png": "cannot be read as an image",
     "--image_path {bad}/cut.png": "truncated",
+    "--image_path https://example.org/a.jpg": "a.jpg is an address: download the photo",
+    "--image_path {bad}/pipe": "pipe is a folder, a pipe or a device, not an image file",
+    "--image_path {bad}/phone.jpg": "phone.jpg is a HEIC photo: convert it to JPEG, e.g. with pillow-heif",
+    "--image_path {long}": "--image_path 'aaa",
+    "--image_path {bad}/nan.tiff": "grey values from nan to nan: they must be finite",
     "--image_path {bad}/long.png": "2010 x 10 pixels: sides up to 1 : 200",
     "--layer 4": "layer 4 does not exist: the model has 0 to 3, or -4 to -1",
     "--layer -5": "layer -5 does not exist",
@@ -661,18 +691,26 @@ BAD = {  # flags: what the message says
     "--mode grid --layer_range 1 9": "layer 9 does not exist",
     "--mode grid --layer_range deep": "'deep' is none of auto, early, middle, late, all",
     "--mode grid --layer_range early 3": "--layer_range takes one of auto, early",
+    "--mode words --layers all 3": "--layers takes one of auto, early",
+    "--mode words --layers 3-1": "'3-1' is none of auto, early, middle, late, all, no index, and no list such as 6,12",
+    "--mode words --layers 1,,2": "'1,,2' is none of",
+    "--mode words --layers 0-99999": "'0-99999' is none of",
+    "--mode multi --layers 2-5": "layer 4 does not exist: the model has 0 to 3",
+    "--mode multi --layers 1 --layer_range all": "--layers and --layer_range say the same",
     "--mode multi --layers 0 4": "layer 4 does not exist",
-    "--mode single --layers 1 2": "--layers acts in multi, words, evaluate mode only; in single mode use --layer",
-    "--mode single --layer_range all": "--layer_range acts in grid mode only",
-    "--mode grid --layer 1": "--layer acts in single mode only; in grid mode use --layer_range",
+    "--mode single --layers 1 2": "--layers acts in grid, multi, words, evaluate mode only; in single mode use --layer",
+    "--mode single --layer_range all": "--layer_range acts in grid, multi, words, evaluate mode only",
+    "--mode grid --layer 1": "--layer acts in single mode only; in grid mode use --layers",
     "--mode multi --layer=1": "--layer acts in single mode only; in multi mode use --layers",
-    "--mode comparative --layers 1": "--layers acts in multi, words, evaluate mode only; in comparative mode early",
+    "--mode comparative --layers 1": "mode only; in comparative mode early, middle and late",
     "--mode all": "invalid choice: 'all'",
     "--unknown 1": "unrecognized arguments: --unknown 1",
     "--num_samples 0": "--num_samples 0 must be 1 or more",
-    "--noise_std -0.1": "--noise_std -0.1 must be finite",
-    "--noise_std nan": "--noise_std nan must be finite",
-    "--noise_std inf": "--noise_std inf must be finite",
+    "--noise_std -0.1": "--noise_std -0.1 must be 0 to 1",
+    "--noise_std nan": "--noise_std nan must be 0 to 1",
+    "--noise_std inf": "--noise_std inf must be 0 to 1",
+    "--noise_std 15": "--noise_std 15.0 must be 0 to 1 (0.15 is 15 % of the pixel range)",
+    "--num_samples 99999999999999999999": "--num_samples 99999999999999999999 must be 1 or more, and below 2^63",
     "--max_new_tokens 0": "--max_new_tokens 0 must be 1 or more",
     "--max_new_tokens 5 --answer cat": "--max_new_tokens cannot act beside --answer",
     "--max_pixels 0": "--max_pixels 0 must be 1 or more",
@@ -700,7 +738,7 @@ BAD = {  # flags: what the message says
     "--contrast dog": "--contrast 'dog' needs a --target",
     "--contrast '' --target dog": "--contrast '' is empty",
     "--target_occurrence 0 --target cat": "--target_occurrence 0 must be 1 or more",
-    "--target_occurrence 2": "--target_occurrence 2 needs a target",
+    "--target_occurrence 2": "--target_occurrence 2 needs a --target",
     "--answer 'red cat' --target cat --target_occurrence 3": "--target_occurrence 3: 'cat' is once in the answer",
     "--device gpu": "--device gpu is not there: choose auto, map, cpu",
     "--model_path {bad}/none": "none does not exist",
@@ -708,6 +746,18 @@ BAD = {  # flags: what the message says
     "--model_path {bad}/empty.png": "has no config.json",
     "--model_path {bad}/llama": "is of type llama, no vision-language model",
     "--model_path {bad}/broken": "is unreadable",
+    "--model_path {bad}/list": "list is unreadable",
+    "--model_path {bad}/null": "null is unreadable",
+    "--model_path {bad}/deep": "deep is unreadable",
+    "--model_path {bad}/odd": "odd is unreadable: its config.json holds no record where one should be",
+    "--model_path {bad}/zero": "num_hidden_layers 0: it must be 1 or more",
+    "--model_path {bad}/minus": "num_hidden_layers -3: it must be 1 or more",
+    "--model_path {bad}/text": "num_hidden_layers '28': it must be 1 or more",
+    "--model_path {bad}/none_at_all": "none_at_all does not exist",
+    "--model_path {long}": "--model_path 'aaa",
+    "--output_dir {long}": "--output_dir 'aaa",
+    "--output_dir {bad}/dangling": "dangling is a symbolic link that leads nowhere: choose another folder",
+    "--output_dir {bad}/loop/deep": "--output_dir",
     "--output_dir {bad}/text.png": "text.png/single cannot be written (Not a directory)",
 }
 
@@ -715,7 +765,7 @@ BAD = {  # flags: what the message says
 @pytest.mark.parametrize("flags", BAD)
 @pytest.mark.usefixtures("no_model")
 def test_bad_input_is_refused_before_the_model_is_loaded(drive, bad, tmp_path, flags):
-    code, out, err = drive(*(word.format(bad=bad) for word in shlex.split(flags)))
+    code, out, err = drive(*(word.format(bad=bad, long="a" * 5000) for word in shlex.split(flags)))
     assert (code, out) == (2, "")
     assert BAD[flags] in err
     assert err.count("\n") == 1
@@ -731,7 +781,9 @@ BAD_MODEL = {
     "--answer <|image_pad|>": "must be text",
     "--mode words --words zebra --max_new_tokens 3": "--words 'zebra' is not in the answer",
     "--mode words --answer ...": "--words 'content': there is none in the answer '...'",
-    "--mode evaluate --tap output --layers 3 --answer cat": "no layer has a gradient, so there is no map to evaluate",
+    "--mode evaluate --tap output --layers 3 --answer cat": "no layer has a map (no gradient, or zero",
+    "--prompt a<|im_end|>b": "'a<|im_end|>b' contains <|im_end|>, which stands for a picture or a turn",
+    "--answer 'red cat' --target zebra": "its words: red, cat",
     "--mode evaluate --target cat --contrast <|im_end|> --answer cat": "--contrast '<|im_end|>' must be text",
 }
 
@@ -838,7 +890,7 @@ def test_a_failing_pass_writes_nothing_and_says_why_in_one_line(drive, monkeypat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(test_gradcam, "compute_token_maps", fail)
+    monkeypatch.setattr(test_gradcam, "explain", fail)
     result, out, err = drive()
     assert (result, out) == (code, "")
     assert err == f"test_gradcam.py: error: {str(error) or 'MemoryError'}\n"
@@ -901,3 +953,232 @@ def test_ranges_of_28_layers():
     assert select_layers("late", 28) == list(range(18, 28))
     assert select_layers("all", 28) == list(range(28))
     assert select_layers([27, -1, 0], 28) == [27, 0]
+
+
+def test_documented_calls_check_where_to_write_before_they_compute(model, processor, image, monkeypatch):
+    monkeypatch.setattr(model, "forward", lambda **_: pytest.fail("computed"))
+    for function in (create_layer_comparison_grid, visualize_multiple_layers, single_layer_visualization):
+        with pytest.raises(ValueError, match="save_dir=None must be the path of a folder"):
+            function(model, processor, image, "What?", save_dir=None)
+
+
+def test_number_in_place_of_a_list_of_layers_is_told(model, processor, image, tmp_path):
+    with pytest.raises(ValueError, match=r"layers=1 must be a list of layers, such as \[0, -1\]"):
+        visualize_multiple_layers(model, processor, image, "What?", 1, tmp_path / "out")
+
+
+def test_comparative_analysis_can_show_all_layers_of_each_third(make_model, processor, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(visualization_utils, "DPI", 40)
+    model, options = make_model(torch.float32, layers=12), {"num_samples": 1, "answer": ANSWER}
+    few = create_comparative_analysis(model, processor, image, "What?", tmp_path / "few", **options)
+    every = create_comparative_analysis(
+        model, processor, image, "What?", tmp_path / "every", layers_per_third=None, **options
+    )
+    assert [list(third) for third in few.values()] == [[0, 2, 3], [4, 6, 7], [8, 10, 11]]
+    assert [list(third) for third in every.values()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert (tmp_path / "every/middle/layer_5_heatmap.png").exists()
+
+
+def test_names_that_users_import_from_driver_and_figures_are_there():
+    for module in (test_gradcam, visualization_utils):
+        for name in ("SmoothQwenGradCAM", "get_model_layers", "create_layer_comparison_grid"):
+            assert callable(getattr(module, name))
+        assert module.visualize_multiple_layers is visualize_multiple_layers
+        assert module.create_comparative_analysis is create_comparative_analysis
+
+
+# layers, wherever they are taken
+
+
+@pytest.mark.parametrize("flag", ["--layers", "--layer_range"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["0-3"], [0, 1, 2, 3]),
+        (["3,0"], [3, 0]),
+        (["0-1,3", "-1"], [0, 1, 3, -1]),
+        (["1", "2"], [1, 2]),
+        (["late"], ["late"]),
+        (["all"], ["all"]),
+    ],
+)
+def test_layers_are_ranges_lists_and_names_in_each_mode_that_takes_them(flag, words, expected):
+    for mode in ("grid", "multi", "words", "evaluate"):
+        assert parse_args(["--mode", mode, flag, *words]).layers == expected
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_layers_act_in_grid_mode(drive, tmp_path):
+    assert drive("--mode", "grid", "--layers", "1-2", "--answer", ANSWER)[0] == 0
+    assert written(tmp_path / "out/grid") == {"layer_comparison_grid.png"} | of_layers(1, 2)
+
+
+# flags without torch
+
+
+def test_choices_of_the_flags_are_those_of_the_modules():
+    assert tuple(core.SCORES) == CHOICES["score"]
+    assert tuple(core.METHODS) == CHOICES["method"]
+    assert tuple(core.NORMS) == CHOICES["norms"]
+    assert CHOICES["tap"] == core.TAPS
+    assert CHOICES["baseline"] == faithfulness.BASELINES
+    assert visualization_utils.LAYER_RANGES == test_gradcam.LAYER_NAMES
+    assert set(test_gradcam.SETTINGS) == {field.name for field in fields(core.Settings)}
+
+
+def test_flags_are_those_of_the_command_line_unless_given(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["test_gradcam.py", "--layer", "5"])
+    assert parse_args().layer == 5
+    assert parse_args([]).layer == -1
+
+
+DRIVER = str(ROOT / "test_gradcam.py")
+WITHOUT_TORCH = """
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, *_):
+        if name in ("torch", "transformers", "numpy", "matplotlib"):
+            raise SystemExit(f"{name} is imported")
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "flags", [["--help"], ["--lyer", "3"], ["--steps", "3"], ["--method", "cam"], ["--layer", "x"]]
+)
+def test_help_and_wrong_flags_are_answered_before_torch_is_imported(flags):
+    command = [sys.executable, "-c", WITHOUT_TORCH, DRIVER, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if flags == ["--help"] else 2), done.stderr
+    assert "is imported" not in done.stderr
+
+
+# the process
+
+
+def start(*flags, **options):
+    command = [sys.executable, DRIVER, "--device", "cpu", "--num_samples", "1", *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def check_ended(run, number, folder):
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert (out, err) == ("", "")
+    assert run.returncode in (-number, 128 + number)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_the_first_seconds_gives_no_traceback(tmp_path, number):
+    run = start("--output_dir", tmp_path / "out")
+    time.sleep(0.5)
+    check_ended(run, number, tmp_path / "out")
+
+
+def test_run_holds_its_folder_until_a_signal_ends_it(drive, tmp_path):
+    """Two at once, for they take seconds to start; another one into the same folder is told who holds it."""
+    folders = {number: tmp_path / f"out{number}" for number in (signal.SIGINT, signal.SIGTERM)}
+    runs = {number: start("--output_dir", folder, "--num_samples", 1000) for number, folder in folders.items()}
+    for number, run in runs.items():
+        while not list(folders[number].glob(f"single/{visualization_utils.STAGING}*")):
+            time.sleep(0.01)
+        code, out, err = drive("--answer", ANSWER, "--output_dir", folders[number])
+        assert (code, out) == (1, "")
+        assert f"single is being written by process {run.pid}: choose another folder" in err
+        assert err.count("\n") == 1
+    for number, run in runs.items():
+        check_ended(run, number, folders[number])
+
+
+def test_files_are_written_whatever_becomes_of_the_report(tmp_path, photo_path, model_folder):
+    expected = {">&-": 0, "| true": 0, "> /dev/full": 1}
+    flags = f"--image_path {photo_path} --model_path {model_folder} --answer cat --num_samples 1"
+    runs = []
+    for i, stdout in enumerate(expected):
+        command = f"set -o pipefail; {sys.executable} {DRIVER} {flags} --output_dir {tmp_path}/{i} {stdout}"
+        runs.append(subprocess.Popen(["bash", "-c", command], stderr=subprocess.PIPE, text=True))
+    for i, (run, code) in enumerate(zip(runs, expected.values(), strict=True)):
+        err = run.communicate()[1]
+        assert run.returncode == code
+        assert ("the files are written, but not this report" in err) == bool(code)
+        assert err.count("\n") == code
+        assert written(tmp_path / f"{i}/single") == SINGLE
+
+
+def test_working_directory_survives_a_failing_run(drive, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr(visualization_utils, "_encode", lambda content: fail_with(OSError(28, "No space left")))
+    assert drive("--answer", ANSWER, "--output_dir", "results/../out")[0] == 1
+    assert written(tmp_path) == {"thesis.txt"}
+
+
+def fail_with(error):
+    raise error
+
+
+# what is wrong is not passed over
+
+
+def test_map_that_is_zero_everywhere_is_said_and_grey(drive, tmp_path, monkeypatch):
+    monkeypatch.setitem(core.METHODS, "hirescam", lambda features, gradients: torch.zeros(len(features)))
+    code, out, _ = drive("--layer", 2, "--method", "hirescam", "--answer", ANSWER)
+    assert code == 0
+    assert "layer 2 has no map (zero everywhere): its pictures are grey panels" in out
+    assert np.ptp(np.asarray(Image.open(tmp_path / "out/single/heatmap.png")), axis=-1).max() == 0
+
+
+def test_warnings_take_one_line_each(drive):
+    flags = ["--answer", "the cat", "--target", "cat", "--contrast", "abcdefgh ijkl"]
+    code, _, err = drive(*flags, "--max_pixels", 4 * 784)
+    assert code == 0
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("test_gradcam.py: warning: the photo is seen as 2 x 1 image tokens: so few cells")
+    assert lines[1].startswith("test_gradcam.py: warning: contrast='abcdefgh ijkl' has ")
+
+
+def test_model_with_fewer_layers_than_its_weights_is_refused(drive, model_folder, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(model_folder, folder)
+    text = (folder / "config.json").read_text()
+    assert '"num_hidden_layers": 4' in text
+    config = json.loads(text)
+    config["text_config"] |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "max_window_layers": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = drive("--model_path", folder)
+    assert code == 2
+    assert re.search(r"has \d+ weights that its config.json does not know: \S*layers.3\.\S*, ...: the model would", err)
+
+
+def test_weights_beside_the_model_are_warned_of(drive, model_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "more"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors") | {"value_head.weight": torch.zeros(2)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = drive("--model_path", folder, "--answer", ANSWER)
+    assert code == 0
+    assert err.endswith("has 1 weights that its config.json does not know: value_head.weight\n")
+
+
+# memory
+
+
+@pytest.mark.parametrize("mode", ["grid", "words"])
+def test_pictures_of_the_photos_size_are_not_kept(drive, tmp_path, image, mode):
+    """One megapixel, 2 pictures of each of 4 layers, of one word or three: kept, they would be 26 MB and more."""
+    image.resize((1200, 900)).save(tmp_path / "large.png")
+    flags = ["--mode", mode, "--layers", "all", "--image_path", tmp_path / "large.png", "--answer", "red cat dog tree"]
+    drive(*flags)  # what is loaded once
+    gc.collect()
+    tracemalloc.start()
+    code, _, err = drive(*flags)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (code, err) == (0, "")
+    assert peak < 20e6

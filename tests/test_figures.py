@@ -5,23 +5,23 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import make_image
 from PIL import Image
 
 import visualization_utils
-from smooth_gradcam import Faithfulness, TokenMaps, colorize_cam
-from test_gradcam import randomization_rows, score_rows
+from smooth_gradcam import Settings, TokenMaps, colorize_cam, render_cam
+from studies.faithfulness import Faithfulness, draw_faithfulness, draw_randomization, randomization_rows, score_rows
+from studies.words import draw_words, page_data
 from visualization_utils import (
+    LayerPictures,
     Page,
+    comparative_layers,
     draw_comparative,
-    draw_faithfulness,
     draw_grid,
     draw_multilayer,
-    draw_randomization,
     draw_single,
-    draw_words,
     excerpt,
     font_families,
-    representative_thirds,
     split_at_span,
     split_thirds,
     spread,
@@ -44,8 +44,10 @@ def make_photo(grid):
     return Image.new("RGB", (grid[1] * 28, grid[0] * 28), "white")
 
 
-def make_maps(maps, *, answer=ANSWER, prompt="What is in this image?", target=None, **settings):
-    usual = {"num_samples": 5, "noise_std": 0.1, "seed": 0, "score": "logit", "method": "gradcam", "tap": "input"}
+def make_maps(
+    maps, *, answer=ANSWER, prompt="What is in this image?", target=None, why="no gradient", settings=None, **changes
+):
+    """Maps of an answer; `why` those that are zero everywhere are so."""
     start = 0 if target is None else answer.index(target)
     target = answer if target is None else target
     return TokenMaps(
@@ -57,9 +59,14 @@ def make_maps(maps, *, answer=ANSWER, prompt="What is in this image?", target=No
         target=target,
         target_span=(start, start + len(target)),
         target_tokens=[0],
-        no_gradient=frozenset(layer for layer, cam in maps.items() if not cam.any()),
-        settings=usual | {"norms": "frozen", "contrast": None, "max_new_tokens": 128} | settings,
+        no_gradient=frozenset(layer for layer, cam in maps.items() if why == "no gradient" and not cam.any()),
+        settings=settings or Settings(5, 0.1, **changes),
     )
+
+
+def drawn(content):
+    """A file's picture: some are drawn only when they are written."""
+    return content() if callable(content) else content
 
 
 def hot_spot(grid, cell):
@@ -103,21 +110,6 @@ def greyish(pixel):
     return (np.ptp(pixel, axis=0) == 0) & (abs(pixel[0] - 204) < 2)
 
 
-@pytest.mark.parametrize("grid", FORMATS.values(), ids=FORMATS)
-def test_a_map_without_gradient_is_a_grey_panel_with_words(grid):
-    maps = make_maps({3: hot_spot(grid, (0, 0)), 8: np.zeros(grid, np.float32)})
-    results, files = draw_grid(make_photo(grid), maps)
-    for kind in ("heatmap", "superimposed"):
-        panel = files[f"layer_8_{kind}.png"]
-        assert panel.shape == files[f"layer_3_{kind}.png"].shape
-        assert np.ptp(panel, axis=-1).max() == 0
-        assert 0.01 < np.mean(panel < 150) < 0.4  # the words
-    assert not results[8]["cam"].any()
-    assert share_of(files["layer_comparison_grid.png"], greyish) > 0.03
-    alive = draw_grid(make_photo(grid), make_maps({3: hot_spot(grid, (0, 0)), 8: hot_spot(grid, (0, 0))}))[1]
-    assert share_of(alive["layer_comparison_grid.png"], greyish) < 0.001
-
-
 def test_every_layer_is_in_the_figure_and_has_its_files():
     grid = FORMATS["landscape"]
     maps = {layer: hot_spot(grid, (0, 0)) for layer in range(28)}
@@ -126,20 +118,21 @@ def test_every_layer_is_in_the_figure_and_has_its_files():
     names = {f"layer_{i}_{kind}.png" for i in range(28) for kind in ("heatmap", "superimposed")}
     assert set(files) == names | {"original_image.png", "all_layers_comparison.png"}
     few = draw_multilayer(make_photo(grid), make_maps({0: maps[0]}))[1]
-    assert len(files["all_layers_comparison.png"]) < 11 * visualization_utils.DPI  # a page
-    assert share_of(few["all_layers_comparison.png"], blueish) > 0.05
+    assert len(drawn(files["all_layers_comparison.png"])) < 11 * visualization_utils.DPI  # a page
+    assert share_of(drawn(few["all_layers_comparison.png"]), blueish) > 0.05
 
 
-def test_comparative_results_are_the_layers_of_each_third():
-    grid, thirds = FORMATS["portrait"], representative_thirds(28)
+@pytest.mark.parametrize("per_third", [3, None])
+def test_comparative_results_are_the_layers_of_each_third(per_third):
+    grid, thirds = FORMATS["portrait"], comparative_layers(28, per_third)
     layers = [layer for third in thirds.values() for layer in third]
     maps = make_maps({layer: hot_spot(grid, (0, 0)) for layer in layers})
     results, files = draw_comparative(make_photo(grid), maps, thirds)
     assert {name: list(part) for name, part in results.items()} == thirds
-    assert "comparative_analysis.png" in files
+    names = {"comparative_analysis.png", *(f"{name}/layer_comparison_grid.png" for name in thirds)}
     for name, part in thirds.items():
-        assert f"{name}/layer_comparison_grid.png" in files
-        assert all(f"{name}/layer_{layer}_heatmap.png" in files for layer in part)
+        names |= {f"{name}/layer_{layer}_{kind}.png" for layer in part for kind in ("heatmap", "superimposed")}
+    assert set(files) == names
 
 
 def test_thirds_hold_every_layer_once_in_order():
@@ -149,6 +142,17 @@ def test_thirds_hold_every_layer_once_in_order():
         assert all(thirds.values())
     with pytest.raises(ValueError, match="the model has 2"):
         split_thirds(2)
+
+
+def test_comparative_analysis_has_some_layers_of_each_third_or_all():
+    some = {"early": [0, 4, 8], "middle": [9, 13, 17], "late": [18, 22, 27]}
+    assert comparative_layers(28) == comparative_layers(28, 3) == some
+    assert comparative_layers(28, None) == comparative_layers(28, 99) == split_thirds(28)
+    assert comparative_layers(28, 1) == {"early": [0], "middle": [9], "late": [18]}
+    assert comparative_layers(4, 3) == comparative_layers(4, None) == {"early": [0], "middle": [1], "late": [2, 3]}
+    for value in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"layers_per_third={value!r} must be a whole number, 1 or more"):
+            comparative_layers(28, value)
 
 
 def test_spread_has_the_ends_and_no_more_than_there_are():
@@ -174,7 +178,7 @@ TEXTS = {
 def test_any_text_can_be_drawn(text):
     grid = FORMATS["landscape"]
     maps = make_maps({0: hot_spot(grid, (0, 0))}, answer=text, prompt=text)
-    figure = draw_single(make_photo(grid), maps)[1]["visualization.png"]
+    figure = drawn(draw_single(make_photo(grid), maps)[1]["visualization.png"])
     assert figure.shape[1] == round(7.2 * visualization_utils.DPI)
     assert len(figure) < 8 * visualization_utils.DPI
     assert (figure[:, -4:] == 255).all()  # nothing runs out of the page
@@ -210,14 +214,16 @@ def test_explained_part_changes_the_figure_and_is_yellow():
         return (pixel[0] == 255) & (pixel[1] == 224) & (pixel[2] == 138)
 
     cam = hot_spot(grid, (0, 0))
-    whole = draw_single(make_photo(grid), make_maps({0: cam}))[1]["visualization.png"]
-    part = draw_single(make_photo(grid), make_maps({0: cam}, target="red car"))[1]["visualization.png"]
+    whole, part = (
+        drawn(draw_single(make_photo(grid), make_maps({0: cam}, target=target))[1]["visualization.png"])
+        for target in (None, "red car")
+    )
     assert share_of(whole, yellow) == 0
     assert share_of(part, yellow) > 0.0005
 
 
 def test_colour_scale_runs_from_the_maps_blue_to_its_red():
-    page = Page(2, ["DejaVu Sans"])
+    page = Page(2, "")
     page.colour_scale(0.5, 0.2, 1, 0.2, colorize_cam(np.linspace(0, 1, 256)), (0, 1), 7)
     row = page.finish(1)[round(0.3 * visualization_utils.DPI)].astype(int)
     assert is_blue(row[round(0.51 * visualization_utils.DPI)])
@@ -228,9 +234,14 @@ def test_colour_scale_runs_from_the_maps_blue_to_its_red():
 def test_extreme_photos_can_be_drawn(size):
     photo = Image.new("RGB", size, "white")
     maps = make_maps({0: hot_spot((2, 3), (0, 0)), 1: np.zeros((2, 3), np.float32)})
-    _, files = draw_grid(photo, maps)
-    assert files["layer_0_heatmap.png"].shape == (size[1], size[0], 3)
-    draw_single(photo, make_maps({0: hot_spot((2, 3), (0, 0))}))
+    alone = make_maps({0: hot_spot((2, 3), (0, 0))})
+    files = draw_grid(photo, maps)[1] | draw_single(photo, alone)[1] | words_files(photo, [maps])
+    figures = ("layer_comparison_grid.png", "visualization.png", "words_by_layer.png")
+    for name, content in files.items():
+        if name in figures:
+            assert drawn(content).shape[1] == round(7.2 * visualization_utils.DPI)
+        elif name.endswith(".png"):
+            assert drawn(content).shape == (size[1], size[0], 3)
 
 
 # figures of measures and words
@@ -241,16 +252,24 @@ SHAPES = {"landscape": (12, 16), "portrait": (16, 12), "wide": (3, 27), "tall": 
 
 
 @pytest.fixture
-def pages(monkeypatch):
-    """The pages that are drawn, as matplotlib's figures."""
-    seen, real = [], visualization_utils.figure_to_array
+def drawings(monkeypatch):
+    """The pages that are drawn, as matplotlib's figures, and the words on grey panels."""
+    pages, panels, real = [], [], visualization_utils.figure_to_array
 
     def keep(figure):
-        seen.extend([figure] * (len(figure.axes) > 0))  # a grey panel has none
+        if figure.axes:
+            pages.append(figure)
+        else:
+            panels.append(figure.texts[0].get_text())
         return real(figure)
 
     monkeypatch.setattr(visualization_utils, "figure_to_array", keep)
-    return seen
+    return pages, panels
+
+
+@pytest.fixture
+def pages(drawings):
+    return drawings[0]
 
 
 def check_layout(figure):
@@ -277,12 +296,17 @@ def texts_of(figure):
     return [text.get_text() for text in figure.texts]
 
 
+def prose_of(figure):
+    """All that is written, without line breaks."""
+    return " ".join(" ".join(texts_of(figure)).split())
+
+
 def bumps(grid, seed):
     return np.random.default_rng(seed).random(grid).astype(np.float32)
 
 
-def layered(grid, layers, blind=(), **options):
-    maps = {layer: bumps(grid, layer) * (layer not in blind) for layer in layers}
+def layered(grid, layers, blind=(), seed=0, **options):
+    maps = {layer: bumps(grid, [seed, layer]) * (layer not in blind) for layer in layers}
     return make_maps(maps, **{"target": "dog"} | options)
 
 
@@ -290,7 +314,7 @@ def measured(token_maps, orders):
     shares = np.linspace(0, 1, 9)
     powers = np.linspace(0.2, 1.5, len(token_maps.maps))
     curves = {layer: shares**power for layer, power in zip(token_maps.maps, powers, strict=True)}
-    curves = {layer: curve for layer, curve in curves.items() if layer not in token_maps.no_gradient}
+    curves = {layer: curve for layer, curve in curves.items() if layer not in token_maps.blank}
     random = np.array([shares**power for power in np.linspace(0.8, 1.2, orders)]).reshape(orders, -1 if orders else 9)
     falling = {layer: 1 - curve for layer, curve in curves.items()}
     return Faithfulness(shares, curves, falling, random, 1 - random, "blur", 100)
@@ -336,9 +360,10 @@ def test_figure_of_curves_has_room_for_all(pages, layers, shape, mask, orders, b
         low, high = line.axes.get_ylim()
         assert low < min(line.get_ydata())
         assert max(line.get_ydata()) < high
-    caption = " ".join(" ".join(texts_of(figure)).split())
-    assert ("Left out: layer 27" in caption) == bool(blind)
-    assert (f"mean of {orders} random order" in caption) == bool(orders)
+    caption = prose_of(figure)
+    assert ("Left out, as it has no map: layer 27 (no gradient)." in caption) == bool(blind)
+    dashed = {1: "one random order", 5: "mean of 5 random orders, with their range"}
+    assert (f" Dashed grey: {dashed.get(orders)}. " in caption) == ("Dashed grey" in caption) == bool(orders)
     assert ("minus that of the contrast" in caption) == ("contrast" in options)
     assert ("rather than “blue bus" in caption) == ("contrast" in options)
 
@@ -396,12 +421,17 @@ def test_figure_of_redrawn_weights_has_room_for_all(pages, layers, numbers, shap
             assert axes.get_ylim()[0] < min(line.get_ydata())
 
 
+def words_files(photo, maps):
+    return draw_words(photo, "photo.jpg", maps, [[0.5]] * len(maps), [["x"]] * len(maps))[1]
+
+
 PLACES = "There is a plane at the top left, a house on the right, a dog at the bottom left and a bicycle at the bottom."
 PARTS = {
     "one": ["dog"],
     "ten": ["plane", "top", "left", "house", "right", "dog", "bottom", "left", "bicycle", "bottom"],
     "all": PLACES.replace(",", "").replace(".", "").split(),
 }
+GREY_WORDS = "Grey: the word has no map at that layer, for the reason that stands there."
 SCRIPTS = "左上角有一只狗 🐕, extraordinarilylongcompoundword 中间有"
 
 
@@ -410,9 +440,8 @@ def worded(words, answer, grid, layers, blind=()):
     for word in words:
         start = answer.index(word, end)
         end = start + len(word)
-        maps.append(
-            dataclasses.replace(layered(grid, layers, blind, answer=answer, target=word), target_span=(start, end))
-        )
+        token_maps = layered(grid, layers, blind, seed=start, answer=answer, target=word)
+        maps.append(dataclasses.replace(token_maps, target_span=(start, end)))
     return maps
 
 
@@ -433,7 +462,7 @@ def worded(words, answer, grid, layers, blind=()):
 def test_figure_of_words_has_room_for_all(pages, words, answer, shape, layers, blind):
     grid = SHAPES[shape]
     maps = worded(words, answer, grid, layers, blind)
-    files = draw_words(make_photo(grid), "photo.jpg", maps, [[0.5]] * len(maps), [["x"]] * len(maps))[1]
+    page = drawn(words_files(make_photo(grid), maps)["words_by_layer.png"])
     (figure,) = pages
     check_layout(figure)
     cells = [axes for axes in figure.axes if axes.images]
@@ -442,17 +471,380 @@ def test_figure_of_words_has_room_for_all(pages, words, answer, shape, layers, b
     assert all(word in found for word in words)
     names = [f"layer {layer}" for layer in layers]
     assert [text for text in texts_of(figure) if text in names] == names * -(-len(words) // 10)
-    assert (
-        len(files["words_by_layer.png"]) < (2 + 1.7 * len(layers) * -(-len(words) // 10) + 2) * visualization_utils.DPI
-    )
-    grey = share_of(files["words_by_layer.png"], greyish)
+    assert len(page) < (2 + 1.7 * len(layers) * -(-len(words) // 10) + 2) * visualization_utils.DPI
+    grey = share_of(page, greyish)
     assert grey > 0.03 if blind and shape == "landscape" else grey > 0.01 if blind else grey < 0.005
-    assert ("no gradient reaches the layer" in " ".join(" ".join(texts_of(figure)).split())) == bool(blind)
+    assert (GREY_WORDS in prose_of(figure)) == bool(blind)
 
 
 def test_text_before_a_word_is_that_next_to_it(pages):
     maps = worded(["bicycle"], PLACES, SHAPES["landscape"], [3])
-    draw_words(make_photo(maps[0].grid), "photo.jpg", maps, [[0.5]], [["x"]])
-    before = texts_of(pages[0])
-    assert any(text.endswith("left and a") for text in before)
-    assert "bicycle" in before
+    drawn(words_files(make_photo(maps[0].grid), maps)["words_by_layer.png"])
+    assert any(text.endswith("left and a") for text in texts_of(pages[0]))
+
+
+# what stands where in a figure
+
+
+def box_of(artist):
+    """(left, top, right, bottom) in pixels of the page, from its top left."""
+    height, box = artist.figure.bbox.height, artist.get_window_extent()
+    return np.array([box.x0, height - box.y1, box.x1, height - box.y0])
+
+
+def middle(box):
+    return (box[:2] + box[2:]) / 2
+
+
+def crops(figure, page):
+    """[(box, the page's pixels there)] of every picture, from above and from the left, but for the colour scale."""
+    boxes = [box_of(axes) for axes in figure.axes if axes.images and len(axes.images[0].get_array()) > 1]
+    found = []
+    for box in sorted(boxes, key=lambda box: tuple(box[[1, 0]].round())):
+        left, top, right, bottom = box.round().astype(int)
+        found.append((box, page[top:bottom, left:right]))
+    return found
+
+
+def found_under(figure, page, labels):
+    """{label: the pictures below it, nearer to it than to the others above them}; those under none are left out."""
+    boxes = {text.get_text(): box_of(text) for text in figure.texts if text.get_text() in labels}
+    assert list(boxes) == list(labels)
+    found = {label: [] for label in labels}
+    for box, crop in crops(figure, page):
+        top = np.array([box[[0, 2]].mean(), box[1]])
+        above = {label: np.hypot(*(middle(at) - top)) for label, at in boxes.items() if at[3] < box[1] + 1}
+        if above:
+            found[min(above, key=above.get)].append(crop)
+    return found
+
+
+def unlike(crop, picture):
+    """Mean difference, in levels of 255, of a picture on a page and one of any size, inside the frame."""
+    size = crop.shape[1::-1]
+    resized = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+    return np.abs(crop.astype(int) - resized)[2:-2, 2:-2].mean()
+
+
+CLOSE, FAR = 12, 30  # pictures are laid on whole pixels, and steep colours show it
+SIDES = {"landscape": (336, 224), "portrait": (224, 336)}
+
+
+def varied(size, layers, **options):
+    """A photo and random maps of 4 x 6 or 6 x 4 cells: no two pictures of them are alike."""
+    return make_image(*size), layered((size[1] // 56, size[0] // 56), layers, **options)
+
+
+@pytest.mark.parametrize("size", SIDES.values(), ids=SIDES)
+def test_panels_of_a_layer_are_the_written_pictures(pages, size):
+    photo, maps = varied(size, [7])
+    results, files = draw_single(photo, maps)
+    page = drawn(files["visualization.png"])
+    check_layout(pages[0])
+    found = found_under(pages[0], page, ["Photo", "Heatmap", "Overlay"])
+    expected = {"Photo": np.asarray(photo), "Heatmap": results["heatmap"], "Overlay": results["superimposed"]}
+    for label, (crop,) in found.items():
+        assert unlike(crop, expected[label]) < CLOSE
+        for other in (crop[::-1], crop[:, ::-1], crop.transpose(1, 0, 2)):
+            assert unlike(other, expected[label]) > FAR
+    assert "Smooth Grad-CAM, layer 7" in texts_of(pages[0])
+
+
+@pytest.mark.parametrize("layers", [[5], [9, 4, 27], range(28)], ids=["one", "three", "all"])
+@pytest.mark.parametrize("size", SIDES.values(), ids=SIDES)
+def test_pictures_under_a_layers_number_are_its_own(pages, size, layers):
+    photo, maps = varied(size, layers)
+    results, files = draw_grid(photo, maps)
+    page = drawn(files["layer_comparison_grid.png"])
+    check_layout(pages[0])
+    assert unlike(crops(pages[0], page)[0][1], np.asarray(photo)) < CLOSE
+    check_pictures(found_under(pages[0], page, [f"layer {layer}" for layer in layers]), results)
+
+
+def check_pictures(found, results):
+    """Under each layer are the heatmap and then the overlay, of none but that layer."""
+    names = [f"layer {layer}" for layer in results]
+    assert list(found) == names
+    following = [*list(results.values())[1:], *list(results.values())[:1]]
+    for name, pictures, others in zip(names, results.values(), following, strict=True):
+        for crop, kind in zip(found[name], ("heatmap", "superimposed"), strict=True):
+            assert unlike(crop, pictures[kind]) < CLOSE
+            assert others is pictures or unlike(crop, others[kind]) > FAR
+
+
+@pytest.mark.parametrize(("side", "per_third"), [("landscape", 3), ("portrait", 3), ("portrait", None)])
+def test_thirds_are_rows_under_their_names(pages, monkeypatch, side, per_third):
+    monkeypatch.setattr(visualization_utils, "DPI", 200)  # ten columns of pairs are narrow
+    thirds = comparative_layers(28, per_third)
+    photo, maps = varied(SIDES[side], sum(thirds.values(), []))
+    results, files = draw_comparative(photo, maps, thirds)
+    page = drawn(files["comparative_analysis.png"])
+    check_layout(pages[0])
+    numbers = {text.get_text(): box_of(text) for text in pages[0].texts if text.get_text().startswith("layer ")}
+    check_pictures(found_under(pages[0], page, numbers), {k: v for part in results.values() for k, v in part.items()})
+    tops = {name: {numbers[f"layer {layer}"][1] for layer in part} for name, part in thirds.items()}
+    assert all(len(top) == 1 for top in tops.values())
+    below = [top for (top,) in tops.values()][1:] + [len(page)]
+    sides = {text.get_text().split()[0]: middle(box_of(text))[1] for text in pages[0].texts if text.get_rotation()}
+    assert list(sides) == list(thirds)
+    for (name, (top,)), end in zip(tops.items(), below, strict=True):
+        assert top < sides[name] < end
+    for name, part in results.items():
+        page = drawn(files[f"{name}/layer_comparison_grid.png"])
+        assert f"Smooth Grad-CAM, {name} layers" in texts_of(pages[-1])
+        check_pictures(found_under(pages[-1], page, [f"layer {layer}" for layer in part]), part)
+
+
+def check_words(figure, page, maps, results):
+    """Rows stand beside their layer, columns under their word, which stands under the text before it."""
+    layers = [f"layer {layer}" for layer in maps[0].maps]
+    numbers = {text: box_of(text) for text in figure.texts if text.get_text() in layers}
+    heads = {text: box_of(text) for text in figure.texts if (text.get_weight(), text.get_size()) == ("bold", 7)}
+    before = {text: box_of(text) for text in figure.texts if text.get_color() == "0.45"}
+    words, cells = {f"w{i:02d}": f"a{i:02d}" for i in range(len(maps))}, []
+    assert unlike(crops(figure, page)[0][1], np.asarray(make_image(336, 224))) < CLOSE
+    for box, crop in crops(figure, page)[1:]:
+
+        def above(texts, box=box):
+            """The nearest of those that begin where the box does."""
+            here = [text for text, at in texts.items() if abs(at[0] - box[0]) < 3 and at[3] < box[1] + 3]
+            return max(here, key=lambda text: texts[text][3])
+
+        row = min(numbers, key=lambda text: abs(middle(numbers[text]) - middle(box))[1])
+        assert abs(middle(numbers[row]) - middle(box))[1] < 3
+        head = above(heads)
+        word, layer = head.get_text().strip(",."), int(row.get_text().split()[1])
+        text = above(before, heads[head])
+        assert text.get_text() == words[word]
+        assert heads[head][1] - before[text][3] < 8
+        assert unlike(crop, results[word][layer]["superimposed"]) < CLOSE
+        cells.append((word, layer))
+    return cells
+
+
+def numbered_words(count, layers):
+    """A photo and maps of "a00 w00, a01 w01, ..."."""
+    answer = ", ".join(f"a{i:02d} w{i:02d}" for i in range(count)) + "."
+    return make_image(336, 224), worded([f"w{i:02d}" for i in range(count)], answer, (4, 6), layers)
+
+
+def test_pictures_of_words_stand_under_their_word_and_beside_their_layer(pages):
+    photo, maps = numbered_words(13, [3, 27, 9])
+    results, files = draw_words(photo, "", maps, [[0.5]] * 13, [["x"]] * 13)
+    page = drawn(files["words_by_layer.png"])
+    blocks = [maps[:10], maps[10:]]
+    expected = [(word.target, layer) for block in blocks for layer in (3, 27, 9) for word in block]
+    assert check_words(pages[0], page, maps, results) == expected
+    assert "Smooth Grad-CAM, word by word" in texts_of(pages[0])
+    first, second = results["w00"][3]["superimposed"], results["w01"][3]["superimposed"]
+    assert unlike(first, second) > FAR < unlike(first, results["w00"][27]["superimposed"])
+
+
+def test_long_answers_take_several_pages_and_each_word_stands_once(pages):
+    photo, maps = numbered_words(12, range(28))
+    results, files = draw_words(photo, "", maps, [[0.5]] * 12, [["x"]] * 12)
+    names = [name for name in files if name.endswith(".png")]
+    assert names == ["words_by_layer.png", "words_by_layer_2.png"]
+    for i, name in enumerate(names):
+        page, shown = drawn(files[name]), maps[10 * i : 10 * i + 10]
+        assert len(page) / visualization_utils.DPI * 200 < 65_000  # matplotlib's limit is 65 536 pixels
+        check_layout(pages[i])
+        expected = [(word.target, layer) for layer in range(28) for word in shown]
+        assert check_words(pages[i], page, maps, results) == expected
+        span = f"{10 * i + 1}–{10 * i + len(shown)}"
+        assert f"Smooth Grad-CAM, word by word ({span} of 12)" in texts_of(pages[i])
+
+
+def test_picture_beside_the_curves_is_that_of_the_layer_that_leads(pages):
+    photo, maps = varied(SIDES["landscape"], [3, 9, 4])
+    result = measured(maps, 5)  # of falling difference
+    swapped = {3: result.insertion[9], 9: result.insertion[3], 4: result.insertion[4]}
+    result = dataclasses.replace(result, insertion=swapped)
+    page = draw_faithfulness(photo, maps, result, score_rows(maps, result, None))
+    ((box, crop),) = crops(pages[0], page)
+    assert unlike(crop, LayerPictures(photo, maps, 9)["superimposed"]) < CLOSE
+    (name,) = (text for text in pages[0].texts if text.get_text() == "layer 9, the largest difference")
+    assert box[3] < box_of(name)[1] < box[3] + 20
+
+
+def test_heatmaps_of_redrawn_weights_stand_under_their_number(pages):
+    photo, given = varied(SIDES["landscape"], [3, 9, 4])
+    staged = {number: varied(SIDES["landscape"], [3, 9, 4], seed=number)[1] for number in (14, 28)}
+    staged = {0: given} | staged
+    page = draw_randomization(photo, staged, randomization_rows(staged))
+    found = found_under(pages[0], page, ["the model", "14 re-drawn", "28 re-drawn"])
+    for (crop,), maps in zip(found.values(), staged.values(), strict=True):
+        assert unlike(crop, LayerPictures(photo, maps, 9)["heatmap"]) < CLOSE
+    assert "the heatmap of layer 9 as" in prose_of(pages[0])
+
+
+# pictures of one layer
+
+
+def test_layers_pictures_are_drawn_when_asked_for(monkeypatch):
+    photo, maps = varied(SIDES["portrait"], [3, 9])
+    asked, real = [], visualization_utils.draw_layer
+    monkeypatch.setattr(
+        visualization_utils, "draw_layer", lambda *args, **kwargs: asked.append(args[2]) or real(*args, **kwargs)
+    )
+    pictures = LayerPictures(photo, maps, 9)
+    results = [draw_grid(photo, maps)[0], draw_multilayer(photo, maps)[0]]
+    results += draw_comparative(photo, maps, {"early": [3], "late": [9]})[0].values()
+    results += draw_words(photo, "", [maps], [[0.5]], [["x"]])[0].values()
+    assert list(pictures) == ["superimposed", "heatmap", "cam"]
+    assert pictures["cam"] is maps.maps[9]
+    assert asked == []
+    for part in results:
+        for layer, drawn_later in part.items():
+            assert list(drawn_later) == ["superimposed", "heatmap", "cam"]
+            assert (drawn_later["heatmap"] == render_cam(photo, maps.maps[layer])[1]).all()
+    assert asked == [3, 9, 3, 9, 3, 9, 3, 9]
+    assert (pictures["heatmap"] == pictures["heatmap"]).all()
+    assert asked[8:] == [9, 9]
+
+
+def test_layers_pictures_have_three_keys_and_are_those_of_the_core():
+    photo, maps = varied(SIDES["portrait"], [3, 9])
+    pictures = LayerPictures(photo, maps, 9)
+    superimposed, heatmap = render_cam(photo, maps.maps[9])
+    assert set(pictures) == set(dict(pictures)) == {"superimposed", "heatmap", "cam"}
+    assert len(pictures) == 3
+    np.testing.assert_array_equal(pictures["superimposed"], superimposed)
+    np.testing.assert_array_equal(pictures["heatmap"], heatmap)
+    np.testing.assert_array_equal(pictures["cam"], maps.maps[9])
+    for name in ("overlay", "Heatmap", 9, None):
+        assert name not in pictures
+        assert pictures.get(name) is None
+        with pytest.raises(KeyError):
+            pictures[name]
+
+
+# layers without a map
+
+
+@pytest.mark.parametrize("why", ["no gradient", "zero everywhere"])
+@pytest.mark.parametrize("grid", FORMATS.values(), ids=FORMATS)
+def test_a_layer_without_a_map_is_a_grey_panel_with_words(drawings, grid, why):
+    pages, panels = drawings
+    photo, zero, hot = make_photo(grid), np.zeros(grid, np.float32), hot_spot(grid, (0, 0))
+    maps, blank = make_maps({3: hot, 8: zero}, why=why), make_maps({8: zero}, why=why)
+    alive = make_maps({3: hot, 8: hot})
+    for draw, figure, names, prefix in (
+        (draw_grid, "layer_comparison_grid.png", {"heatmap", "superimposed"}, "layer_8_"),
+        (draw_single, "visualization.png", {"heatmap", "superimposed_result"}, ""),
+    ):
+        results, files = draw(photo, blank if draw is draw_single else maps)
+        panels.clear()
+        for name in names:
+            panel = drawn(files[f"{prefix}{name}.png"])
+            assert panel.shape[1::-1] == photo.size
+            assert np.ptp(panel, axis=-1).max() == 0
+            assert 0.01 < np.mean(panel < 150) < 0.4  # the words
+        page = drawn(files[figure])
+        assert set(panels) == {f"{why}:\nno map"}
+        assert share_of(page, greyish) > 0.03
+        assert f" Grey: no map at layer 8 ({why})." in prose_of(pages[-1])
+        pictures = results if draw is draw_single else results[8]
+        assert not pictures["cam"].any()
+        assert np.ptp(pictures["heatmap"], axis=-1).max() == np.ptp(pictures["superimposed"], axis=-1).max() == 0
+    grey = found_under(pages[0], drawn(draw_grid(photo, maps)[1]["layer_comparison_grid.png"]), ["layer 3", "layer 8"])
+    assert all(np.ptp(crop, axis=-1).max() == 0 for crop in grey["layer 8"])
+    page = drawn(draw_grid(photo, alive)[1]["layer_comparison_grid.png"])
+    assert share_of(page, greyish) < 0.001
+    assert "Grey" not in prose_of(pages[-1])
+
+
+@pytest.mark.parametrize("why", ["no gradient", "zero everywhere"])
+def test_a_word_without_a_map_is_a_grey_panel_and_has_no_map_in_the_page(drawings, why):
+    pages, panels = drawings
+    photo, maps = numbered_words(2, [3, 9])
+    zero = {3: np.zeros((4, 6), np.float32), 9: maps[1].maps[9]}
+    maps[1] = dataclasses.replace(maps[1], maps=zero, no_gradient=frozenset([3] * (why == "no gradient")))
+    page = drawn(words_files(photo, maps)["words_by_layer.png"])
+    assert panels == [f"{why}:\nno map"]
+    assert [np.ptp(crop, axis=-1).max() == 0 for _, crop in crops(pages[0], page)[1:]] == [False, True, False, False]
+    assert GREY_WORDS in prose_of(pages[0])
+    data = page_data(photo, "", maps, [[0.5]] * 2, [["x"]] * 2)
+    assert [[bool(text) for text in word["maps"]] for word in data["words"]] == [[True, True], [False, True]]
+    assert data["words"][1]["maps"][0] == ""
+
+
+def test_layers_without_a_map_are_told_with_their_reasons_where_they_are_shown(pages):
+    photo, maps = varied(SIDES["landscape"], range(9), blind=[2, 4, 7])
+    maps = dataclasses.replace(maps, no_gradient=frozenset([7]))
+    files = draw_comparative(photo, maps, split_thirds(9))[1]
+    for name, said in {
+        "comparative_analysis.png": "layer 2 (zero everywhere), layer 4 (zero everywhere), layer 7 (no gradient)",
+        "early/layer_comparison_grid.png": "layer 2 (zero everywhere)",
+        "middle/layer_comparison_grid.png": "layer 4 (zero everywhere)",
+        "late/layer_comparison_grid.png": "layer 7 (no gradient)",
+    }.items():
+        drawn(files[name])
+        assert prose_of(pages[-1]).endswith(f" image tokens. Grey: no map at {said}.")
+    result = measured(maps, 5)
+    draw_faithfulness(photo, maps, result, score_rows(maps, result, None))
+    assert prose_of(pages[-1]).endswith(
+        " Left out, as it has no map: layer 2 (zero everywhere), layer 4 (zero everywhere), layer 7 (no gradient)."
+    )
+
+
+# what is said of the settings
+
+
+STATED = {
+    "usual": (
+        Settings(5, 0.1),
+        "Smooth Grad-CAM",
+        "sum of the logits of the explained tokens; method: Grad-CAM, norms frozen; read at the hidden states entering "
+        "a layer; mean of 5 noisy copies, noise 0.1, seed 0.",
+    ),
+    "other": (
+        Settings(12, 0.25, seed=7, tap="output", score="logprob", method="hirescam", norms="live"),
+        "Smooth HiResCAM",
+        "sum of the log-probabilities of the explained tokens; method: HiResCAM, norms live; read at a layer's output; "
+        "mean of 12 noisy copies, noise 0.25, seed 7.",
+    ),
+    "one copy": (
+        Settings(1, 0.5, seed=2**40, contrast="car"),
+        "Smooth Grad-CAM",
+        "sum of the logits of the explained tokens, minus that of the contrast; method: Grad-CAM, norms frozen; read "
+        "at the hidden states entering a layer; mean of 1 noisy copy, noise 0.5, seed 1099511627776.",
+    ),
+    "clean": (
+        Settings(use_smooth=False, seed=3, method="best", score="logprob"),
+        "Grad-CAM × HiResCAM",
+        "sum of the log-probabilities of the explained tokens; method: Grad-CAM × HiResCAM, norms frozen; read at the "
+        "hidden states entering a layer; no noise.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "title", "stated"), STATED.values(), ids=STATED)
+def test_every_figure_states_its_settings(pages, settings, title, stated):
+    photo, maps = varied(SIDES["landscape"], [0, 1, 2], settings=settings)
+    alone = dataclasses.replace(maps, maps={1: maps.maps[1]})
+    words = [dataclasses.replace(word, settings=settings) for word in numbered_words(2, [1])[1]]
+    result, staged = measured(maps, 5), {0: maps, 28: varied(SIDES["landscape"], [0, 1, 2], seed=1)[1]}
+    of_maps = {
+        f"{title}, layer 1": draw_single(photo, alone)[1]["visualization.png"],
+        f"{title} by layer": draw_grid(photo, maps)[1]["layer_comparison_grid.png"],
+        f"{title}: early, middle and late layers": draw_comparative(photo, maps, split_thirds(3))[1][
+            "comparative_analysis.png"
+        ],
+        f"{title}, word by word": words_files(photo, words)["words_by_layer.png"],
+    }
+    of_measures = {
+        f"{title}: faithfulness": lambda: draw_faithfulness(photo, maps, result, score_rows(maps, result, None)),
+        f"{title}: does the map depend on the model?": lambda: draw_randomization(
+            photo, staged, randomization_rows(staged)
+        ),
+    }
+    for heading, content in (of_maps | of_measures).items():
+        drawn(content)
+        assert heading in texts_of(pages[-1])
+        prose = prose_of(pages[-1])
+        assert prose.count(f" Score: {stated}") == prose.count("Score:") == 1
+        if heading in of_maps:
+            assert f"{title.removeprefix('Smooth ')}, share of the map's own maximum, 0–1" in texts_of(pages[-1])
+            assert " Photo: 336 × 224 pixels, seen as 6 × 4 image tokens." in prose
+    assert page_data(photo, "", words, [[0.5]] * 2, [["x"]] * 2)["settings"] == f"Score: {stated}"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import visualization_utils
-from visualization_utils import STAGING, earlier_files, output_folder, write_files
+from visualization_utils import STAGING, other_files, output_folder, write_files
 
 ROOT = Path(__file__).parent.parent
 PIXELS = np.zeros((2, 2, 3), np.uint8)
@@ -109,7 +109,7 @@ def test_only_files_of_the_written_names_are_replaced(tmp_path):
     (tmp_path / f"{STAGING}mine").mkdir()
     paths = write_files(tmp_path, {"layer_4_heatmap.png": PIXELS})
     assert set(listing(tmp_path)) == kept | {"layer_4_heatmap.png", f"{STAGING}mine"}
-    assert earlier_files(paths) == [tmp_path / "layer_3_heatmap.png"]
+    assert other_files(paths) == [tmp_path / name for name in ("layer_3_heatmap.png", "maps.npz", "notes.txt")]
 
 
 def test_links_are_replaced_and_their_targets_stay(tmp_path):

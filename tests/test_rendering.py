@@ -1,5 +1,8 @@
 """Pictures in and out, and the pure functions, against hand-computed numbers."""
 
+import os
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,10 @@ from conftest import make_image
 from PIL import Image
 
 from smooth_gradcam import (
+    METHODS,
+    ExplanationError,
     SmoothQwenGradCAM,
+    best,
     colorize_cam,
     get_model_layers,
     gradcam,
@@ -21,16 +27,16 @@ from smooth_gradcam import (
     upsample_cam,
 )
 
-FEATURES = torch.tensor([[1.0, 2.0], [3.0, -1.0], [-2.0, 0.0]])
-GRADIENTS = torch.tensor([[1.0, 0.0], [2.0, -3.0], [0.0, 6.0]])
 
-
-def test_gradcam_by_hand():  # weights (1, 1)
-    assert gradcam(FEATURES, GRADIENTS).tolist() == [3, 2, 0]
-
-
-def test_hirescam_by_hand():
-    assert hirescam(FEATURES, GRADIENTS).tolist() == [1, 9, 0]
+def test_methods_by_hand():
+    features = torch.tensor([[1.0, 2.0], [3.0, -1.0], [-1.0, 4.0], [0.0, -1.0]])
+    gradients = torch.tensor([[2.0, 1.0], [-1.0, 2.0], [2.0, 3.0], [1.0, -2.0]])  # mean (1, 1)
+    assert gradcam(features, gradients).tolist() == [3, 2, 3, 0]  # 1 + 2, 3 - 1, -1 + 4, ReLU(-1)
+    assert hirescam(features, gradients).tolist() == [4, 0, 10, 2]  # 2 + 2, ReLU(-3 - 2), -2 + 12, 2
+    expected = torch.tensor([12**0.5, 0, 30**0.5, 0])  # the geometric mean: zero where either is
+    torch.testing.assert_close(best(features, gradients), expected)
+    tiny = best(features * 1e-30, gradients)  # whose products no float32 holds
+    torch.testing.assert_close(tiny * 1e30, expected)
 
 
 def test_scores_by_hand():
@@ -41,8 +47,12 @@ def test_scores_by_hand():
 
 
 def test_normalized_map_has_its_own_maximum_at_one():
+    """Its least value stays above zero: nothing is subtracted."""
     assert normalize_cam(np.array([[0, 1], [2, 4]])).tolist() == [[0, 0.25], [0.5, 1]]
+    assert normalize_cam(np.array([[1, 2], [3, 4]])).tolist() == [[0.25, 0.5], [0.75, 1]]
+    assert normalize_cam(np.full((1, 2), 1e-30)).tolist() == [[1, 1]]
     assert normalize_cam(np.zeros((2, 2))).tolist() == [[0, 0], [0, 0]]
+    assert normalize_cam(np.ones((2, 2))).dtype == normalize_cam(np.zeros((2, 2))).dtype == np.float32
 
 
 def test_upsampled_cell_keeps_its_area_of_the_photo():
@@ -52,6 +62,15 @@ def test_upsampled_cell_keeps_its_area_of_the_photo():
     large = upsample_cam(np.array([[1, 0, 0, 0]] * 3), (30, 80))
     assert ((large > 0.5) == (np.arange(80) < 20)).all()
     np.testing.assert_allclose(upsample_cam(np.ones((3, 2)), (31, 17)), 1, rtol=1e-5)
+
+
+def test_upsampling_is_cubic_without_what_swings_below_zero():
+    """By hand, at twice the size: Keys' kernel, a = -0.75, at the distances 1/4 and 3/4; at 5/4 and 7/4 it is below."""
+    near, far = 1.25 / 64 - 2.25 / 16 + 1, 1.25 * 27 / 64 - 2.25 * 9 / 16 + 1
+    row = [0] * 5 + [far, near, near, far] + [0] * 5
+    cam = np.array([[0, 0, 0, 1, 0, 0, 0]])
+    np.testing.assert_allclose(upsample_cam(cam, (2, 14)), [row] * 2, atol=1e-6)
+    np.testing.assert_allclose(upsample_cam(cam.T, (14, 2)).T, [row] * 2, atol=1e-6)
 
 
 def test_red_is_hot_and_blue_is_cold():
@@ -79,18 +98,49 @@ def test_pictures_have_the_photos_own_size(model, processor, size, use_smooth):
     for picture in (superimposed, heatmap):
         assert (picture.shape, picture.dtype) == ((size[1], size[0], 3), np.uint8)
     assert cam.result.answer == "cat"
-    assert cam.result.settings["num_samples"] == (2 if use_smooth else 1)
+    assert cam.result.settings.num_samples == (2 if use_smooth else 1)
 
 
-def test_layer_without_gradient_is_told_in_words(model, processor, image):
+def test_layer_without_a_map_is_told_in_words(model, processor, image, monkeypatch):
     cam = SmoothQwenGradCAM(model, processor, -1, answer="cat", tap="output")
-    with pytest.raises(RuntimeError, match="layer 2 has no gradient"):
+    with pytest.raises(ExplanationError, match="^layer 2 has no gradient: .* tap=.input. with a decoder layer$"):
+        cam.generate_cam(image, "What is it?", use_smooth=False)
+    monkeypatch.setitem(METHODS, "gradcam", lambda features, gradients: 0 * gradcam(features, gradients))
+    cam.target_layer = 1
+    with pytest.raises(ExplanationError, match="^the map of layer 1 is zero everywhere: try another layer or method$"):
         cam.generate_cam(image, "What is it?", use_smooth=False)
 
 
-def test_unknown_option_is_refused_at_once(model, processor):
-    with pytest.raises(TypeError, match="colour"):
+def test_bad_option_is_refused_at_once(model, processor):
+    with pytest.raises(TypeError, match="'colour'"):
         SmoothQwenGradCAM(model, processor, -1, colour="red")
+    with pytest.raises(TypeError, match="use_smooth is an argument of generate_cam"):
+        SmoothQwenGradCAM(model, processor, -1, use_smooth=False)
+    for name, value in {"num_samples": 0, "noise_std": 1.5, "seed": -1, "method": "cam", "contrast": ""}.items():
+        with pytest.raises(ValueError, match=f"^{name}={value!r} must be"):
+            SmoothQwenGradCAM(model, processor, -1, **{name: value})
+
+
+def test_noise_may_be_set_later(model, processor, image):
+    """As attributes, which act as if they had been given at first and are checked as then."""
+    later = SmoothQwenGradCAM(model, processor, 0, answer="cat", seed=3)
+    later.num_samples, later.noise_std = 2, 0.3
+    first = SmoothQwenGradCAM(model, processor, 0, 2, 0.3, answer="cat", seed=3)
+    pictures = [cam.generate_cam(image, "What is it?") for cam in (later, first)]
+    np.testing.assert_array_equal(*pictures)
+    np.testing.assert_array_equal(later.result.maps[0], first.result.maps[0])
+    assert later.result.settings == first.result.settings
+    assert (later.result.settings.num_samples, later.result.settings.noise_std) == (2, 0.3)
+    later.noise_std = 2
+    with pytest.raises(ValueError, match="noise_std=2 must be 0 to 1"):
+        later.generate_cam(image, "What is it?")
+
+
+def test_device_is_that_of_the_embeddings(make_model, processor):
+    model = make_model(torch.float32)
+    assert SmoothQwenGradCAM(model, processor, 0).device == torch.device("cpu")
+    model.get_input_embeddings().to("meta")
+    assert SmoothQwenGradCAM(model, processor, 0).device == torch.device("meta")
 
 
 # photos of every kind
@@ -146,6 +196,64 @@ def test_grey_values_reach_from_black_to_white(mode, values):
     assert corners(load_rgb(picture)) == ((0, 0, 0), (255, 255, 255))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "values", "message"),
+    [
+        (np.float32, [0, np.nan], "has grey values from nan to nan: they must be finite, 0 to 65535"),
+        (np.float32, [0, np.inf], "has grey values from 0 to inf: they must be finite, 0 to 65535"),
+        (np.float32, [-0.5, 1], "has grey values from -0.5 to 1: they must be finite, 0 to 65535"),
+        (np.float32, [0, 7e4], "has grey values from 0 to 70000: they must be finite, 0 to 65535"),
+        (np.int32, [-1, 255], "has grey values from -1 to 255: they must be finite, 0 to 65535"),
+        (np.int32, [0, 65536], "has grey values from 0 to 65536: they must be finite, 0 to 65535"),
+        (np.float32, [0.5] * 199 + [250], "has a few grey values up to 250, but nearly all up to 1: clip them"),
+        (np.float32, [200] * 199 + [5e4], "has a few grey values up to 50000, but nearly all up to 255: clip them"),
+        (np.int32, [200] * 199 + [300], "has a few grey values up to 300, but nearly all up to 255: clip them"),
+    ],
+)
+def test_grey_values_that_have_no_black_and_white_are_named(dtype, values, message):
+    with pytest.raises(ValueError, match=f"^the image {message}$"):
+        load_rgb(Image.fromarray(np.array([values], dtype)))
+
+
+def test_dark_part_of_a_bright_picture_stays_dark():
+    """Where only some of the grey values are small, they are on the scale of the others."""
+    deep = np.array([[100] * 98 + [65535] * 2], np.int32)
+    assert corners(load_rgb(Image.fromarray(deep))) == ((0, 0, 0), (255, 255, 255))
+
+
+def test_array_is_taken_as_it_is():
+    array = np.asarray(two_coloured())
+    picture = load_rgb(array)
+    assert (picture.mode, picture.size, corners(picture)) == ("RGB", (4, 2), (RED, GREEN))
+    assert np.asarray(picture).tolist() == array.tolist()
+    assert load_rgb(array[:, ::-1]).getpixel((0, 0)) == GREEN
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 2, 4), (4, 2, 1), (3, 4, 2), (1, 4, 2, 3), (0, 2, 3), (4, 0, 3)])
+def test_array_of_another_kind_is_named(shape):
+    message = re.escape(f" {shape} must be uint8 (height, width, 3), RGB")
+    with pytest.raises(ValueError, match=f"^an image array of uint8{message}$"):
+        load_rgb(np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=r"^an image array of float32 \(4, 2, 3\) must be uint8"):
+        load_rgb(np.zeros((4, 2, 3), np.float32))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "F"])
+def test_picture_without_pixels_is_named(mode, size):
+    message = f"^the image has {size[0]} x {size[1]} pixels: there is nothing to explain$"
+    with pytest.raises(ValueError, match=message):
+        load_rgb(Image.new(mode, size))
+
+
+def test_array_is_explained_and_drawn_as_the_picture_it_is(model, processor, image):
+    drawn = [
+        SmoothQwenGradCAM(model, processor, 0, answer="cat").generate_cam(each, "What is it?", use_smooth=False)
+        for each in (image, np.asarray(image))
+    ]
+    np.testing.assert_array_equal(*drawn)
+
+
 def test_sixteen_bit_png_keeps_its_grey(tmp_path):
     Image.fromarray(np.full((3, 3), 257 * 100, np.uint16)).save(tmp_path / "deep.png")
     assert load_rgb(tmp_path / "deep.png").getpixel((1, 1)) == (100, 100, 100)
@@ -179,15 +287,24 @@ def test_callers_image_is_left_as_it_is():
     assert (own.mode, own.size, own.tobytes(), dict(own.getexif())) == before
 
 
-def test_what_is_no_image_is_named(tmp_path):
+def test_what_is_no_image_is_named(tmp_path, monkeypatch):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "words.png").write_text("not a picture")
     make_image(64, 64).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     for name in ("empty.png", "words.png", "half.png"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
+        message = f"^the image {tmp_path / name} cannot be read as an image .empty, truncated or not one..: "
+        with pytest.raises(ValueError, match=message):
             load_rgb(tmp_path / name)
-    with pytest.raises(ValueError, match="is a folder"):
-        load_rgb(tmp_path)
-    with pytest.raises(ValueError, match="missing.png does not exist"):
+    for path in (tmp_path, os.devnull):
+        with pytest.raises(ValueError, match=f"^{path} is a folder, a pipe or a device, not an image file$"):
+            load_rgb(path)
+    with pytest.raises(ValueError, match=f"^the image {tmp_path}/missing.png does not exist$"):
         load_rgb(str(tmp_path / "missing.png"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice as many are a bomb to Pillow
+    with pytest.raises(ValueError, match="whole.png cannot be read as an image .*exceeds limit of 2000 pixels"):
+        load_rgb(tmp_path / "whole.png")
+    for other in (None, 5, b"photo.png", [[0, 1]]):
+        message = f"^image of type {type(other).__name__} must be a path, a PIL image or a uint8 array$"
+        with pytest.raises(ValueError, match=message):
+            load_rgb(other)

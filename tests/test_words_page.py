@@ -15,10 +15,10 @@ from conftest import make_image
 from matplotlib import colormaps
 from PIL import Image
 
-from smooth_gradcam import JET, TokenMaps, normalize_cam, overlay_cam, render_cam, upsample_cam
-from visualization_utils import page_data, words_page
+from smooth_gradcam import JET, Settings, TokenMaps, normalize_cam, overlay_cam, render_cam, upsample_cam
+from studies.words import page_data, words_page
 
-TEMPLATE = Path(__file__).parents[1] / "words_page.html"
+TEMPLATE = Path(__file__).parents[1] / "studies/words_page.html"
 ANSWER = "A red cat sits on the old house."
 WORDS = ["red", "cat", "house"]
 LAYERS = [0, 5, 16]
@@ -46,10 +46,10 @@ def make_cams(words, layers, grid):
 
 
 def make_data(
-    *, answer=ANSWER, words=WORDS, layers=LAYERS, size=SIZE, grid=GRID, cams=None, dead=(), spans=None, **changes
+    *, answer=ANSWER, words=WORDS, layers=LAYERS, size=SIZE, grid=GRID, cams=None, blank=None, spans=None, **changes
 ):
-    """What Python hands the page; `dead` are (word, layer) without gradient. Returns (data, photo, cams)."""
-    photo = make_image(*size)
+    """What Python hands the page; `blank` is {(word, layer): why it has no map}. Returns (data, photo, cams)."""
+    photo, blank = make_image(*size), blank or {}
     file = io.BytesIO()
     photo.save(file, "PNG")
     cams = make_cams(len(words), len(layers), grid) if cams is None else cams
@@ -71,8 +71,9 @@ def make_data(
                 "end": spans[i][1],
                 "tokens": [" " + word[:1], word[1:]],
                 "probabilities": [0.75, 0.5],
-                "maps": ["" if (i, j) in dead else encode(cams[i, j]) for j in range(len(layers))],
+                "maps": ["" if (i, j) in blank else encode(cams[i, j]) for j in range(len(layers))],
                 "maxima": [float(cams[i, j].max()) for j in range(len(layers))],
+                "blank": [blank.get((i, j), "") for j in range(len(layers))],
             }
             for i, word in enumerate(words)
         ],
@@ -199,6 +200,15 @@ def is_shown(page, photo, cam):
     assert_same(page.pixels(), render_cam(photo, cam)[0])
 
 
+def is_grey(page, why):
+    """The panel of a layer that has no map, and why it has none."""
+    pixels = page.pixels()
+    assert (pixels == pixels[..., :1]).all()  # no colour, of photo or map
+    assert (pixels[[0, -1]] == 204).all()
+    assert (pixels < 100).any()  # letters
+    assert page.status().endswith(f"{why}: no map")
+
+
 # the file
 
 
@@ -224,8 +234,7 @@ def test_each_word_and_layer_has_its_own_map_as_the_figures_draw_it(page):
 
 def test_page_reads_what_python_writes(page):
     answer, spans, cams = "🐕 ein Hund", [(0, 1), (6, 10)], make_cams(2, 3, GRID)
-    settings = {"num_samples": 5, "noise_std": 0.1, "seed": 0, "score": "logit", "method": "gradcam", "tap": "input"}
-    settings |= {"norms": "frozen", "contrast": None, "max_new_tokens": 128}
+    cams[0, 0][:] = 0
     words = [
         TokenMaps(
             maps={layer: cams[i, j] for j, layer in enumerate(LAYERS)},
@@ -237,18 +246,23 @@ def test_page_reads_what_python_writes(page):
             target_span=span,
             target_tokens=[i],
             no_gradient=frozenset([16]),
-            settings=settings,
+            settings=Settings(5, 0.1),
         )
         for i, span in enumerate(spans)
     ]
     photo = Image.new("RGB", SIZE, (120, 120, 120))  # which JPEG leaves as it is
-    page.open(page_data(photo, "photo.png", words, [[0.9], [0.8]], [["🐕"], [" Hund"]]), "#word=1&layer=5")
+    data = page_data(photo, "photo.png", words, [[0.9], [0.8]], [["🐕"], [" Hund"]])
+    assert {*data} == {*make_data()[0]}
+    assert {*data["words"][0]} == {*make_data()[0]["words"][0]}
+    page.open(data, "#word=1&layer=5")
     is_shown(page, photo, cams[1, 1])
     assert page.status().startswith("Hund · layer 5")
     page.keys("ARROW_LEFT")
     is_shown(page, photo, cams[0, 1])
     page.keys("ARROW_UP")
-    assert "no gradient" in page.status()
+    is_grey(page, "no gradient")
+    page.keys("ARROW_DOWN", "ARROW_DOWN")
+    is_grey(page, "zero everywhere")
 
 
 @pytest.mark.parametrize(
@@ -261,28 +275,34 @@ def test_photo_and_grid_of_any_shape(page, size, grid):
     is_shown(page.open(data), photo, cams[0, 0])
 
 
-def test_map_of_zeros_is_painted_as_zero(page):
-    data, photo, cams = make_data(words=["cat"], layers=[7], cams={(0, 0): np.zeros(GRID, np.float32)})
-    is_shown(page.open(data), photo, cams[0, 0])
-    page.choose("scale", "word")
-    is_shown(page, photo, cams[0, 0])
-
-
-def test_layer_without_gradient_is_grey_with_words(page):
-    data, photo, cams = make_data(dead={(0, 1)})
+@pytest.mark.parametrize("why", ["no gradient", "zero everywhere"])
+def test_layer_without_a_map_is_grey_with_words(page, why):
+    data, photo, cams = make_data(blank={(0, 1): why})
     page.open(data, "#word=0&layer=5")
-    pixels = page.pixels()
-    assert (pixels == pixels[..., :1]).all()  # no colour, of photo or map
-    assert (pixels[[0, -1]] == 204).all()
-    assert (pixels < 100).any()  # letters
-    assert "no gradient: no map" in page.status()
+    is_grey(page, why)
     assert page.js("return getComputedStyle(document.getElementById('bar')).visibility") == "hidden"
     assert (page.pixels("#strip button:nth-child(2) canvas") == page.pixels("#canvas")[:1, :1, :1]).any()
     assert np.ptp(page.pixels("#strip button:nth-child(1) canvas"), axis=2).any()
     page.open_numbers()
-    assert "no gradient: no map" in page.find("#numbers table").text
+    assert f"{why}: no map" in page.find("#numbers table").text
     page.keys("ARROW_DOWN")
     is_shown(page, photo, cams[0, 0])
+    page.keys("ARROW_UP")
+    page.choose("scale", "word")
+    is_grey(page, why)
+
+
+@pytest.mark.parametrize("why", ["no gradient", "zero everywhere"])
+def test_words_of_a_grey_panel_fit_in_it_and_say_why(page, why):
+    data, _, _ = make_data(blank={(0, 1): why}, words=["red"])
+    said = "window.said = []; const fill = CanvasRenderingContext2D.prototype.fillText;"
+    said += "CanvasRenderingContext2D.prototype.fillText = function (text, ...at) {"
+    said += " said.push([text, this.measureText(text).width, this.canvas.width]); fill.call(this, text, ...at); };"
+    page.open(data, "#word=0&layer=0")
+    page.js(said + "change({ layer: 1 })")
+    drawn = page.js("return said")
+    assert {text for text, *_ in drawn} == {f"{why}:", "no map"}
+    assert all(0 < width < room for _, width, room in drawn)
 
 
 def test_opacity_mixes_photo_and_map(page):
@@ -307,7 +327,7 @@ def test_colour_maps(page):
         grey = np.arange(256)[:, None].repeat(3, 1)
         colours = {"jet": JET, "grey": grey, "cividis": np.round(255 * np.array(colormaps["cividis"].colors))}[name]
         page.choose("colours", name)
-        assert_same(page.pixels(), overlay_cam(np.asarray(photo), colours[index]))
+        assert_same(page.pixels(), overlay_cam(np.asarray(photo), colours[index].astype(np.uint8)))
         assert_same(page.pixels("#bar canvas"), colours[None])
 
 

@@ -17,26 +17,32 @@ from test_core import decoder, raising, state_of, unruly
 from torch import nn
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-import smooth_gradcam as core
 from smooth_gradcam import (
+    Settings,
+    explain,
+    find_target,
+    normalize_cam,
+    occurrences,
+    read,
+    upsample_cam,
+)
+from studies import faithfulness
+from studies.faithfulness import (
     BASELINES,
-    area,
+    auc,
     baseline_image,
-    compute_token_maps,
-    compute_word_maps,
+    cascading_randomization,
     insertion_deletion,
     load_mask,
     localization,
-    normalize_cam,
-    randomized_maps,
-    redraw_weights,
+    randomize_weights,
     spearman,
     ssim,
-    upsample_cam,
 )
 
 PROMPT = "What is it?"
 ANSWER = "the red cat"
+CLEAN = Settings(use_smooth=False)
 MEASURES = ("pointing", "near", "energy", "obj_iou")
 
 
@@ -230,23 +236,30 @@ def test_ssim_of_maps_smaller_than_its_window():
     assert ssim(a, 3 * a) == pytest.approx(1)
 
 
-def test_area_by_hand():
+def test_area_under_a_curve_by_hand():
     shares = np.array([0, 0.25, 1])
-    assert area(np.array([0, 1, 0.5]), shares) == pytest.approx(0.125 + 0.75 * 0.75)
-    assert area(np.array([1, 1, 1]), shares) == pytest.approx(1)
+    assert auc(np.array([0, 1, 0.5]), shares) == pytest.approx(0.125 + 0.75 * 0.75)
+    assert auc(np.array([1, 1, 1]), shares) == pytest.approx(1)
 
 
 # insertion and deletion
 
 
 @pytest.fixture(scope="module")
-def given(model, processor, image):
-    """Maps of a target of several tokens, whose values are all different."""
-    result = compute_token_maps(
-        model, processor, image, PROMPT, [0, 2], use_smooth=False, answer=ANSWER, target="red cat"
-    )
+def reading(model, processor, image):
+    return read(model, processor, image, PROMPT, ANSWER)
+
+
+@pytest.fixture(scope="module")
+def given(reading):
+    """A map of a target of several tokens, whose values are all different."""
+    result = maps_of(reading, "red cat", [0, 2])
     assert len(result.target_tokens) > 1
     return with_maps(result, ranked(np.random.default_rng(0), result.grid))
+
+
+def maps_of(reading, target, layers, settings=CLEAN, occurrence=1):
+    return explain(reading, [find_target(reading.answer, target, occurrence)], layers, settings)[0]
 
 
 def with_maps(result, *cams, no_gradient=()):
@@ -259,15 +272,8 @@ def ranked(rng, grid):
     return 1 + rng.permutation(grid[0] * grid[1]).reshape(grid)
 
 
-def other_photo(model, processor, given, photo):
-    """The same answer about a photo of another shape."""
-    return compute_token_maps(
-        model, processor, photo, PROMPT, [0], use_smooth=False, answer=ANSWER, target=given.target
-    )
-
-
-def measure(model, processor, image, result, **options):
-    return insertion_deletion(model, processor, image, result, **{"steps": 6, "random_orders": 0} | options)
+def measure(reading, result, **options):
+    return insertion_deletion(reading, result, **{"steps": 6, "random_orders": 0} | options)
 
 
 class Watched:
@@ -307,9 +313,11 @@ def plain_probability(model, processor, photo, prompt, tokens, scored):
 
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("target", ["red", "red cat", "cat", None])
-def test_ends_are_the_probabilities_of_the_photo_and_of_the_baseline(model, processor, image, baseline, target):
-    result = compute_token_maps(model, processor, image, PROMPT, [1], use_smooth=False, answer=ANSWER, target=target)
-    found = measure(model, processor, image, result, baseline=baseline, steps=2)
+def test_ends_are_the_probabilities_of_the_photo_and_of_the_baseline(
+    reading, model, processor, image, baseline, target
+):
+    result = maps_of(reading, target, [1])
+    found = measure(reading, result, baseline=baseline, steps=2)
     asked = (PROMPT, result.tokens, result.target_tokens)
     whole = plain_probability(model, processor, image, *asked)
     blank = plain_probability(model, processor, baseline_image(image, baseline), *asked)
@@ -337,14 +345,15 @@ SIZES = {"landscape": (168, 112), "portrait": (112, 168)}
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("cell", [(0, -1), (2, 1)])
-def test_patches_of_the_hottest_cell_are_those_removed_first(model, processor, given, size, cell):
+def test_patches_of_the_hottest_cell_are_those_removed_first(model, processor, size, cell):
     grid = size[1] // 28, size[0] // 28
     row, column = np.arange(grid[0])[cell[0]], np.arange(grid[1])[cell[1]]
     photo = make_image(*size).point(lambda value: value // 2)
     photo.paste("white", (28 * column, 28 * row, 28 * column + 28, 28 * row + 28))
-    result = with_maps(other_photo(model, processor, given, photo), spot(grid, row, column))
+    reading = read(model, processor, photo, PROMPT, ANSWER)
+    result = with_maps(maps_of(reading, "red cat", [0]), spot(grid, row, column))
     with Watched(model, grid[0] * grid[1]) as seen:
-        measure(model, processor, photo, result, baseline="black", steps=24)
+        measure(reading, result, baseline="black", steps=24)
     blank, whole, *insertion = seen.pictures[: 2 + 23]
     first = seen.pictures[2 + 23]
     all_white = processor.image_processor(Image.new("RGB", (56, 56), "white"), return_tensors="pt")["pixel_values"]
@@ -357,9 +366,9 @@ def test_patches_of_the_hottest_cell_are_those_removed_first(model, processor, g
 
 
 @pytest.mark.parametrize("steps", [24, 7, 5])
-def test_picture_of_a_step_has_exactly_the_hottest_tokens_of_the_other(model, processor, image, given, steps):
-    with Watched(model, 24) as seen:
-        found = measure(model, processor, image, given, steps=steps)
+def test_picture_of_a_step_has_exactly_the_hottest_tokens_of_the_other(reading, given, steps):
+    with Watched(reading.model, 24) as seen:
+        found = measure(reading, given, steps=steps)
     blank, whole = seen.pictures[:2]
     hottest = np.argsort(-given.maps[0].ravel())
     numbers = np.round(np.linspace(0, 24, steps + 1)).astype(int)
@@ -376,18 +385,18 @@ def test_picture_of_a_step_has_exactly_the_hottest_tokens_of_the_other(model, pr
 
 
 @pytest.mark.parametrize("steps", [24, 8])
-def test_inserting_an_order_passes_the_pictures_of_deleting_its_reverse(model, processor, image, given, steps):
+def test_inserting_an_order_passes_the_pictures_of_deleting_its_reverse(reading, given, steps):
     both = with_maps(given, given.maps[0], 25 - given.maps[0])
-    found = measure(model, processor, image, both, steps=steps)
+    found = measure(reading, both, steps=steps)
     np.testing.assert_allclose(found.insertion[0], found.deletion[1][::-1], rtol=1e-9)
     np.testing.assert_allclose(found.insertion[1], found.deletion[0][::-1], rtol=1e-9)
     assert not np.allclose(found.insertion[0], found.insertion[1], rtol=1e-3)
 
 
-def test_curve_is_that_of_plain_forwards_of_the_pasted_pictures(model, processor, image, given):
+def test_curve_is_that_of_plain_forwards_of_the_pasted_pictures(reading, model, processor, image, given):
     """Black tokens in a photo whose sides are whole tokens can be painted by hand."""
     order = np.argsort(-given.maps[0].ravel())
-    found = measure(model, processor, image, given, steps=3, baseline="black")
+    found = measure(reading, given, steps=3, baseline="black")
     for step, number in enumerate((0, 8, 16, 24)):
         shown = {"deletion": order[number:], "insertion": order[:number]}
         for name, tokens in shown.items():
@@ -399,68 +408,71 @@ def test_curve_is_that_of_plain_forwards_of_the_pasted_pictures(model, processor
             assert getattr(found, name)[0][step] == pytest.approx(expected, rel=1e-6)
 
 
-def test_batch_size_changes_nothing(model, processor, image, given):
-    usual = measure(model, processor, image, given, random_orders=2)
+def test_batch_size_changes_nothing(reading, given):
+    usual = measure(reading, given, random_orders=2)
     for batch_size in (1, 3, 1000):
-        with Watched(model, 24) as seen:
-            found = measure(model, processor, image, given, random_orders=2, batch_size=batch_size)
+        with Watched(reading.model, 24) as seen:
+            found = measure(reading, given, random_orders=2, batch_size=batch_size)
         assert max(seen.batches) == min(batch_size, 5)
         for name in ("insertion", "deletion"):
             np.testing.assert_allclose(getattr(found, name)[0], getattr(usual, name)[0], rtol=1e-9)
             np.testing.assert_allclose(getattr(found, f"random_{name}"), getattr(usual, f"random_{name}"), rtol=1e-9)
 
 
-def test_pictures_are_counted(model, processor, image, given):
+def test_pictures_are_counted(reading, given):
     many = with_maps(given, given.maps[0], given.maps[0].T.reshape(4, 6))
     for options in ({}, {"steps": 1}, {"steps": 30}, {"random_orders": 3, "batch_size": 2}):
-        with Watched(model, 24) as seen:
-            found = measure(model, processor, image, many, **options)
+        with Watched(reading.model, 24) as seen:
+            found = measure(reading, many, **options)
         assert found.forwards == len(seen.pictures)
     steps, random_orders = 6, 3
     assert found.forwards - 2 == 2 * (steps - 1) * (2 + random_orders)
 
 
-def test_more_steps_than_tokens_are_as_many_as_tokens(model, processor, image, given):
-    found = measure(model, processor, image, given, steps=60)
+@pytest.mark.parametrize("steps", [60, 10**12])
+def test_more_steps_than_tokens_are_as_many_as_tokens(reading, given, steps):
+    found, exact = measure(reading, given, steps=steps), measure(reading, given, steps=24)
     assert found.shares == pytest.approx(np.arange(25) / 24)
-    exact = measure(model, processor, image, given, steps=24)
+    np.testing.assert_array_equal(found.shares, exact.shares)
     np.testing.assert_array_equal(found.insertion[0], exact.insertion[0])
+    np.testing.assert_array_equal(found.deletion[0], exact.deletion[0])
+    assert found.forwards == exact.forwards
 
 
-def test_one_step_has_the_ends_only(model, processor, image, given):
-    found = measure(model, processor, image, given, steps=1, random_orders=2)
+def test_one_step_has_the_ends_only(reading, given):
+    found = measure(reading, given, steps=1, random_orders=2)
     assert found.shares.tolist() == [0, 1]
     assert found.insertion[0].tolist() == found.deletion[0][::-1].tolist()
     assert found.random_insertion.shape == (2, 2)
     assert found.forwards == 2
 
 
-def test_photo_of_one_token(model, processor, given):
+@pytest.mark.filterwarnings("ignore:the photo is seen as 1 x 1 image tokens")
+def test_photo_of_one_token(model, processor):
     processor = copy.deepcopy(processor)
     processor.image_processor = type(processor.image_processor)(min_pixels=784, max_pixels=784)
-    photo = make_image(28, 28)
-    result = other_photo(model, processor, given, photo)
-    assert result.grid == (1, 1)
-    found = measure(model, processor, photo, result, random_orders=1)
+    reading = read(model, processor, make_image(28, 28), PROMPT, ANSWER)
+    assert reading.grid == (1, 1)
+    found = measure(reading, maps_of(reading, "red cat", [0]), random_orders=1)
     assert found.shares.tolist() == [0, 1]
 
 
-def test_ties_are_broken_at_random_by_the_seed(model, processor, image, given):
+def test_ties_are_broken_at_random_by_the_seed(reading, given):
     flat = with_maps(given, np.ones((4, 6)))
-    curves = [measure(model, processor, image, flat, steps=8, seed=seed).insertion[0] for seed in (0, 1, 2, 1)]
+    curves = [measure(reading, flat, steps=8, seed=seed).insertion[0] for seed in (0, 1, 2, 1)]
     assert np.array_equal(curves[1], curves[3])
     assert len({tuple(curve) for curve in curves}) == 3
-    in_raster_order = measure(model, processor, image, with_maps(given, 24 - np.arange(24).reshape(4, 6)), steps=8)
+    in_raster_order = measure(reading, with_maps(given, 24 - np.arange(24).reshape(4, 6)), steps=8)
     assert not any(np.allclose(curve, in_raster_order.insertion[0]) for curve in curves)
     halves = with_maps(given, np.repeat([[1.0], [2.0], [2.0], [1.0]], 6, 1))  # ties stay behind what is hotter
-    with Watched(model, 24) as seen:
-        measure(model, processor, image, halves, steps=2)
+    with Watched(reading.model, 24) as seen:
+        measure(reading, halves, steps=2)
     changed = (seen.pictures[3] != seen.pictures[1]).any((1, 2)).reshape(4, 6)
     assert changed.all(1).tolist() == changed.any(1).tolist() == [False, True, True, False]
 
 
-def test_seed_draws_the_random_orders_and_leaves_a_map_without_ties(model, processor, image, given):
-    one, same, other = (measure(model, processor, image, given, random_orders=2, seed=seed) for seed in (0, 0, 1))
+def test_seed_draws_the_random_orders_and_leaves_a_map_without_ties(reading, given):
+    one, same, other = (measure(reading, given, random_orders=2, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.random_insertion, same.random_insertion)
     np.testing.assert_array_equal(one.insertion[0], other.insertion[0])
     assert not np.allclose(one.random_insertion, other.random_insertion)
@@ -468,21 +480,22 @@ def test_seed_draws_the_random_orders_and_leaves_a_map_without_ties(model, proce
     assert one.random_deletion.shape == one.random_insertion.shape == (2, 7)
 
 
-def test_random_orders_insert_and_delete_the_same_order(model, processor, image, given):
-    with Watched(model, 24) as seen:
-        measure(model, processor, image, with_maps(given, np.ones((4, 6)), no_gradient=[0]), random_orders=1)
+def test_random_orders_insert_and_delete_the_same_order(reading, given):
+    with Watched(reading.model, 24) as seen:
+        measure(reading, with_maps(given, np.ones((4, 6)), no_gradient=[0]), random_orders=1)
     blank, whole = seen.pictures[:2]
     for inserted, deleted in zip(seen.pictures[2:7], seen.pictures[7:], strict=True):
         assert (inserted == whole).all((1, 2)).equal((deleted == blank).all((1, 2)))
 
 
-def test_layers_without_gradient_are_left_out_and_no_random_order_is_an_empty_table(model, processor, image, given):
-    found = measure(model, processor, image, with_maps(given, given.maps[0], np.zeros((4, 6)), no_gradient=[1]))
+def test_layers_without_a_map_are_left_out_and_no_random_order_is_an_empty_table(reading, given):
+    dead, zero = given.maps[0], np.zeros((4, 6))  # without gradient, and zero everywhere
+    found = measure(reading, with_maps(given, given.maps[0], dead, zero, no_gradient=[1]))
     assert list(found.insertion) == list(found.deletion) == [0]
     assert found.random_insertion.shape == found.random_deletion.shape == (0, 7)
 
 
-def test_progress_wraps_the_orders(model, processor, image, given):
+def test_progress_wraps_the_orders(reading, given):
     seen = []
 
     def progress(items):
@@ -490,53 +503,80 @@ def test_progress_wraps_the_orders(model, processor, image, given):
             seen.append(item)
             yield item
 
-    measure(model, processor, image, given, steps=2, random_orders=2, progress=progress)
+    measure(reading, given, steps=2, random_orders=2, progress=progress)
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("size", [(112, 168), (168, 140), (336, 224)])
-def test_another_photo_than_that_of_the_maps_is_an_error(model, processor, given, size):
-    with pytest.raises(ValueError, match=r"the maps have \(4, 6\) image tokens, the photo"):
-        measure(model, processor, make_image(*size), given)
+@pytest.mark.parametrize("function", [insertion_deletion, cascading_randomization])
+@pytest.mark.parametrize(
+    ("size", "prompt", "answer", "said"),
+    [
+        ((112, 168), PROMPT, ANSWER, r"maps have \(4, 6\) image tokens, the photo \(6, 4\)"),
+        ((168, 140), PROMPT, ANSWER, r"maps have \(4, 6\) image tokens, the photo \(5, 6\)"),
+        ((336, 224), PROMPT, ANSWER, r"maps have \(4, 6\) image tokens, the photo \(8, 12\)"),
+        (
+            (168, 112),
+            PROMPT,
+            "the red dog",
+            "maps explain 'the red cat' to '.*', the reading 'the red dog' to",
+        ),
+        (
+            (168, 112),
+            "Where is it?",
+            ANSWER,
+            "maps explain .* the reading 'the red cat' to 'Where is it",
+        ),
+    ],
+)
+def test_another_photo_prompt_or_answer_than_that_of_the_maps_is_an_error(
+    model, processor, given, function, size, prompt, answer, said
+):
+    with pytest.raises(ValueError, match=f"^the {said}"):
+        function(read(model, processor, make_image(*size), prompt, answer), given)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("steps", 2.5), ("batch_size", 0), ("batch_size", -1), ("random_orders", -1), ("baseline", "grey")],
+    [
+        *(("steps", 0), ("steps", 2.5), ("batch_size", 0), ("batch_size", -1), ("random_orders", -1), ("seed", -1)),
+        *(("baseline", "grey"), ("stages", 0), ("stages", 1.5)),
+    ],
 )
-def test_bad_measure_is_named_with_its_value(model, processor, image, given, name, value):
-    with pytest.raises(ValueError, match=f"{name}={value!r} must be"):
-        measure(model, processor, image, given, **{name: value})
+def test_bad_measure_is_named_with_its_value(reading, given, name, value):
+    function = cascading_randomization if name == "stages" else measure
+    with pytest.raises(ValueError, match=f"^{name}={value!r} must be"):
+        function(reading, given, **{name: value})
 
 
-def test_out_of_memory_says_how_many_image_tokens(model, processor, image, given):
-    handle = model.register_forward_pre_hook(raising(torch.cuda.OutOfMemoryError("CUDA out of memory")))
+def test_out_of_memory_says_how_many_image_tokens(reading, given):
+    handle = reading.model.register_forward_pre_hook(raising(torch.cuda.OutOfMemoryError("CUDA out of memory")))
     try:
         with pytest.raises(RuntimeError, match="24 image tokens"):
-            measure(model, processor, image, given)
+            measure(reading, given)
     finally:
         handle.remove()
 
 
-@pytest.mark.parametrize("function", [measure, randomized_maps])
+@pytest.mark.parametrize("function", [measure, cascading_randomization])
 @pytest.mark.parametrize("error", [None, KeyError("stumble")], ids=["done", "failed"])
 def test_model_and_random_state_are_as_before(make_model, processor, image, given, function, error):
     model = unruly(make_model)
     if error:
         decoder(model)[2].register_forward_pre_hook(raising(error))
     before = state_of(model, image)
+    reading = read(model, processor, image, PROMPT, ANSWER)
     if error:
         with pytest.raises(KeyError, match="stumble"):
-            function(model, processor, image, given)
+            function(reading, given)
     else:
-        function(model, processor, image, with_maps(given, given.maps[0]))
+        function(reading, given)
     assert state_of(model, image) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_low_precision_gives_about_the_curves_of_float64(make_model, model, processor, image, given, dtype):
-    expected = measure(model, processor, image, given)
-    found = measure(make_model(dtype), processor, image, given)
+def test_low_precision_gives_about_the_curves_of_float64(make_model, processor, image, reading, given, dtype):
+    expected = measure(reading, given)
+    found = measure(read(make_model(dtype), processor, image, PROMPT, ANSWER), given)
     assert found.insertion[0] == pytest.approx(expected.insertion[0], rel=0.15 if dtype == torch.bfloat16 else 1e-3)
 
 
@@ -554,15 +594,14 @@ def lively(make_model):
 
 @pytest.fixture
 def stages(monkeypatch):
-    """The weights and maps of every stage, as they were when its maps were computed."""
-    seen, real = [], core._compute_maps
+    """The reading of every stage, with the weights as they were when its maps were computed."""
+    seen, real = [], faithfulness.explain
 
-    def compute(model, *args, **kwargs):
-        result = real(model, *args, **kwargs)
-        seen.append((copy.deepcopy(model), result[0]))
-        return result
+    def compute(reading, *args, **kwargs):
+        seen.append(dataclasses.replace(reading, model=copy.deepcopy(reading.model)))
+        return real(reading, *args, **kwargs)
 
-    monkeypatch.setattr(core, "_compute_maps", compute)
+    monkeypatch.setattr(faithfulness, "explain", compute)
     return seen
 
 
@@ -572,18 +611,18 @@ def changed_names(model, other):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-OPTIONS = {"answer": ANSWER, "target": "red", "num_samples": 2, "noise_std": 0.2, "seed": 3}
-OPTIONS |= {"score": "logprob", "method": "best", "norms": "live", "tap": "output"}
+SETTINGS = Settings(2, 0.2, seed=3, score="logprob", method="best", norms="live", tap="output")
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_redrawn_from_the_top_down(lively, processor, image, stages, tied):
     if tied:
         lively.lm_head.weight = lively.get_input_embeddings().weight
-    result = compute_token_maps(lively, processor, image, PROMPT, [0, 2], **OPTIONS)
+    reading = read(lively, processor, image, PROMPT, ANSWER)
+    result = maps_of(reading, "red", [0, 2], SETTINGS)
     original = copy.deepcopy(lively)
-    stages.clear()
-    found = randomized_maps(lively, processor, image, result, stages=2)
+    found = cascading_randomization(reading, result, stages=2)
+    assert reading.model is lively
     assert changed_names(lively, original) == set()
     assert list(found) == [0, 2, 4]
     assert found[0] is result
@@ -592,45 +631,51 @@ def test_weights_are_redrawn_from_the_top_down(lively, processor, image, stages,
     top = {name for name in names if ".layers.2." in name or ".layers.3." in name and ".visual." not in name}
     rest = {name for name in names if ".layers.0." in name or ".layers.1." in name or ".visual." in name}
     assert min(len(top), len(rest)) > 20
-    (middle, _), (last, _) = stages
+    middle, last = (stage.model for stage in stages)
     assert changed_names(original, middle) == behind | top
     assert changed_names(original, last) == behind | top | rest
     assert {"model.language_model.embed_tokens.weight"} <= names - behind - top - rest
     assert changed_names(middle, last) == rest  # what is re-drawn is so once
 
 
-def test_maps_of_a_stage_are_those_of_its_weights(lively, processor, image, stages):
-    result = compute_token_maps(lively, processor, image, PROMPT, [0, 2], **OPTIONS)
-    stages.clear()
-    found = randomized_maps(lively, processor, image, result, stages=2)
-    for (number, maps), (model, _) in zip(list(found.items())[1:], list(stages), strict=True):
-        assert maps.target == "red"
-        assert maps.settings == result.settings
-        expected = compute_token_maps(model, processor, image, PROMPT, [0, 2], **OPTIONS)
-        for layer in (0, 2):
-            np.testing.assert_array_equal(maps.maps[layer], expected.maps[layer])
-            assert not np.allclose(maps.maps[layer], result.maps[layer]), number
+def test_a_stage_reads_what_was_read_with_its_own_model(lively, processor, image, stages):
+    reading = read(lively, processor, image, PROMPT, ANSWER)
+    cascading_randomization(reading, maps_of(reading, "red", [0]), stages=2)
+    for stage in stages:
+        assert stage.model is not lively
+        same = (field.name for field in dataclasses.fields(reading) if field.name != "model")
+        assert all(getattr(stage, name) is getattr(reading, name) for name in same)
 
 
-def test_occurrence_and_contrast_are_kept(lively, processor, image, stages):
-    options = {"answer": "red cat, red dog", "target": "red", "target_occurrence": 2, "contrast": "big"}
-    result = compute_token_maps(lively, processor, image, PROMPT, [1], use_smooth=False, **options)
-    stages.clear()
-    found = randomized_maps(lively, processor, image, result, stages=1)[4]
-    assert (found.target_span, found.target_tokens) == (result.target_span, result.target_tokens)
-    expected = compute_token_maps(stages[0][0], processor, image, PROMPT, [1], use_smooth=False, **options)
-    np.testing.assert_array_equal(found.maps[1], expected.maps[1])
+@pytest.mark.parametrize(
+    ("answer", "occurrence", "settings"),
+    [(ANSWER, 1, SETTINGS), ("red cat, red dog", 2, dataclasses.replace(CLEAN, contrast="cat"))],
+    ids=["all settings", "occurrence and contrast"],
+)
+def test_maps_of_a_stage_are_those_of_its_weights(lively, processor, image, stages, answer, occurrence, settings):
+    reading = read(lively, processor, image, PROMPT, answer)
+    layers = [0, lively.model.visual.merger, 2]
+    result = maps_of(reading, "red", layers, settings, occurrence)
+    found = cascading_randomization(reading, result, stages=2)
+    for (number, maps), stage in zip(list(found.items())[1:], list(stages), strict=True):
+        assert (maps.target, maps.settings) == ("red", settings)
+        assert (maps.target_span, maps.target_tokens) == (result.target_span, result.target_tokens)
+        layers[1] = stage.model.model.visual.merger
+        expected = maps_of(read(stage.model, processor, image, PROMPT, answer), "red", layers, settings, occurrence)
+        assert list(maps.maps) == list(expected.maps) == [0, "model.visual.merger", 2]
+        for layer, cam in maps.maps.items():
+            np.testing.assert_array_equal(cam, expected.maps[layer])
+            assert not np.allclose(cam, result.maps[layer]), number
 
 
 def test_stages_are_spread_over_the_layers(make_model, processor, image, given):
-    model = make_model(layers=4)
+    reading = read(make_model(layers=4), processor, image, PROMPT, ANSWER)
     for count, expected in ((1, [0, 4]), (3, [0, 1, 3, 4]), (4, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])):
-        assert list(randomized_maps(model, processor, image, given, stages=count)) == expected
+        assert list(cascading_randomization(reading, given, stages=count)) == expected
 
 
-def test_redrawing_follows_its_seed(model, processor, image, given):
-    clean = with_maps(given, given.maps[0])
-    one, same, other = (randomized_maps(model, processor, image, clean, stages=1, seed=seed)[3] for seed in (0, 0, 1))
+def test_redrawing_follows_its_seed(reading, given):
+    one, same, other = (cascading_randomization(reading, given, stages=1, seed=seed)[3] for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.maps[0], same.maps[0])
     assert not np.allclose(one.maps[0], other.maps[0])
 
@@ -640,7 +685,7 @@ def test_redrawn_tensors_keep_mean_and_spread():
     layer.weight.data = 3 + 0.5 * torch.rand(200, 300)
     layer.bias.data.fill_(7.0)
     before = layer.weight.detach().clone()
-    redraw_weights([layer], torch.Generator().manual_seed(0))
+    randomize_weights([layer], torch.Generator().manual_seed(0))
     assert layer.weight.mean().item() == pytest.approx(before.mean().item(), rel=1e-3)
     assert layer.weight.std().item() == pytest.approx(before.std().item(), rel=0.02)
     assert abs(stats.kurtosis(layer.weight.detach().ravel().numpy())) < 0.1  # a normal, as the uniform one was not
@@ -650,7 +695,7 @@ def test_redrawn_tensors_keep_mean_and_spread():
 
 def test_redrawn_bfloat16_weights_stay_bfloat16():
     layer = nn.Linear(30, 20, dtype=torch.bfloat16)
-    redraw_weights([layer], torch.Generator().manual_seed(0))
+    randomize_weights([layer], torch.Generator().manual_seed(0))
     assert layer.weight.dtype == torch.bfloat16
     assert layer.weight.isfinite().all()
 
@@ -659,14 +704,14 @@ def test_quantised_and_offloaded_weights_cannot_be_redrawn(make_model, processor
     quantised = nn.Linear(2, 2)
     quantised.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="weights of torch.int8 on cpu cannot be re-drawn"):
-        redraw_weights([quantised], torch.Generator())
+        randomize_weights([quantised], torch.Generator())
     with pytest.raises(ValueError, match="on meta cannot be re-drawn"):
-        redraw_weights([nn.Linear(2, 2, device="meta")], torch.Generator())
+        randomize_weights([nn.Linear(2, 2, device="meta")], torch.Generator())
     model = make_model()
     decoder(model)[-1].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match="cannot be re-drawn"):
-        randomized_maps(model, processor, image, given)
+        cascading_randomization(read(model, processor, image, PROMPT, ANSWER), given)
     assert changed_names(before, model) == set()
 
 
@@ -680,30 +725,31 @@ DESCRIBE = "Describe the main content in this image in detail."
 @pytest.fixture(scope="module")
 def demo():
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, local_files_only=True).eval()
-    return model, AutoProcessor.from_pretrained(DEMO, local_files_only=True), DEMO.parent / "demo.jpeg", DESCRIBE
+    processor = AutoProcessor.from_pretrained(DEMO, local_files_only=True)
+    return read(model, processor, DEMO.parent / "demo.jpeg", DESCRIBE)
 
 
 @pytest.fixture(scope="module")
 def dog(demo):
-    return compute_token_maps(*demo, [12], target="dog", use_smooth=False)
+    return maps_of(demo, "dog", [12])
 
 
 def difference(demo, result, **options):
-    found = insertion_deletion(*demo[:3], result, **{"steps": 6, "random_orders": 3} | options)
+    found = measure(demo, result, **options)
     (layer,) = found.insertion
     pairs = zip(found.random_insertion, found.random_deletion, strict=True)
-    return area(found.insertion[layer] - found.deletion[layer], found.shares), [
-        area(insertion - deletion, found.shares) for insertion, deletion in pairs
+    return auc(found.insertion[layer] - found.deletion[layer], found.shares), [
+        auc(insertion - deletion, found.shares) for insertion, deletion in pairs
     ]
 
 
 def test_map_of_the_dog_is_faithful_and_more_so_with_frozen_norms(demo, dog):
-    frozen, chance = difference(demo, dog)
+    frozen, chance = difference(demo, dog, random_orders=3)
     assert frozen > 0.5
     assert len(chance) == 3
     assert frozen > max(chance) + 0.2
-    plain = compute_token_maps(*demo, [12], target="dog", use_smooth=False, norms="live")
-    assert difference(demo, plain, steps=4, random_orders=0)[0] < frozen - 0.2
+    plain = maps_of(demo, "dog", [12], dataclasses.replace(CLEAN, norms="live"))
+    assert difference(demo, plain, steps=4)[0] < frozen - 0.2
 
 
 def test_map_of_the_dog_fits_the_dog(dog):
@@ -714,14 +760,15 @@ def test_map_of_the_dog_fits_the_dog(dog):
 
 
 def test_map_of_the_dog_needs_what_the_model_has_learned(demo, dog):
-    redrawn = randomized_maps(*demo[:3], dog, stages=1)[28]
+    redrawn = cascading_randomization(demo, dog, stages=1)[28]
     assert abs(spearman(dog.maps[12], redrawn.maps[12])) < 0.5
     assert ssim(dog.maps[12], redrawn.maps[12]) < 0.5
 
 
 def test_each_object_word_points_at_its_own_object_and_near_no_other(demo):
     things = scenes.demo_scene().objects
-    words = compute_word_maps(*demo, [12], words=[thing.kind for thing in things], use_smooth=False)
+    spans = sorted(span for thing in things for span in occurrences(demo.answer, thing.kind))
+    words = explain(demo, spans, [12], CLEAN)
     assert [word.target for word in words] == ["plane", "house", "dog", "bicycle"]
     for word in words:
         found = {thing.kind: localization(word.maps[12], thing.mask) for thing in things}
