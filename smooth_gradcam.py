@@ -89,6 +89,11 @@ class ExplanationWarning(UserWarning):
     """There is a map, but it may not say what one expects of it."""
 
 
+def caution(message: str) -> None:
+    """Warn of what the caller of this module's caller has asked for."""
+    warnings.warn(message, ExplanationWarning, stacklevel=3)
+
+
 TAPS = ("input", "output")
 
 
@@ -215,15 +220,11 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     scales = [1.0] * (image.mode == "F") + [255.0] * (";" not in image.mode) + [65535.0]  # what is white
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= scales[-1]):  # nan is neither
-        raise ValueError(
-            f"the image has grey values from {low:g} to {high:g}: they must be finite, 0 to {scales[-1]:g}"
-        )
+        raise ValueError(f"the image has grey values {low:g} to {high:g}: they must be finite, 0 to {scales[-1]:g}")
     white = next(scale for scale in scales if high <= scale)
     for scale in scales[: scales.index(white)]:
         if np.mean(values <= scale) > 0.99:  # the rest would turn it all but black
-            raise ValueError(
-                f"the image has a few grey values up to {high:g}, but nearly all up to {scale:g}: clip them"
-            )
+            raise ValueError(f"the image has a few grey values up to {high:g}, nearly all up to {scale:g}: clip them")
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
@@ -284,21 +285,15 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
         inputs = prepare_inputs(model, processor, photo, prompt)
         positions, grid = image_grid(model, inputs)
         with memory_explained(len(positions)):
-            tokens = (
-                generate(model, tokenizer, inputs, max_new_tokens) if answer is None else tokenise(tokenizer, answer)
-            )
+            given = None if answer is None else tokenise(tokenizer, answer)
+            tokens = generate(model, tokenizer, inputs, max_new_tokens) if given is None else given
     text = decode(tokenizer, tokens)
     if not text.strip():
         raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
     if len(positions) < 9:
-        warnings.warn(
-            f"the photo is seen as {grid[1]} x {grid[0]} image tokens: so few cells tell hardly any places apart",
-            ExplanationWarning,
-            stacklevel=2,
-        )
-    return Reading(
-        model, processor, photo, prompt, inputs, positions, grid, tokens, token_spans(tokenizer, tokens), text
-    )
+        caution(f"the photo is seen as {grid[1]} x {grid[0]} image tokens: so few cells tell hardly any places apart")
+    spans = token_spans(tokenizer, tokens)
+    return Reading(model, processor, photo, prompt, inputs, positions, grid, tokens, spans, text)
 
 
 def prepare_inputs(model, processor, image: Image.Image, prompt: str) -> dict[str, Tensor]:
@@ -463,11 +458,9 @@ def put_in_place(reading: Reading, span: tuple[int, int], contrast: str) -> tupl
     text = reading.answer[first : span[0]] + contrast + reading.answer[span[1] : last]
     other = tokenise(reading.processor.tokenizer, text, "contrast")
     if max(len(other), len(part)) > 2 * min(len(other), len(part)):
-        warnings.warn(
+        caution(
             f"contrast={contrast!r} has {len(other)} tokens, the target {len(part)}: scores are sums over tokens, so "
-            "that the map shows the difference in length first",
-            ExplanationWarning,
-            stacklevel=2,
+            "that the map shows the difference in length first"
         )
     return reading.tokens[: part[0]] + other, range(part[0], part[0] + len(other))
 

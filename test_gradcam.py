@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -329,24 +329,6 @@ def check_answer(args: argparse.Namespace) -> None:
         choose_words(args.answer, [], args.words)
 
 
-@contextmanager
-def claim_folder(args: argparse.Namespace):
-    """The mode's folder, for this run alone: see `output_folder`. Raises ValueError if it cannot be written."""
-    folder = Path(args.output_dir, FOLDERS[args.mode])
-    with ExitStack() as stack:
-        try:
-            thirds = ("early", "middle", "late") if args.mode == "comparative" else ()
-            write = stack.enter_context(output_folder(folder, thirds))
-        except BlockingIOError:
-            raise
-        except OSError as exc:
-            reason = exc.strerror or exc
-            raise ValueError(f"--output_dir: {folder} cannot be written ({reason}): choose another folder") from exc
-        except ValueError as exc:
-            raise ValueError(f"--output_dir: {exc}") from exc
-        yield write
-
-
 def resolve_device(name: str) -> str:
     """A device that is there: auto is cuda if there is one, else cpu. Raises ValueError."""
     if name == "map":
@@ -495,7 +477,8 @@ def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
         check_answer(args)
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
-    with claim_folder(args) as write:
+    thirds = ("early", "middle", "late") if args.mode == "comparative" else ()
+    with output_folder(Path(args.output_dir, FOLDERS[args.mode]), thirds, "--output_dir") as write:
         processor = load_processor(args.model_path, args.max_pixels)
         model = load_model(args.model_path, device, args.dtype)
         reading = read(model, processor, photo, args.prompt, args.answer, args.max_new_tokens)

@@ -631,14 +631,14 @@ def _remove_staging(staging: Path) -> None:
         part.rmdir()
 
 
-def _check_path(save_dir, name: str = "save_dir") -> Path:
+def _check_path(save_dir, name: str) -> Path:
     """The folder without links and `..`. Raises ValueError for what is no path or a link that leads nowhere."""
     if not isinstance(save_dir, (str, os.PathLike)) or not str(save_dir).strip() or "\0" in str(save_dir):
         raise ValueError(f"{name}={save_dir!r} must be the path of a folder")
     given = Path(save_dir).absolute()
     for path in (given, *given.parents):
         if path.is_symlink() and not path.exists():
-            raise ValueError(f"{path} is a symbolic link that leads nowhere: choose another folder")
+            raise ValueError(f"{name}: {path} is a symbolic link that leads nowhere: choose another folder")
     return Path(os.path.realpath(given))
 
 
@@ -660,7 +660,7 @@ def _signals_wait():
 
 
 @contextmanager
-def output_folder(save_dir, subfolders: Iterable[str] = ()):
+def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_dir"):
     """The folder that a run writes to, its own until the end; yields a function that writes {name: content}.
 
         with output_folder("cam_results/grid") as write:
@@ -670,26 +670,31 @@ def output_folder(save_dir, subfolders: Iterable[str] = ()):
     called when its file's turn comes. Files are written to a staging folder in the folder and then moved into place all
     at once: a failure, Ctrl-C or SIGTERM leaves nothing behind. Nothing is ever removed but this staging folder, such
     folders of runs that were killed, and empty folders that this run made; nothing is replaced but files of the names
-    that are written. `subfolders` are those that the names will need.
+    that are written. `subfolders` are those that the names will need; errors call the folder `name`.
 
-    Raises ValueError if the path cannot be a folder, BlockingIOError if another run is writing there (where the system
-    can lock folders; Windows cannot), and OSError if it cannot be written.
+    Raises ValueError if there can be no such folder, BlockingIOError if another run is writing there (where the system
+    can lock folders; Windows cannot), and OSError if a file cannot be written.
     """
-    folder, made, staging, held = _check_path(save_dir), [], None, None
+    folder, made, held, staging = _check_path(save_dir, name), [], None, None
     try:
-        _make_folders(folder, made)
-        for part in (folder / part for part in subfolders):
-            if os.path.lexists(part) and not (part.is_dir() and os.access(part, os.W_OK)):
-                raise ValueError(f"{part} cannot be written, or is no folder: choose another folder")
-        held = _hold(folder)
-        for stale in _staging_folders(folder) if held is not None else ():  # whoever made them is no longer there
-            _remove_staging(stale)
-        staging = folder / f"{STAGING}{os.getpid()}"
-        staging.mkdir()
+        try:
+            _make_folders(folder, made)
+            for part in (folder / part for part in subfolders):
+                if os.path.lexists(part) and not part.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, f"{part.name} is no folder")
+            held = _hold(folder)
+            for stale in _staging_folders(folder) if held is not None else ():  # whoever made them is no longer there
+                _remove_staging(stale)
+            (folder / f"{STAGING}{os.getpid()}").mkdir()
+            staging = folder / f"{STAGING}{os.getpid()}"
+        except BlockingIOError:
+            raise
+        except OSError as exc:
+            raise ValueError(f"{name}: {folder} cannot be written ({exc.strerror}): choose another folder") from exc
         yield functools.partial(_write, folder, staging, made)
     finally:
         with _signals_wait():
-            if staging is not None and staging.is_dir():
+            if staging is not None:
                 _remove_staging(staging)
             for path in reversed(made):
                 with suppress(OSError):  # it is not empty

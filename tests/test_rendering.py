@@ -199,15 +199,15 @@ def test_grey_values_reach_from_black_to_white(mode, values):
 @pytest.mark.parametrize(
     ("dtype", "values", "message"),
     [
-        (np.float32, [0, np.nan], "has grey values from nan to nan: they must be finite, 0 to 65535"),
-        (np.float32, [0, np.inf], "has grey values from 0 to inf: they must be finite, 0 to 65535"),
-        (np.float32, [-0.5, 1], "has grey values from -0.5 to 1: they must be finite, 0 to 65535"),
-        (np.float32, [0, 7e4], "has grey values from 0 to 70000: they must be finite, 0 to 65535"),
-        (np.int32, [-1, 255], "has grey values from -1 to 255: they must be finite, 0 to 65535"),
-        (np.int32, [0, 65536], "has grey values from 0 to 65536: they must be finite, 0 to 65535"),
-        (np.float32, [0.5] * 199 + [250], "has a few grey values up to 250, but nearly all up to 1: clip them"),
-        (np.float32, [200] * 199 + [5e4], "has a few grey values up to 50000, but nearly all up to 255: clip them"),
-        (np.int32, [200] * 199 + [300], "has a few grey values up to 300, but nearly all up to 255: clip them"),
+        (np.float32, [0, np.nan], "has grey values nan to nan: they must be finite, 0 to 65535"),
+        (np.float32, [0, np.inf], "has grey values 0 to inf: they must be finite, 0 to 65535"),
+        (np.float32, [-0.5, 1], "has grey values -0.5 to 1: they must be finite, 0 to 65535"),
+        (np.float32, [0, 7e4], "has grey values 0 to 70000: they must be finite, 0 to 65535"),
+        (np.int32, [-1, 255], "has grey values -1 to 255: they must be finite, 0 to 65535"),
+        (np.int32, [0, 65536], "has grey values 0 to 65536: they must be finite, 0 to 65535"),
+        (np.float32, [0.5] * 199 + [250], "has a few grey values up to 250, nearly all up to 1: clip them"),
+        (np.float32, [200] * 199 + [5e4], "has a few grey values up to 50000, nearly all up to 255: clip them"),
+        (np.int32, [200] * 199 + [300], "has a few grey values up to 300, nearly all up to 255: clip them"),
     ],
 )
 def test_grey_values_that_have_no_black_and_white_are_named(dtype, values, message):
