@@ -321,7 +321,7 @@ def read_csv(path):
         (["--randomize"], {"randomization.png", "randomization.csv"}),
         (["--randomize", "--save_raw", "--mask", "{mask}"], {"randomization.png", "randomization.csv", "maps.npz"}),
     ],
-    ids=lambda flags: " ".join(flags) or "plain",
+    ids=lambda names: " ".join(sorted(names)) or "plain",
 )
 def test_evaluate_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, mask_path, flags, names):
     code, out, err = drive(*EVALUATE, *(str(word).format(mask=mask_path) for word in flags))
