@@ -109,7 +109,7 @@ class Settings:
                  last layer has no gradient
     score        "logit" (the paper's) or "logprob": what is summed over the explained tokens
     contrast     explain the target's score minus that of this text in its place, after the same words; scores are sums
-                 over tokens, so that both should have as many
+                 over tokens, so both should have the same number
     method       "gradcam" (the paper's, gradients pooled over the image tokens), "hirescam" (each token's own), or
                  "best" (the geometric mean of the two)
     norms        "frozen": gradients pass the norms as if their denominators were constants (`detached_norms`); "live":
@@ -235,7 +235,7 @@ def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator
     stored twice along time: every distinct pixel gets one draw, the same in both copies. Drawn on the CPU, so that a
     seed means the same noise on every device.
     """
-    std = torch.tensor(image_processor.image_std if image_processor.do_normalize else [1.0, 1.0, 1.0])
+    std = torch.tensor(image_processor.image_std if image_processor.do_normalize else 1.0).expand(3)
     copies = image_processor.temporal_patch_size
     pixels = pixel_values.unflatten(1, (len(std), copies, -1))  # (patches, channels, copies, P * P)
     noise = torch.randn(pixels[:, :, :1].shape, generator=generator) * (noise_std / std[:, None, None])
@@ -460,7 +460,7 @@ def put_in_place(reading: Reading, span: tuple[int, int], contrast: str) -> tupl
     if max(len(other), len(part)) > 2 * min(len(other), len(part)):
         caution(
             f"contrast={contrast!r} has {len(other)} tokens, the target {len(part)}: scores are sums over tokens, so "
-            "that the map shows the difference in length first"
+            "the map mostly shows the difference in length"
         )
     return reading.tokens[: part[0]] + other, range(part[0], part[0] + len(other))
 
@@ -528,7 +528,7 @@ def find_taps(model, layers, tap: str) -> list[Tap]:
 @contextmanager
 def captured(taps: list[Tap]):
     """Inside, a forward pass leaves the tapped tensor of each layer in the yielded dictionary; no hook outlives it."""
-    features, handles = {}, []
+    features = {}
 
     def keep(key, tensor):
         if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
@@ -588,7 +588,7 @@ def detached_norms(model):
 
 
 NORMS = {"frozen": detached_norms, "live": nullcontext}
-_LOCKS = weakref.WeakKeyDictionary()  # one for each model: hooks, modes and gradients of two passes would mix
+_LOCKS = weakref.WeakKeyDictionary()  # one for each decoder: hooks, modes and gradients of two passes would mix
 
 
 @contextmanager
@@ -597,7 +597,7 @@ def borrowed(model):
 
     Other threads that want to explain with the same model wait until then.
     """
-    with _LOCKS.setdefault(model, threading.RLock()):
+    with _LOCKS.setdefault(get_model_layers(model)[0], threading.RLock()):
         training = [module for module in model.modules() if module.training]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         positions = getattr(model.model, "rope_deltas", None)  # a caller's unfinished generation lives on this
@@ -774,7 +774,7 @@ def explain(
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
     `spans` are the parts, (start, end) in characters of `reading.answer`, one or more (one for a contrast); see
-    `find_target`. `layers`, `progress` and what is raised are told at `compute_token_maps`.
+    `find_target`. `layers`, `progress` and errors are described in `compute_token_maps`.
     """
     if settings.contrast is not None and len(spans) != 1:
         raise ValueError(f"contrast={settings.contrast!r} needs one part to take the place of, not {len(spans)}")

@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,16 +74,16 @@ class _Parser(argparse.ArgumentParser):
 
 def _layers(text: str) -> list[int | str]:
     """[name], or the indices of "6,12,18" and "0-3"."""
+    text, found = text.strip(), []
     if text in LAYER_NAMES:
         return [text]
-    found = []
     for part in text.split(","):
-        ends = re.fullmatch(r"(-?\d{1,4})(?:-(\d{1,4}))?", part.strip())
-        last = int(ends[2] or ends[1]) if ends else 0
-        if not ends or ends[2] and last < int(ends[1]):
+        ends = re.fullmatch(r"(-?\d{1,4})(?:-(-?\d{1,4}))?", part.strip())
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
+        if last < first or (first < 0) != (last < 0):
             names = ", ".join(LAYER_NAMES)
             raise argparse.ArgumentTypeError(f"{text!r} is none of {names}, no index, and no list such as 6,12 or 0-3")
-        found += range(int(ends[1]), last + 1)
+        found += range(first, last + 1)
     return found
 
 
@@ -152,6 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags (of the command line for None), once it is known that each can act; else SystemExit with code 2."""
     argv = sys.argv[1:] if argv is None else argv
+    argv = [f" {word}" if re.fullmatch(r"-\d+[,-][-,\d]*", word) else word for word in argv]  # a list, and no flag
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -169,7 +170,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             if flag == "--save_raw":
                 instead = "maps.npz is always written"
             if flag.startswith("--layer"):
-                thirds = "early, middle and late layers are chosen by itself"
+                thirds = "early, middle and late layers are chosen automatically"
                 own = {"single": "use --layer", "comparative": thirds}
                 instead = own.get(args.mode, "use --layers")
             raise ValueError(f"{flag} acts in {', '.join(modes)} mode only; in {args.mode} mode {instead}")
@@ -216,7 +217,7 @@ def check_path(flag: str, path: str) -> None:
         return  # told where it is opened
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise ValueError(f"--{flag} {path[:100]!r} cannot be: {reason}") from exc
+        raise ValueError(f"--{flag} {path[:100]!r} is not a usable path: {reason}") from exc
 
 
 if __name__ == "__main__":
@@ -226,8 +227,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig  # noqa: E402
+from transformers.utils import cached_file  # noqa: E402
 
 from smooth_gradcam import (  # noqa: E402
     ExplanationError,
@@ -301,11 +302,13 @@ def load_photo(path: str) -> Image.Image:
             raise ValueError(f"--image_path {path} cannot be read: {exc.strerror}") from exc
         if head[4:8] == b"ftyp" and head[8:12] in HEIC:
             raise ValueError(f"--image_path {path} is a HEIC photo: convert it to JPEG, e.g. with pillow-heif")
-    photo = load_rgb(path)
+    try:
+        photo = load_rgb(path)
+    except ValueError as exc:
+        raise ValueError(f"--image_path: {exc}") from exc
     if max(photo.size) > MAX_ASPECT * min(photo.size):
-        raise ValueError(
-            f"{path} is {photo.width} x {photo.height} pixels: sides up to 1 : {MAX_ASPECT} can be processed"
-        )
+        size = f"{photo.width} x {photo.height} pixels"
+        raise ValueError(f"--image_path: {path} is {size}: sides up to 1 : {MAX_ASPECT} can be processed")
     return photo
 
 
@@ -363,6 +366,9 @@ def count_layers(model_path: str) -> int:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"{name} is of type {kind}, no vision-language model: {', '.join(MODEL_TYPES)}")
+    for part in (config, text, config.get("vision_config") or {}):
+        if "/" in f"{part.get('_attn_implementation')} {part.get('attn_implementation')}":
+            raise ValueError(f"{name} wants attention code from a hub, which this tool never runs: take that out")
     layers = {**config, **text}.get("num_hidden_layers")
     if type(layers) is not int or not 1 <= layers < 10_000:
         raise ValueError(f"{name} has a config.json with num_hidden_layers {layers!r}: it must be 1 or more")
@@ -410,9 +416,27 @@ def load_processor(model_path: str, max_pixels: int):
     return processor
 
 
+def check_shards(model_path: str) -> None:
+    """Raises ValueError if the index of the weights names files that are no safetensors of the same folder."""
+    index = "model.safetensors.index.json"
+    with suppress(OSError):  # transformers tells what is missing
+        path = Path(model_path, index) if Path(model_path).is_dir() else cached_file(model_path, index)
+        try:
+            names = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values())
+            foreign = next((name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)), None)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+            raise ValueError(f"--model_path {model_path} has an unreadable {index}: {exc}") from exc
+        if foreign is not None:
+            raise ValueError(
+                f"--model_path {model_path} keeps weights in {foreign}: only safetensors of its own folder are "
+                "opened, as pickles (.bin, .pt) can run code"
+            )
+
+
 def load_model(model_path: str, device: str, dtype: str):
     """The model in evaluation mode. Raises ValueError if weights are missing: they would be random."""
     where = {"device_map": "auto"} if device == "map" else {}
+    check_shards(model_path)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             model_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **where
@@ -424,11 +448,11 @@ def load_model(model_path: str, device: str, dtype: str):
             f"--model_path {model_path} lacks its weights as safetensors; pickles (.bin, .pt) can run code and are "
             f"never opened: {exc.strerror or 'save it with model.save_pretrained(...) where you trust it'}"
         ) from exc
-    except (SafetensorError, RuntimeError, ValueError) as exc:
+    except Exception as exc:  # a config can make transformers raise anything
         refuse_foreign_code(model_path, exc)
         raise ValueError(
             f"--model_path {model_path} has weights that are damaged (a git-lfs pointer?) or do not fit its config: "
-            f"{exc}"
+            f"{type(exc).__name__}: {exc}"
         ) from exc
     if info["missing_keys"]:
         raise ValueError(f"--model_path {model_path} lacks weights, such as {sorted(info['missing_keys'])[0]}")
@@ -462,11 +486,13 @@ def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.
 
 def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str, list[int]]:
     """The layers that the mode explains, of each third in comparative mode. Raises ValueError."""
-    if args.mode == "single":
-        return resolve_layers([args.layer], total)
     if args.mode == "comparative":
         return comparative_layers(total)
-    return select_layers(args.layers[0] if isinstance(args.layers[0], str) else args.layers, total)
+    layers = [args.layer] if args.mode == "single" else args.layers
+    try:
+        return select_layers(layers[0] if isinstance(layers[0], str) else layers, total)
+    except ValueError as exc:
+        raise ValueError(f"--layer{'' if args.mode == 'single' else 's'}: {exc}") from exc
 
 
 def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
@@ -483,9 +509,10 @@ def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
         model = load_model(args.model_path, device, args.dtype)
         reading = read(model, processor, photo, args.prompt, args.answer, args.max_new_tokens)
         settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
-        files, lines = (explain_words if args.mode == "words" else explain_target)(
-            args, reading, layers, settings, mask
-        )
+        if args.mode == "words":
+            files, lines = explain_words(args, reading, layers, settings)
+        else:
+            files, lines = explain_target(args, reading, layers, settings, mask)
         return reading.answer, write(files), lines
 
 
@@ -519,7 +546,7 @@ def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[st
     return files, lines
 
 
-def explain_words(args, reading, layers, settings, mask) -> tuple[dict, list[str]]:
+def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
     """The same of words mode."""
     from studies.words import choose_words, draw_words, name_words, word_tokens
 

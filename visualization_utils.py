@@ -682,6 +682,8 @@ def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_di
             for part in (folder / part for part in subfolders):
                 if os.path.lexists(part) and not part.is_dir():
                     raise NotADirectoryError(errno.ENOTDIR, f"{part.name} is no folder")
+                if part.is_dir() and part.stat().st_dev != folder.stat().st_dev:
+                    raise OSError(errno.EXDEV, f"{part.name} is on another disk")
             held = _hold(folder)
             for stale in _staging_folders(folder) if held is not None else ():  # whoever made them is no longer there
                 _remove_staging(stale)
@@ -703,6 +705,25 @@ def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_di
                 os.close(held)
 
 
+def _move(folder: Path, staging: Path, made: list[Path], names: Iterable[str]) -> None:
+    """Move all files into place, or none: what was there before is put back if one cannot be replaced."""
+    moved = {}  # target: what was there before
+    try:
+        for i, name in enumerate(names):
+            target, before = folder / name, staging / f"{i}.before"
+            _make_folders(target.parent, made)
+            if os.path.lexists(target):
+                shutil.copy2(target, before, follow_symlinks=False)
+            (staging / name).replace(target)
+            moved[target] = before
+    except OSError as exc:
+        for done, before in moved.items():
+            before.replace(done) if os.path.lexists(before) else done.unlink()
+        raise OSError(
+            f"{target} cannot be written ({exc.strerror}): nothing is changed, choose another folder"
+        ) from exc
+
+
 def _write(folder: Path, staging: Path, made: list[Path], files: dict[str, object]) -> list[Path]:
     for name in files:
         if (folder / name).is_dir():
@@ -711,9 +732,7 @@ def _write(folder: Path, staging: Path, made: list[Path], files: dict[str, objec
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # compression takes longest
         list(pool.map(functools.partial(_stage, staging), files, files.values()))
     with _signals_wait():
-        for name in files:
-            _make_folders((folder / name).parent, made)
-            (staging / name).replace(folder / name)
+        _move(folder, staging, made, files)
     return [folder / name for name in files]
 
 

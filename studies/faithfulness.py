@@ -243,8 +243,8 @@ def randomize_weights(modules: Iterable[nn.Module], generator: torch.Generator) 
         if not parameter.is_floating_point() or parameter.is_meta:
             raise ValueError(f"weights of {parameter.dtype} on {parameter.device} cannot be re-drawn")
         values = parameter.detach().float()
-        spread = values.std(correction=0).item()
-        drawn = torch.randn(values.shape, generator=generator) * spread + values.mean().item()
+        deviation = values.std(correction=0).item()
+        drawn = torch.randn(values.shape, generator=generator) * deviation + values.mean().item()
         parameter.data.copy_(drawn)
 
 

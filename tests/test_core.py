@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from types import SimpleNamespace
@@ -974,6 +975,21 @@ def test_model_in_training_is_explained_in_evaluation(make_model, processor, ima
     found = [compute_token_maps(model, processor, image, PROMPT, [0, 1], **each) for each in (CLEAN, answers)]
     assert [values_of(one) for one in found] == [values_of(one) for one in expected]
     assert all(module.training for module in model.modules())
+
+
+def test_models_that_share_their_decoder_wait_for_each_other(make_model):
+    model, other = make_model(), make_model()
+    other.model = model.model
+    entered = threading.Event()
+
+    def borrow():
+        with core.borrowed(other):
+            entered.set()
+
+    with core.borrowed(model):
+        threading.Thread(target=borrow).start()
+        assert not entered.wait(0.2)
+    assert entered.wait(10)
 
 
 def test_no_graph_is_built_below_the_first_layer_asked_for(model, processor, image):

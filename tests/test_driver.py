@@ -657,6 +657,7 @@ def bad(tmp_path_factory, image, model_folder):
     layers = '{"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": %s}}'
     configs = {"list": "[]", "null": "null", "deep": "[" * 100_000, "zero": layers % 0, "minus": layers % -3}
     configs |= {"text": layers % '"28"', "odd": '{"model_type": "qwen2_5_vl", "text_config": [3]}'}
+    configs["kernels"] = layers.replace("}}", '}, "_attn_implementation": "someone/kernel"}') % 4
     for name, text in configs.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(text)
@@ -692,6 +693,7 @@ BAD = {  # flags: what the message says
     "--mode grid --layer_range deep": "'deep' is none of auto, early, middle, late, all",
     "--mode grid --layer_range early 3": "--layer_range takes one of auto, early",
     "--mode words --layers all 3": "--layers takes one of auto, early",
+    "--mode words --layers -3-2": "'-3-2' is none of auto, early",
     "--mode words --layers 3-1": "'3-1' is none of auto, early, middle, late, all, no index, and no list such as 6,12",
     "--mode words --layers 1,,2": "'1,,2' is none of",
     "--mode words --layers 0-99999": "'0-99999' is none of",
@@ -750,6 +752,7 @@ BAD = {  # flags: what the message says
     "--model_path {bad}/null": "null is unreadable",
     "--model_path {bad}/deep": "deep is unreadable",
     "--model_path {bad}/odd": "odd is unreadable: its config.json holds no record where one should be",
+    "--model_path {bad}/kernels": "kernels wants attention code from a hub, which this tool never runs",
     "--model_path {bad}/zero": "num_hidden_layers 0: it must be 1 or more",
     "--model_path {bad}/minus": "num_hidden_layers -3: it must be 1 or more",
     "--model_path {bad}/text": "num_hidden_layers '28': it must be 1 or more",
@@ -838,6 +841,45 @@ def test_pickled_weights_are_never_opened(drive, model_folder, tmp_path):
     assert code == 2
     assert "lacks its weights as safetensors; pickles (.bin, .pt) can run code and are never opened" in err
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("shard", ["w.bin", "../other/model.safetensors", "/tmp/model.safetensors"])
+def test_index_of_weights_names_safetensors_of_its_folder_only(drive, model_folder, tmp_path, shard):
+    folder = tmp_path / "sharded"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").rename(folder / "w.bin")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": shard}}))
+    code, _, err = drive("--model_path", folder)
+    assert code == 2
+    assert f"keeps weights in {shard}: only safetensors of its own folder are opened, as pickles" in err
+
+
+def test_sharded_weights_are_loaded(drive, model_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "sharded"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for shard in set(names.values()):
+        part = {name: weights[name] for name in names if names[name] == shard}
+        save_file(part, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert drive("--model_path", folder, "--answer", ANSWER)[0] == 0
+
+
+def test_config_that_transformers_stumbles_over_is_told_with_its_folder(drive, model_folder, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["hidden_act"] = "zebra"
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = drive("--model_path", folder)
+    assert code == 2
+    assert f"--model_path {folder} has weights that are damaged" in err
+    assert "KeyError: 'zebra'" in err
 
 
 class Trap:
@@ -997,6 +1039,8 @@ def test_names_that_users_import_from_driver_and_figures_are_there():
         (["0-3"], [0, 1, 2, 3]),
         (["3,0"], [3, 0]),
         (["0-1,3", "-1"], [0, 1, 3, -1]),
+        (["-3,-1"], [-3, -1]),
+        (["-3--1"], [-3, -2, -1]),
         (["1", "2"], [1, 2]),
         (["late"], ["late"]),
         (["all"], ["all"]),

@@ -146,6 +146,28 @@ def test_file_where_a_subfolder_has_to_be_is_refused_at_once(tmp_path):
     assert listing(tmp_path) == ["late"]
 
 
+@pytest.mark.parametrize("stubborn", [1, 2])
+def test_a_file_that_cannot_be_replaced_undoes_those_before_it(tmp_path, monkeypatch, stubborn):
+    write_files(tmp_path / "out", {"0.png": PIXELS, "1.png": PIXELS})
+    (tmp_path / "out/0.png").with_suffix(".link").symlink_to("0.png")
+    real = Path.replace
+
+    def replace(self, target):
+        if target.name == f"{stubborn}.png" and self.parent.name.startswith(STAGING) and self.suffix == ".png":
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    message = (
+        rf"{stubborn}.png cannot be written \(Operation not permitted\): nothing is changed, choose another folder"
+    )
+    with pytest.raises(OSError, match=message):
+        write_files(tmp_path / "out", {f"{i}.png": PIXELS + 9 for i in (0, 1, 2)})
+    assert listing(tmp_path / "out") == ["0.link", "0.png", "1.png"]
+    assert not np.asarray(Image.open(tmp_path / "out/0.png")).any()
+    assert (tmp_path / "out/0.link").is_symlink()
+
+
 # two runs
 
 

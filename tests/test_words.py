@@ -545,7 +545,7 @@ def test_contrast_of_another_length_is_warned_of(model, processor, image, recwar
     expected = []
     if tokens:
         message = f"contrast={contrast!r} has {tokens[0]} tokens, the target {tokens[1]}: scores are sums over tokens, "
-        expected = [(ExplanationWarning, message + "so that the map shows the difference in length first")]
+        expected = [(ExplanationWarning, message + "so the map mostly shows the difference in length")]
     assert [(type(warning.message), str(warning.message)) for warning in recwarn] == expected
 
 
