@@ -217,7 +217,7 @@ def _open_image(path: str) -> Image.Image:
 
 def _scale_grey(image: Image.Image) -> Image.Image:
     values = np.asarray(image, dtype=np.float32)
-    scales = [1.0] * (image.mode == "F") + [255.0] * (";" not in image.mode) + [65535.0]  # what is white
+    scales = {"F": [1.0, 255.0, 65535.0], "I": [255.0, 65535.0]}.get(image.mode, [65535.0])  # what is white
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= scales[-1]):  # nan is neither
         raise ValueError(f"the image has grey values {low:g} to {high:g}: they must be finite, 0 to {scales[-1]:g}")

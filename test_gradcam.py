@@ -337,8 +337,9 @@ def resolve_device(name: str) -> str:
     if name == "map":
         return name
     cuda = torch.cuda.device_count()
-    there = ["cpu", *["cuda"] * (cuda > 0), *(f"cuda:{i}" for i in range(cuda))]
-    there += ["mps"] * torch.backends.mps.is_available()
+    there = ["cpu"] + (["cuda", *(f"cuda:{i}" for i in range(cuda))] if cuda else [])
+    if torch.backends.mps.is_available():
+        there.append("mps")
     if name == "auto":
         return "cuda" if cuda else "cpu"
     if name not in there:
