@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import InitVar, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,7 +166,7 @@ class TokenMaps:
     no_gradient: frozenset  # layers whose gradient is exactly zero
     settings: Settings
 
-    @property
+    @cached_property
     def blank(self) -> dict[int | str, str]:
         """{layer: why it has no map}: say so in words, never paint its zeros as data."""
         zero = {layer: "zero everywhere" for layer, cam in self.maps.items() if not cam.any()}
@@ -272,8 +273,9 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     Raises ValueError for bad arguments, ExplanationError if the model answers with nothing.
     """
     check_whole("max_new_tokens", max_new_tokens, 1)
-    for name, text in (("prompt", prompt), ("answer", answer)):
-        if text is not None and (not isinstance(text, str) or not text.strip()) or name == "prompt" and text is None:
+    texts = {"prompt": prompt} if answer is None else {"prompt": prompt, "answer": answer}
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name}={text!r} must be a text that is not empty")
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
@@ -285,8 +287,10 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
         inputs = prepare_inputs(model, processor, photo, prompt)
         positions, grid = image_grid(model, inputs)
         with memory_explained(len(positions)):
-            given = None if answer is None else tokenise(tokenizer, answer)
-            tokens = generate(model, tokenizer, inputs, max_new_tokens) if given is None else given
+            if answer is None:
+                tokens = generate(model, tokenizer, inputs, max_new_tokens)
+            else:
+                tokens = tokenise(tokenizer, answer)
     text = decode(tokenizer, tokens)
     if not text.strip():
         raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
@@ -866,10 +870,15 @@ def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float = 0.5) 
     return cv2.addWeighted(np.asarray(image_rgb), 1 - alpha, np.asarray(heatmap), alpha, 0)
 
 
+def render_heatmap(cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The colours of a raw (H, W) map at `size` = (height, width) pixels, scaled by its maximum: uint8 RGB."""
+    return colorize_cam(normalize_cam(upsample_cam(cam, size)))
+
+
 def render_cam(image, cam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(superimposed, heatmap) of a raw (H, W) map, uint8 RGB arrays (height, width, 3) of the photo's own size."""
     photo = np.asarray(load_rgb(image))
-    heatmap = colorize_cam(normalize_cam(upsample_cam(cam, photo.shape[:2])))
+    heatmap = render_heatmap(cam, photo.shape[:2])
     return overlay_cam(photo, heatmap), heatmap
 
 

@@ -504,8 +504,8 @@ def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
         check_answer(args)
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
-    thirds = ("early", "middle", "late") if args.mode == "comparative" else ()
-    with output_folder(Path(args.output_dir, FOLDERS[args.mode]), thirds, "--output_dir") as write:
+    subfolders = layers if args.mode == "comparative" else ()
+    with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir") as write:
         processor = load_processor(args.model_path, args.max_pixels)
         model = load_model(args.model_path, device, args.dtype)
         reading = read(model, processor, photo, args.prompt, args.answer, args.max_new_tokens)
@@ -549,10 +549,9 @@ def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[st
 
 def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
     """The same of words mode."""
-    from studies.words import choose_words, draw_words, name_words, word_tokens
+    from studies.words import draw_words, map_words, name_words, word_tokens
 
-    spans = choose_words(reading.answer, reading.spans, args.words)
-    word_maps = explain(reading, spans, layers, settings, show_progress(args.quiet))
+    word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet))
     files = draw_words(reading.photo, Path(args.image_path).name, word_maps, *word_tokens(reading, word_maps))[1]
     lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
     for layer in layers:

@@ -44,10 +44,9 @@ from smooth_gradcam import (
     compute_token_maps,
     get_model_layers,
     load_rgb,
-    normalize_cam,
     overlay_cam,
+    render_heatmap,
     resolve_layers,
-    upsample_cam,
 )
 
 try:
@@ -125,7 +124,7 @@ def draw_layer(photo: Image.Image, token_maps: TokenMaps, layer, overlay: bool) 
     """The layer's heatmap, or the photo under it, in the photo's size; a grey panel with words if it has no map."""
     if layer in token_maps.blank:
         return grey_panel(*photo.size, f"{token_maps.blank[layer]}:\nno map")
-    heatmap = colorize_cam(normalize_cam(upsample_cam(token_maps.maps[layer], (photo.height, photo.width))))
+    heatmap = render_heatmap(token_maps.maps[layer], (photo.height, photo.width))
     return overlay_cam(photo, heatmap) if overlay else heatmap
 
 
@@ -687,8 +686,9 @@ def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_di
             held = _hold(folder)
             for stale in _staging_folders(folder) if held is not None else ():  # whoever made them is no longer there
                 _remove_staging(stale)
-            (folder / f"{STAGING}{os.getpid()}").mkdir()
-            staging = folder / f"{STAGING}{os.getpid()}"
+            mine = folder / f"{STAGING}{os.getpid()}"
+            mine.mkdir()
+            staging = mine  # from here on it is this run's to remove
         except BlockingIOError:
             raise
         except OSError as exc:
@@ -705,6 +705,14 @@ def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_di
                 os.close(held)
 
 
+def _keep(file: Path, copy: Path) -> None:
+    """Another name for the file, or a copy where the disk knows no hard links."""
+    try:
+        os.link(file, copy, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(file, copy, follow_symlinks=False)
+
+
 def _move(folder: Path, staging: Path, made: list[Path], names: Iterable[str]) -> None:
     """Move all files into place, or none: what was there before is put back if one cannot be replaced."""
     moved = {}  # target: what was there before
@@ -713,7 +721,7 @@ def _move(folder: Path, staging: Path, made: list[Path], names: Iterable[str]) -
             target, before = folder / name, staging / f"{i}.before"
             _make_folders(target.parent, made)
             if os.path.lexists(target):
-                shutil.copy2(target, before, follow_symlinks=False)
+                _keep(target, before)
             (staging / name).replace(target)
             moved[target] = before
     except OSError as exc:

@@ -133,6 +133,13 @@ def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple
 # maps
 
 
+def map_words(reading: Reading, words, layers, settings: Settings, progress=None) -> list[TokenMaps]:
+    """The raw maps of each chosen word of a reading; arguments and errors are those of `compute_word_maps`."""
+    if settings.contrast is not None:
+        raise ValueError(f"contrast={settings.contrast!r}: a map of each word takes no contrast")
+    return explain(reading, choose_words(reading.answer, reading.spans, words), layers, settings, progress)
+
+
 def compute_word_maps(
     model, processor, image, prompt: str, layers: Iterable[int | nn.Module],
     *, words="content", answer=None, max_new_tokens=128, progress=None, **settings,
@@ -144,10 +151,8 @@ def compute_word_maps(
     `compute_token_maps`, which says what is raised; ValueError too for words that are not in the answer.
     """
     settings = Settings(**settings)
-    if settings.contrast is not None:
-        raise ValueError(f"contrast={settings.contrast!r}: a map of each word takes no contrast")
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
-    return explain(reading, choose_words(reading.answer, reading.spans, words), layers, settings, progress)
+    return map_words(reading, words, layers, settings, progress)
 
 
 def word_tokens(reading: Reading, word_maps: list[TokenMaps]) -> tuple[list[list[float]], list[list[str]]]:
@@ -358,8 +363,7 @@ def create_word_maps(
     settings = Settings(num_samples, noise_std, **settings)
     with output_folder(save_dir) as write:
         reading = read(model, processor, image, prompt, answer, max_new_tokens)
-        spans = choose_words(reading.answer, reading.spans, words)
-        word_maps = explain(reading, spans, layers, settings, show_progress(quiet))
+        word_maps = map_words(reading, words, layers, settings, show_progress(quiet))
         file_name = Path(image).name if isinstance(image, (str, Path)) else ""
         results, files = draw_words(reading.photo, file_name, word_maps, *word_tokens(reading, word_maps))
         write(files)
