@@ -1,0 +1,530 @@
+"""Which map holds in every bed? python tests/benchmark_choices.py --decoder build/qwen2.5-0.5b
+
+Every word of every bed (see beds.py) is explained at every decoder layer, from one clean copy, by all combinations of
+
+    norms     plain gradients, detached denominators, or all of AttnLRP's rules (norms, gate, attention)
+    score     the logit, the log-probability, the logit minus the mean logit, the logit minus the runner-up's
+    features  as they are; centred by their mean or median over the image tokens; RMS-normalised; without outlier channels
+    weights   gradients pooled by their mean, or weighted by |g|, |g|^2 or ReLU(g.A); each token's own; their products
+    tap       a layer's input, its input_layernorm, its post_attention_layernorm (two of the features, some weights)
+
+and by occlusion, which uses no gradient: each image token, and each block of 2 x 2, is hidden from question and answer
+by the attention mask. Measured on image tokens: pointing (the maximum lies on the object), energy (share of the map on
+it), Obj-IoU (overlap with the map above Otsu's threshold), border (the maximum lies in a border cell and off the
+object), likeness (Pearson's correlation with the block occlusion map); means over the middle half of the layers. A
+setting's merit in a bed is the mean of pointing, energy and Obj-IoU, and settings are ordered by their merit in the
+worst bed. Intervals hold 95 % of 1000 bootstrap resamples of the pictures. For NAMED settings also insertion minus
+deletion, beside that of the object's own mask, and the corners lit by whole answers on flat pictures.
+
+Written to --output_dir: beds.csv (every setting in every bed), beds.png and README's tables as printed. What each bed
+gave is kept in --work, so that `--beds eyes` measures one anew and the others are read.
+
+Shapes: K layers   N image tokens   C channels   M maps   T tokens of a word   V vocabulary
+"""
+
+import argparse
+import csv
+import itertools
+import platform
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import beds  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+
+import smooth_gradcam as core  # noqa: E402
+from studies.faithfulness import auc, insertion_deletion  # noqa: E402
+
+# features (K, N, C), and what of them is explained
+
+
+def without_outliers(features: Tensor) -> Tensor:
+    """Zero in channels whose root mean square over the image tokens is more than ten times the median channel's."""
+    size = features.square().mean(-2, keepdim=True).sqrt()  # (K, 1, C)
+    return features * (size <= 10 * size.median(-1, keepdim=True).values)
+
+
+FEATURES = {
+    "as they are": lambda x: x,
+    "centred": lambda x: x - x.mean(-2, keepdim=True),
+    "centred by median": lambda x: x - x.median(-2, keepdim=True).values,
+    "RMS-normalised": lambda x: x / x.square().mean(-1, keepdim=True).sqrt(),
+    "without outliers": without_outliers,
+}
+
+
+# weights: features and gradients (K, N, C) -> maps (K, N)
+
+
+def per_token(x: Tensor, g: Tensor) -> Tensor:
+    """Each token's own gradient: HiResCAM."""
+    return (x * g).sum(-1).relu()
+
+
+def pooled(x: Tensor, g: Tensor, share: Tensor) -> Tensor:
+    """One weight per channel, the gradients' mean weighted by `share` (K, N): ReLU(sum_k a_k A_k)."""
+    weights = torch.einsum("kn,knc->kc", share / share.sum(-1, keepdim=True).clamp_min(1e-30), g)
+    return torch.einsum("knc,kc->kn", x, weights).relu()
+
+
+POOLED = {
+    "mean": lambda x, g: pooled(x, g, torch.ones_like(g[..., 0])),
+    "|g|": lambda x, g: pooled(x, g, g.norm(dim=-1)),
+    "|g|^2": lambda x, g: pooled(x, g, g.square().sum(-1)),
+    "ReLU(g.A)": lambda x, g: pooled(x, g, per_token(x, g)),
+}
+WEIGHTS = (*POOLED, "per token", *(f"{name} x per token" for name in POOLED))
+
+
+def weigh(x: Tensor, g: Tensor, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Maps (K, N) by the name of their weights."""
+    own = per_token(x, g)
+    maps = {name: method(x, g) for name, method in POOLED.items()} | {"per token": own}
+    maps |= {f"{name} x per token": (maps[name].sqrt() * own.sqrt()) for name in POOLED}
+    return {name: maps[name] for name in wanted}
+
+
+# scores: logits (T, V) at the tokens (T,) they predict
+
+
+def logit_minus_mean(logits: Tensor, tokens: Tensor) -> Tensor:
+    return core.logit_score(logits - logits.mean(-1, keepdim=True), tokens)
+
+
+def logit_minus_runner_up(logits: Tensor, tokens: Tensor) -> Tensor:
+    others = logits.scatter(1, tokens[:, None], float("-inf"))
+    return core.logit_score(logits, tokens) - others.max(-1).values.sum()
+
+
+SCORES = core.SCORES | {"logit - mean": logit_minus_mean, "logit - runner-up": logit_minus_runner_up}
+
+
+# norms
+
+
+@contextmanager
+def attnlrp(model):
+    """Inside, gradients follow AttnLRP's rules (Achtibat et al., ICML 2024): gradient x input is then its relevance.
+
+    Norms have detached denominators. An activation f(x) is x [f(x) / x] with the ratio detached (identity rule). A
+    product of two inputs gives each half of its relevance (uniform rule): the gradient is halved towards gate and up
+    projection, towards attention weights and values, and in the weights' own product once more, towards queries and keys.
+    """
+
+    def scaled(share):
+        return lambda module, args, output: share * output + (1 - share) * output.detach()
+
+    def activation(module, args, output):
+        ratio = (output / args[0]).detach().nan_to_num(0, 0, 0)
+        linear = args[0] * ratio / 2
+        return output.detach() + (linear - linear.detach())
+
+    layers, _ = core.get_model_layers(model)
+    with ExitStack() as stack:
+        stack.enter_context(core.detached_norms(model))
+        for layer in layers:
+            a, m = layer.self_attn, layer.mlp
+            hooks = {a.q_proj: scaled(0.25), a.k_proj: scaled(0.25), a.v_proj: scaled(0.5)}
+            hooks |= {m.up_proj: scaled(0.5), m.act_fn: activation}
+            for module, hook in hooks.items():
+                stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+RULES = {"detached": core.detached_norms, "plain": nullcontext, "AttnLRP": attnlrp}
+PASSES = [
+    *(("detached", score) for score in SCORES),
+    *(("plain", score) for score in ("logit", "logprob", "logit - runner-up")),
+    *(("AttnLRP", score) for score in ("logit", "logprob")),
+]
+MODULES = ("input_layernorm", "post_attention_layernorm")  # read at their outputs
+MODULE_FEATURES = ("as they are", "centred")
+MODULE_WEIGHTS = ("mean", "ReLU(g.A)", "per token", "ReLU(g.A) x per token")
+
+
+class Setting(NamedTuple):
+    norms: str
+    score: str
+    features: str
+    weights: str
+    tap: str = "input"
+
+
+SETTINGS = [Setting(*chosen, *pair) for chosen in PASSES for pair in itertools.product(FEATURES, WEIGHTS)]
+SETTINGS += [
+    Setting(norms, "logit", *pair, tap)
+    for tap in MODULES
+    for norms in ("detached", "plain")
+    for pair in itertools.product(MODULE_FEATURES, MODULE_WEIGHTS)
+]
+NAMED = {
+    "the formula to the letter, at the input": Setting("plain", "logit", "as they are", "mean"),
+    "the default before": Setting("detached", "logit", "as they are", "mean"),
+    "best before": Setting("detached", "logit", "as they are", "mean x per token"),
+    "HiResCAM": Setting("detached", "logit", "as they are", "per token"),
+    "HiResCAM, centred": Setting("detached", "logit", "centred", "per token"),
+    "pooled by ReLU(g.A), centred": Setting("detached", "logit", "centred", "ReLU(g.A)"),
+    "product": Setting("detached", "logit", "centred", "ReLU(g.A) x per token"),
+}
+MEASURES = ("pointing", "energy", "obj_iou", "border", "likeness")
+
+
+def all_maps(model, forced: dict, scored: core.Scored, positions: Tensor) -> dict[Setting, Tensor]:
+    """{setting: (K, N)} of one scored part of an answer."""
+    layers, total = core.get_model_layers(model)
+    taps = [core.Tap(("input", i), layers[i], True) for i in range(total)]
+    taps += [core.Tap((name, i), getattr(layers[i], name), False) for i in range(total) for name in MODULES]
+    maps = {}
+    for norms, chosen in itertools.groupby(PASSES, key=lambda chosen: chosen[0]):
+        with RULES[norms](model), core.captured(taps) as found:
+            logits = core.compute_logits(model, forced, min(scored.predicting))[0]
+        length = forced["input_ids"].shape[1]
+        rows = core.at_least_float32(logits[[position - length for position in scored.predicting]])
+        values = [(score, SCORES[score](rows, torch.tensor(scored.expected))) for _, score in chosen]
+        for number, (score, value) in enumerate(values, 1):
+            gradients = torch.autograd.grad(value, list(found.values()), retain_graph=number < len(values))
+            pairs = {key: (a.detach()[0, positions], g[0, positions]) for (key, a), g in zip(found.items(), gradients)}
+            for tap in ("input", *MODULES):
+                wanted = [s for s in SETTINGS if (s.norms, s.score, s.tap) == (norms, score, tap)]
+                if wanted:
+                    x, g = (torch.stack([pairs[tap, i][part] for i in range(total)]) for part in (0, 1))  # (K, N, C)
+                    for name, group in itertools.groupby(wanted, key=lambda s: s.features):
+                        group = list(group)
+                        heat = weigh(FEATURES[name](x), g, [s.weights for s in group])
+                        maps |= {s: heat[s.weights] for s in group}
+    return maps
+
+
+# occlusion
+
+
+def occlusion(reading: core.Reading, spans: list, batch: int = 32) -> dict[str, np.ndarray]:
+    """{"token", "block": (words, H, W)}: how far each word's score falls without an image token, or 2 x 2 around it.
+
+    The vision tower and everything up to the last image token run once; question and answer then run for each hidden
+    token or block in batches, with the hidden positions out of the attention mask. The score is the log-probability, and
+    what would rise is zero; a token's block value is the mean over the blocks that hold it.
+    """
+    model, grid = reading.model, reading.grid
+    forced, scored = core.score_parts(reading.inputs, reading.tokens, [reading.tokens_of(span) for span in spans])
+    start = int(reading.positions[-1]) + 1
+    cells = np.arange(len(reading.positions)).reshape(grid)
+    blocks = [cells[i : i + 2, j : j + 2].ravel() for i in range(max(1, grid[0] - 1)) for j in range(max(1, grid[1] - 1))]
+    hidden = [[], *([cell] for cell in cells.ravel()), *blocks]
+    seen = {}
+    text = model.model.language_model
+    handle = text.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model(**forced, use_cache=False)
+        handle.remove()
+        embeds, places = seen["inputs_embeds"], seen["position_ids"]
+        cache = text(inputs_embeds=embeds[:, :start], position_ids=places[..., :start], use_cache=True).past_key_values
+        drops = []
+        for i in range(0, len(hidden), batch):
+            part = hidden[i : i + batch]
+            mask = torch.ones(len(part), embeds.shape[1], dtype=torch.long)
+            for row, away in zip(mask, part, strict=True):
+                row[reading.positions[away]] = 0
+            many = deepcopy(cache)
+            many.batch_repeat_interleave(len(part))
+            states = text(
+                inputs_embeds=embeds[:, start:].expand(len(part), -1, -1),
+                position_ids=places[..., start:].expand(*places.shape[:-2], len(part), -1),
+                attention_mask=mask,
+                past_key_values=many,
+                use_cache=True,
+            ).last_hidden_state
+            rows = [
+                core.at_least_float32(model.lm_head(states[:, [p - start for p in word.predicting]])).log_softmax(-1)
+                for word in scored
+            ]  # (B, T, V) of each word
+            drops.append(
+                torch.stack(
+                    [
+                        row.gather(2, torch.tensor(word.expected).expand(len(part), -1)[..., None]).sum((1, 2))
+                        for row, word in zip(rows, scored, strict=True)
+                    ]
+                )
+            )
+    values = torch.cat(drops, 1).numpy()  # (words, 1 + N + blocks)
+    fall = (values[:, :1] - values[:, 1:]).clip(0)
+    sums, counts = np.zeros((len(spans), cells.size)), np.zeros(cells.size)
+    for block, value in zip(blocks, fall[:, cells.size :].T, strict=True):
+        sums[:, block] += value[:, None]
+        counts[block] += 1
+    shape = (len(spans), *grid)
+    return {"token": fall[:, : cells.size].reshape(shape), "block": (sums / counts).reshape(shape)}
+
+
+# measures: maps (M, N), the object's image tokens (N,)
+
+
+def otsu(heat: np.ndarray) -> np.ndarray:
+    """(M, N) bool: above the threshold that parts each map's values with the largest variance between the parts."""
+    order = -np.sort(-heat, axis=1)
+    count = np.arange(1, heat.shape[1])
+    total = order.sum(1, keepdims=True)
+    above = order.cumsum(1)[:, :-1]
+    rest = heat.shape[1] - count
+    between = count * rest * (above / count - (total - above) / rest) ** 2
+    last = np.take_along_axis(order, between.argmax(1)[:, None], 1)  # the smallest value above the threshold
+    return (heat >= last) & (heat > 0)
+
+
+def measure(heat: np.ndarray, word: beds.Word, grid: tuple[int, int], occluded: np.ndarray) -> np.ndarray:
+    """(M, measures) of maps (M, N); all zero for a map of zeros."""
+    on = word.on(grid).ravel()
+    border = np.ones(grid, bool)
+    border[1:-1, 1:-1] = False
+    top, hot, alive = heat.argmax(1), otsu(heat), heat.any(1)
+    energy = heat[:, on].sum(1) / np.maximum(heat.sum(1), 1e-30)
+    iou = (hot & on).sum(1) / (hot | on).sum(1)
+    a, b = heat - heat.mean(1, keepdims=True), occluded.ravel() - occluded.mean()
+    likeness = a @ b / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b), 1e-30)
+    return np.stack([on[top], energy, iou, border.ravel()[top] & ~on[top], likeness], 1) * alive[:, None]
+
+
+# one bed
+
+
+def middle(total: int) -> slice:
+    """The middle half of the layers."""
+    return slice(total // 4, total - total // 4)
+
+
+def run_bed(bed: beds.Bed, count: int, faithful: int, steps: int, quiet: bool) -> dict[str, np.ndarray]:
+    """Everything that is measured in a bed, as arrays: see the keys below."""
+    rows, occluded, group, order, tried = [], [], [], [], 0
+    _, total = core.get_model_layers(bed.model)
+    left = faithful
+    for number in tqdm(range(count), bed.name, disable=quiet):
+        (picture,) = bed.pictures([number])
+        tried += picture.tried
+        reading, words = picture.reading, picture.words
+        if not words:
+            continue
+        with core.borrowed(bed.model):
+            hidden = occlusion(reading, [word.span for word in words])
+            for index, word in enumerate(words):
+                forced, (scored,) = core.score_parts(reading.inputs, reading.tokens, [reading.tokens_of(word.span)])
+                maps = all_maps(bed.model, forced, scored, reading.positions)
+                heat = torch.stack([maps[s] for s in SETTINGS]).numpy().astype(np.float64)  # (S, K, N)
+                block = hidden["block"][index]
+                found = measure(heat.reshape(-1, heat.shape[-1]), word, reading.grid, block)
+                rows.append(found.reshape(*heat.shape[:2], -1).astype(np.float32))
+                both = np.stack([hidden[name][index].ravel() for name in ("token", "block")])
+                occluded.append(measure(both, word, reading.grid, block))
+                group.append(number)
+                if left:
+                    left -= 1
+                    order.append(faithfulness(bed, picture, word, maps, both[1], total, steps))
+    return {
+        "found": np.stack(rows),  # (words, S, K, measures)
+        "occlusion": np.stack(occluded),  # (words, 2, measures)
+        "picture": np.array(group),
+        "tried": np.array(tried),
+        "faithful": np.array(order),  # (words, named + block occlusion + own mask), insertion - deletion
+        "corners": corners(bed, count) if bed.name in ("flat", "eyes") else np.zeros((0, 0, 0)),  # (16, S, K) bool
+    }
+
+
+def faithfulness(bed, picture, word, maps, occluded, total, steps) -> list[float]:
+    """Insertion minus deletion of the NAMED settings, the mean of two middle layers, of occlusion and of the own mask."""
+    reading, grid = picture.reading, picture.reading.grid
+    layers = [total * 2 // 5, total * 3 // 5]
+    cams = {f"{name}@{i}": maps[s][i].numpy().reshape(grid) for name, s in NAMED.items() for i in layers}
+    cams |= {"occlusion": occluded.reshape(grid), "own mask": word.covered(grid)}
+    about = reading.prompt, reading.answer, reading.tokens, word.name, word.span, reading.tokens_of(word.span)
+    settings = core.Settings(use_smooth=False)
+    token_maps = core.TokenMaps({k: v.astype(np.float32) for k, v in cams.items()}, grid, *about, frozenset(), settings)
+    options = {"steps": steps, "baseline": bed.baseline, "random_orders": 0}
+    with torch.autocast("cpu", torch.bfloat16, enabled=bed.name in beds.PUBLISHED):
+        measured = insertion_deletion(reading, token_maps, **options)
+    area = {k: auc(measured.insertion[k] - measured.deletion[k], measured.shares) for k in measured.insertion}
+    area |= dict.fromkeys(token_maps.blank, 0.0)
+    named = [np.mean([area[f"{name}@{i}"] for i in layers]) for name in NAMED]
+    return [*named, area["occlusion"], area["own mask"]]
+
+
+def corners(bed: beds.Bed, count: int) -> np.ndarray:
+    """Whether the map of the whole answer is hottest in the object's quadrant: (pictures, S, K), sixteen at most."""
+    lit = []
+    for number in range(min(16, count)):
+        photo, corner = beds.draw_corner(number)
+        reading = core.read(bed.model, bed.processor, photo, beds.scenes.DESCRIBE[0], max_new_tokens=64)
+        with core.borrowed(bed.model):
+            part = reading.tokens_of((0, len(reading.answer)))
+            forced, (scored,) = core.score_parts(reading.inputs, reading.tokens, [part])
+            maps = all_maps(bed.model, forced, scored, reading.positions)
+        heat = torch.stack([maps[s] for s in SETTINGS]).numpy()
+        lit.append([[beds.lit_corner(cam.reshape(reading.grid)) == corner and cam.any() for cam in k] for k in heat])
+    return np.array(lit)
+
+
+# tables
+
+
+RESAMPLES = 1000
+
+
+def merit(found: np.ndarray) -> np.ndarray:
+    """(..., measures) -> (...): the mean of pointing, energy and Obj-IoU."""
+    return found[..., :3].mean(-1)
+
+
+def resampled(values: np.ndarray, picture: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means (RESAMPLES, ...) of values (words, ...) over resamples of the pictures they come from."""
+    rng, names = np.random.default_rng(seed), np.unique(picture)
+    sums = np.stack([values[picture == name].sum(0) for name in names])
+    counts = np.array([(picture == name).sum() for name in names])
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)  # (RESAMPLES, pictures)
+    return np.tensordot(drawn, sums, 1) / (drawn @ counts).reshape(-1, *[1] * (values.ndim - 1))
+
+
+class Summary(NamedTuple):
+    """A bed's means over the middle half of the layers."""
+
+    settings: np.ndarray  # (S, measures)
+    by_layer: np.ndarray  # (S, K, measures)
+    occlusion: np.ndarray  # (2, measures)
+    merits: np.ndarray  # (RESAMPLES, S)
+    words: int
+    tried: int
+    faithful: np.ndarray  # (words, named + 2)
+    corners: np.ndarray  # (S,) of the worst layer, or empty
+
+
+def summarise(data: dict) -> Summary:
+    found = data["found"]
+    mean = found[:, :, middle(found.shape[2])].mean(2)  # (words, S, measures)
+    lit = data["corners"].sum(0).min(-1) if data["corners"].size else np.zeros(0)
+    return Summary(
+        mean.mean(0), found.mean(0), data["occlusion"].mean(0), resampled(merit(mean), data["picture"]),
+        len(found), int(data["tried"]), data["faithful"], lit,
+    )  # fmt: skip
+
+
+def print_tables(found: dict[str, Summary], rows: int) -> None:
+    names = list(found)
+    for name, bed in found.items():
+        print(f"{name}: {bed.words} of {bed.tried} words count")
+    merits = np.stack([merit(bed.settings) for bed in found.values()])  # (beds, S)
+    worst, which = merits.min(0), merits.argmin(0)
+    low, high = np.quantile(np.min([bed.merits for bed in found.values()], 0), (0.025, 0.975), 0)
+    order = np.argsort(-worst)
+    places = {setting: place for place, setting in enumerate((SETTINGS[i] for i in order), 1)}
+    kinds = {
+        "all": lambda s: True,
+        "pooled": lambda s: s.weights in POOLED,
+        "per token": lambda s: s.weights == "per token",
+    }
+
+    def line(label, i):
+        cells = " | ".join("{:.2f} {:.2f} {:.2f}".format(*bed.settings[i, :3]) for bed in found.values())
+        lit = " ".join(f"{bed.corners[i]:.0f}" for bed in found.values() if len(bed.corners)) or "-"
+        print(f"| {label} | {worst[i]:.3f} ({low[i]:.3f}-{high[i]:.3f}) {names[which[i]]} | {cells} | {lit} |")
+
+    print("\npointing energy Obj-IoU; merit in the worst bed with its interval; corners lit of 16 at the worst layer")
+    print(f"| setting | worst bed | {' | '.join(names)} | corners |")
+    for kind, of_kind in kinds.items():
+        chosen = [i for i in order if of_kind(SETTINGS[i])][:rows]
+        for i in chosen:
+            line(f"{kind} {places[SETTINGS[i]]}: {', '.join(SETTINGS[i])}", i)
+    for name, setting in NAMED.items():
+        line(f"**{name}** ({places[setting]}: {', '.join(setting)})", SETTINGS.index(setting))
+    for i, name in enumerate(("token", "block")):
+        cells = " | ".join("{:.2f} {:.2f} {:.2f}".format(*bed.occlusion[i, :3]) for bed in found.values())
+        print(f"| occlusion by {name} | {min(merit(bed.occlusion[i]) for bed in found.values()):.3f} | {cells} | |")
+    print("\nlikeness to block occlusion, share of maxima at the border and off the object")
+    for name, setting in NAMED.items():
+        cells = " | ".join("{:.2f} {:.2f}".format(*bed.settings[SETTINGS.index(setting)][[4, 3]]) for bed in found.values())
+        print(f"| {name} | {cells} |")
+    print("\ninsertion - deletion, mean over words")
+    for i, name in enumerate([*NAMED, "occlusion", "the object's own mask"]):
+        cells = " | ".join(f"{bed.faithful[:, i].mean():.2f}" if len(bed.faithful) else "-" for bed in found.values())
+        print(f"| {name} | {cells} |")
+
+
+def write_csv(found: dict[str, Summary], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["bed", *Setting._fields, *MEASURES, "merit"])
+        for name, bed in found.items():
+            for setting, values in zip(SETTINGS, bed.settings, strict=True):
+                writer.writerow([name, *setting, *(f"{v:.3f}" for v in (*values, merit(values)))])
+
+
+COLOURS = ("#999999", "#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73")
+
+
+def draw(found: dict[str, Summary], path: Path) -> None:
+    """Pointing, energy and Obj-IoU of the NAMED settings over the layers, one column a bed."""
+    figure, axes = plt.subplots(3, len(found), figsize=(2.1 * len(found), 5.6), sharey=True, squeeze=False)
+    for column, (name, bed) in zip(axes.T, found.items(), strict=True):
+        column[0].set_title(f"{name}\n{bed.words} words", fontsize=9)
+        for row, (axis, title) in enumerate(zip(column, ("pointing", "energy", "Obj-IoU"), strict=True)):
+            for colour, (label, setting) in zip(COLOURS, NAMED.items(), strict=False):
+                axis.plot(bed.by_layer[SETTINGS.index(setting), :, row], color=colour, linewidth=1.3, label=label)
+            axis.set_ylim(0, 1.02)
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+            if column is axes.T[0]:
+                axis.set_ylabel(title, fontsize=9)
+        column[-1].set_xlabel("layer", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=130)
+
+
+PICTURES = {"scenes": 30, "flat": 40, "crowded": 16, "eyes": 24, "words": 24, "blurred": 24, "sinks": 24}
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--decoder", help="folder that demo_model/graft.py wrote; without it only the demo model's beds")
+    parser.add_argument("--beds", nargs="*", choices=PICTURES, help="to be measured anew (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a look: a tenth of the pictures")
+    parser.add_argument("--words_faithful", type=int, default=8, help="words of each bed for insertion and deletion")
+    parser.add_argument("--steps", type=int, default=8, help="of insertion and deletion")
+    parser.add_argument("--rows", type=int, default=8, help="of the table, of each kind")
+    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--work", type=Path, default=beds.ROOT / "build" / "benchmark_choices")
+    parser.add_argument("--output_dir", type=Path, default=beds.ROOT / "cam_results" / "benchmark")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None) -> None:
+    options, start = parse(arguments), time.monotonic()
+    available = beds.DEMO + (beds.PUBLISHED if options.decoder else ())
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in available if options.beds is None else options.beds:
+        count = max(2, PICTURES[name] // 10) if options.quick else PICTURES[name]
+        faithful = 1 if options.quick else options.words_faithful
+        data = run_bed(beds.load(name, options.decoder), count, faithful, options.steps, options.quiet)
+        np.savez_compressed(options.work / f"{name}.npz", **data)
+    kept = [name for name in PICTURES if (options.work / f"{name}.npz").exists()]
+    found = {name: summarise(dict(np.load(options.work / f"{name}.npz"))) for name in kept}
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}")
+    print_tables(found, options.rows)
+    write_csv(found, options.output_dir / "beds.csv")
+    draw(found, options.output_dir / "beds.png")
+    print(f"{(time.monotonic() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
