@@ -1,4 +1,4 @@
-"""Give a published language model the demo model's eyes: python demo_model/graft.py --decoder Qwen/Qwen2.5-0.5B-Instruct
+"""Give a published language model the demo model's eyes: python demo_model/graft.py
 
 Writes an ordinary Qwen2.5-VL folder, --output, whose decoder and tokenizer are the published ones, unchanged, and whose
 vision tower sees the scenes of scenes.py: `python test_gradcam.py --model_path build/qwen2.5-0.5b` then explains the
@@ -8,7 +8,7 @@ is a name on the Hugging Face hub or a folder, of a Qwen2 or of a Qwen2.5-VL.
     python demo_model/graft.py --decoder … --train --minutes 40      # trains eyes anew, and goes on where it stopped
 
 1. Ridge regression, from what the demo tower's merger has before its last layer, to the decoder's embedding of the name
-   of what each image token shows: the object's by its covered share of the cell, " empty" for the rest.
+   of what each image token shows: the object's by its covered share, " empty" for the rest.
 2. Tower and merger are trained through the frozen decoder: on questions about scenes (`scenes.ask`, and a choice between
    two objects), and on answers that the decoder itself gave to freer questions when it was told in words what the
    scene shows. Several questions share a picture, as in train.py. The decoder computes in bfloat16.
@@ -19,7 +19,6 @@ Legend: B images, N image tokens, D hidden size.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from pathlib import Path
@@ -181,18 +180,16 @@ def make_batch(packer: Packer, own: list, seed: int, size: int) -> dict:
     length = -(-max(len(ids) for ids, *_ in packed) // 16) * 16
 
     def padded(index, value=0):
-        rows = [part[index] for part in packed]
-        return np.stack(
-            [np.pad(row, ((0, 0),) * (row.ndim - 1) + ((0, length - row.shape[-1]),), constant_values=value) for row in rows]
-        )
+        rows = [np.atleast_2d(part[index]) for part in packed]
+        return np.stack([np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value) for x in rows])
 
     return {
         "grid": (h, w),
         "images": np.stack([soil(rng, scene.image) for scene in made]),
-        "ids": padded(0),
+        "ids": padded(0)[:, 0],
         "positions": padded(1).swapaxes(0, 1),
-        "segment": padded(2, -1),
-        "learn": padded(3),
+        "segment": padded(2, -1)[:, 0],
+        "learn": padded(3)[:, 0],
     }
 
 

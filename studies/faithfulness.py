@@ -11,6 +11,7 @@ import copy
 import csv
 import io
 import operator
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,7 @@ from visualization_utils import (
     INNER,
     LINE,
     MARGIN,
+    METHOD_NAMES,
     SMALL,
     TEXT,
     WIDTH,
@@ -63,7 +65,7 @@ from visualization_utils import (
 
 __all__ = [
     *("insertion_deletion", "Faithfulness", "auc", "localization", "load_mask", "cascading_randomization"),
-    *("spearman", "ssim", "evaluate"),
+    *("spearman", "ssim", "evaluate", "compare"),
 ]
 
 
@@ -115,6 +117,9 @@ def localization(cam: np.ndarray, mask: np.ndarray) -> dict[str, float]:
 # insertion and deletion
 
 BASELINES = ("blur", "mean", "black")
+ORDERS = 5  # random ones that maps are compared with
+TOLERANCE = 0.001  # of the area of a stretch of a curve
+TYPICAL = 12  # steps that are then measured of a curve
 
 
 @dataclass(frozen=True)
@@ -338,6 +343,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 UNLIKELY = 0.01  # probability below which the verdict says that there is nothing to measure
 SHARE = 0.1  # of the image, whose removal the verdict speaks of
+TIE = 0.02  # difference of two areas that says nothing: a step of 64 moves an area by as much
 
 
 def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray | None) -> list[dict]:
@@ -415,30 +421,74 @@ def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
             place = "on" if row["pointing"] else "next to" if row["near"] else "off"
             line += f"; the maximum lies {place} the object, {_percent(row['energy'])} of the map inside it"
         lines.append(line)
-    best = max(layers, key=lambda row: row["difference"])
-    pairs = zip(measured.random_insertion, measured.random_deletion, strict=True)
-    chance = [auc(insertion - deletion, measured.shares) for insertion, deletion in pairs]
-    beaten = sum(row["difference"] > max(chance) for row in layers)
+    best, *tied = leaders(layers)
+    chance = chances(measured)
     lines.append(
         f"most faithful: layer {best['layer']}, insertion {_number(best['insertion'])} - deletion "
         f"{_number(best['deletion'])} = {_number(best['difference'])}; {len(chance)} random orders: "
         f"{_number(min(chance))} to {_number(max(chance))}"
     )
+    if tied:
+        names = ", ".join(str(row["layer"]) for row in tied)
+        lines.append(f"as good, within {TIE}: layer{'s' * (len(tied) > 1)} {names}")
+    beaten = sum(row["difference"] > max(chance) for row in layers)
     lines.append(
         f"{beaten} of {len(layers)} maps beat every random order"
         + ("" if beaten == len(layers) else ": do not rely on the others")
     )
-    if probability < UNLIKELY:
-        lines.append(
-            "beware: the model would hardly say this of the photo, so there is little that a map could explain"
-        )
-    elif random["baseline_picture"] > 0.5 * probability:
-        kept = _percent(random["baseline_picture"] / probability)
-        lines.append(
+    return lines + caveats(random)
+
+
+def leaders(rows: list[dict]) -> list[dict]:
+    """The rows whose insertion minus deletion is the largest, or as good: best first."""
+    ordered = sorted(rows, key=lambda row: -row["difference"])
+    return [row for row in ordered if row["difference"] >= ordered[0]["difference"] - TIE]
+
+
+def chances(measured: Faithfulness) -> list[float]:
+    """Insertion minus deletion of each random order."""
+    pairs = zip(measured.random_insertion, measured.random_deletion, strict=True)
+    return [auc(insertion - deletion, measured.shares) for insertion, deletion in pairs]
+
+
+def caveats(random: dict) -> list[str]:
+    """What no map can tell, of the row of the random orders: an answer that is unlikely, or is not from the photo."""
+    if random["probability"] < UNLIKELY:
+        return ["beware: the model would hardly say this of the photo, so there is little that a map could explain"]
+    if random["baseline_picture"] > 0.5 * random["probability"]:
+        kept = _percent(random["baseline_picture"] / random["probability"])
+        return [
             f"beware: on the baseline picture alone the answer keeps {kept} of its probability: that much is not from "
             "the photo, and no map can score high"
+        ]
+    return []
+
+
+def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
+    """Which of the methods' maps is to be believed, by how much, and with which others it is tied, in words."""
+    *maps, random = rows
+    lines = [f"the model gives the explained tokens a mean probability of {random['probability']:.3f}"]
+    chance = chances(measured)
+    for method in dict.fromkeys(row["method"] for row in maps):
+        own = [row for row in maps if row["method"] == method]
+        best, mean = max(own, key=lambda row: row["difference"]), np.mean([row["difference"] for row in own])
+        beaten = sum(row["difference"] > max(chance) for row in own)
+        lines.append(
+            f"{method}: insertion - deletion {_number(best['difference'])} at layer {best['layer']}, mean over the "
+            f"layers {_number(mean)}; {beaten} of {len(own)} maps beat every random order"
         )
-    return lines
+    best, *tied = leaders(maps)
+    others = [row for row in maps if row["method"] not in {row["method"] for row in (best, *tied)}]
+    lead = f"leads: {best['method']} at layer {best['layer']}"
+    if others:
+        second = max(others, key=lambda row: row["difference"])
+        lead += f", {_number(best['difference'] - second['difference'])} above the best of {second['method']}"
+    if tied:
+        lead += f"; tied with it, within {TIE}: " + ", ".join(f"{row['method']} at {row['layer']}" for row in tied)
+    warnings = caveats(random)
+    if best["difference"] <= max(chance):
+        warnings.append("beware: no map beats the random orders: none of them is to be believed")
+    return [*lines, lead, *warnings]
 
 
 def randomization_verdict(rows: list[dict]) -> str:
@@ -494,6 +544,7 @@ def _draw_by_layer(axes, layers: list, rows: dict[str, tuple], levels: dict[str,
 
 
 INSERTION, DELETION = "#0072b2", "#d55e00"  # blue and vermilion of the Okabe-Ito palette
+STYLES = (("#0072b2", "o"), ("#009e73", "^"), ("#d55e00", "s"), ("#999999", "x"))  # of methods
 PLOT = 2.75, 1.75
 
 
@@ -622,7 +673,71 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
     return page.finish(small_print(page, y, caption))
 
 
+def draw_comparison(image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict]) -> np.ndarray:
+    """Each method's most faithful map, and insertion minus deletion of all of them by layer.
+
+    `token_maps` are `side_by_side`'s, `scores` rows of `comparison_rows`. Returns the figure, uint8 RGB.
+    """
+    photo, texts = load_rgb(image), text_rows(token_maps)
+    rows = [row for row in scores if row["method"] != "random"]
+    methods, layers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("method", "layer"))
+    page = Page(WIDTH, "".join(text for _, text, _ in texts))
+    y = header(page, MARGIN, MARGIN, "Which map of this answer is to be believed?", texts) + 2 * GAP
+    pitch = (INNER + GAP) / max(3, len(methods))
+    width, height = fit_box(photo.width / photo.height, pitch - GAP, 2.4)
+    small, values = shrink(photo, width, height), {}
+    x = MARGIN + (INNER + GAP - pitch * len(methods)) / 2
+    for i, method in enumerate(methods):
+        own = {row["layer"]: row["difference"] for row in rows if row["method"] == method}
+        best, middle = max(own, key=own.get), x + (i + 0.5) * pitch - GAP / 2
+        page.text(middle, y, METHOD_NAMES[method], TEXT, ha="center", weight="bold")
+        page.text(middle, y + BAND, f"layer {best}: {_number(own[best])}", SMALL, ha="center", color="0.3")
+        picture = draw_layer(small, token_maps, f"{method}, layer {best}", overlay=True)
+        page.picture(middle - width / 2, y + 2 * BAND, width, height, picture)
+        values[METHOD_NAMES[method]] = [own.get(layer, np.nan) for layer in layers], *STYLES[i % len(STYLES)]
+    y += 2 * BAND + height + 3 * GAP
+    low, high = min(chances(measured), default=0), max(chances(measured), default=0)
+    bottom = min(-0.1, low, *(row["difference"] for row in rows)) - 0.05
+    style = {"ylim": (bottom, 1.02), "xlabel": "layer", "ylabel": "insertion − deletion"}
+    axes = _plot(page, (WIDTH - PLOT[0]) / 2, y, "How faithful, by layer", **style)
+    axes.axhspan(low, high, color="0.88", linewidth=0, label="random orders")
+    _draw_by_layer(axes, layers, values, {})
+    y += BAND + PLOT[1] + 0.42 + 3 * SMALL * LINE + 2 * GAP
+    caption = (
+        "Area under the insertion curve minus that under the deletion curve: how much sooner the answer comes back, "
+        f"and goes, if image tokens are revealed or removed hottest first. Less than {TIE} apart is a tie. It prefers "
+        "maps that cover all of what the answer needs to maps that find its densest part."
+    )
+    return page.finish(small_print(page, y, caption))
+
+
 # the mode
+
+
+def forecast(reading: Reading, token_maps: TokenMaps, orders: int, steps: int, batch_size: int) -> str:
+    """How long insertion and deletion of so many orders will take, from one batch."""
+    with borrowed(reading.model), memory_explained(len(reading.positions)):
+        forced, (scored,) = score_parts(reading.inputs, reading.tokens, [token_maps.target_tokens])
+        pixels = reading.inputs["pixel_values"][None].repeat(batch_size, 1, 1)
+        start = time.monotonic()
+        token_probabilities(reading.model, forced, pixels, scored)
+    each = (time.monotonic() - start) / batch_size
+    pictures = 2 * orders * min(steps, TYPICAL)
+    return f"expected: about {pictures} pictures, {each:.2f} s each: {each * pictures / 60:.1f} minutes"
+
+
+def measure(reading: Reading, token_maps: TokenMaps, steps, baseline, batch_size, seed, quiet) -> Faithfulness:
+    """Insertion and deletion as the mode has them, the expected time first."""
+    if set(token_maps.maps) <= set(token_maps.blank):
+        raise ExplanationError("no layer has a map (no gradient, or zero everywhere), so there is nothing to evaluate")
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        check_whole(name, value, 1)
+    if not quiet:
+        orders = len(token_maps.maps) - len(token_maps.blank) + ORDERS
+        print(forecast(reading, token_maps, orders, steps, batch_size), flush=True)
+    bar = show_progress(quiet, "orders of the image tokens", "order")
+    options = {"steps": steps, "baseline": baseline, "batch_size": batch_size, "seed": seed, "random_orders": ORDERS}
+    return insertion_deletion(reading, token_maps, **options, extra_shares=[SHARE], tolerance=TOLERANCE, progress=bar)
 
 
 def evaluate(
@@ -633,11 +748,7 @@ def evaluate(
 
     Raises ExplanationError if no layer has a map.
     """
-    if set(token_maps.maps) <= set(token_maps.blank):
-        raise ExplanationError("no layer has a map (no gradient, or zero everywhere), so there is nothing to evaluate")
-    bar = show_progress(quiet, "orders of the image tokens", "order")
-    options = {"steps": steps, "baseline": baseline, "batch_size": batch_size, "seed": seed}
-    measured = insertion_deletion(reading, token_maps, **options, extra_shares=[SHARE], progress=bar)
+    measured = measure(reading, token_maps, steps, baseline, batch_size, seed, quiet)
     rows = score_rows(token_maps, measured, mask)
     files = {
         "faithfulness.png": draw_faithfulness(reading.photo, token_maps, measured, rows),
@@ -652,3 +763,37 @@ def evaluate(
         files["randomization.csv"] = to_csv(likeness)
         lines.append(randomization_verdict(likeness))
     return files, lines
+
+
+def side_by_side(maps: dict[str, TokenMaps]) -> TokenMaps:
+    """The maps of several methods as one, keyed "method, layer k"."""
+    cams = {f"{method}, layer {k}": cam for method, given in maps.items() for k, cam in given.maps.items()}
+    none = frozenset(f"{method}, layer {k}" for method, given in maps.items() for k in given.no_gradient)
+    return replace(next(iter(maps.values())), maps=cams, no_gradient=none)
+
+
+def comparison_rows(maps: dict[str, TokenMaps], measured: Faithfulness, mask: np.ndarray | None) -> list[dict]:
+    """Rows of `score_rows` with the method beside the layer: rows of comparison.csv."""
+    places = {f"{method}, layer {k}": (method, k) for method, given in maps.items() for k in given.maps}
+    rows = score_rows(side_by_side(maps), measured, mask)
+    pairs = [places.get(row["layer"], ("random", "")) for row in rows]
+    return [{"method": method} | row | {"layer": k} for row, (method, k) in zip(rows, pairs, strict=True)]
+
+
+def compare(
+    reading: Reading, maps: dict[str, TokenMaps], mask: np.ndarray | None = None, *, steps=64, baseline="blur",
+    batch_size=8, seed=0, quiet=False,
+) -> tuple[dict[str, object], list[str]]:  # fmt: skip
+    """({file name: content}, verdict in lines) of the maps of several methods, {method: maps}, of one answer.
+
+    The random orders and the ends of the curves are measured once for all. Raises ExplanationError if none has a map.
+    """
+    together = side_by_side(maps)
+    measured = measure(reading, together, steps, baseline, batch_size, seed, quiet)
+    rows = comparison_rows(maps, measured, mask)
+    files = {
+        "comparison.png": draw_comparison(reading.photo, together, measured, rows),
+        "comparison.csv": to_csv(rows),
+    }
+    lines = comparison_verdict(rows, measured)
+    return files, [*lines, f"cost: {measured.forwards} pictures run through the model"]

@@ -161,8 +161,9 @@ def draw_crowded(number: int) -> Drawn:
     for attempt in range(50):
         kinds = rng.choice(scenes.KINDS, 4 + number % 2, replace=False).tolist()
         try:
-            scene = scenes.make_scene((UNSEEN, 4, number, attempt), size=(16 * CELL, 11 * CELL), kinds=kinds + kinds[:1],
-                                      scale=0.28)  # fmt: skip
+            scene = scenes.make_scene(
+                (UNSEEN, 4, number, attempt), size=(16 * CELL, 11 * CELL), kinds=kinds + kinds[:1], scale=0.28
+            )
         except ValueError:
             continue
         return drawn_scene(scene, scenes.DESCRIBE[0])
@@ -195,8 +196,13 @@ def lit_corner(cam: np.ndarray) -> tuple[int, int]:
 THINGS = ("dog", "cat", "bus", "car", "horse", "boat", "bird", "train", "clock", "cow", "pizza", "bicycle")
 AROUND = (("sky", "grass"), ("sky", "sea"), ("wall", "floor"), ("sky", "sand"))
 EMPTY = "empty"
-CODE = dict(zip((EMPTY, *THINGS, *dict.fromkeys(itertools.chain(*AROUND))),
-                itertools.product((0, 85, 170, 255), repeat=3), strict=False))  # fmt: skip  (word -> RGB)
+CODE = dict(
+    zip(
+        (EMPTY, *THINGS, *dict.fromkeys(itertools.chain(*AROUND))),
+        itertools.product((0, 85, 170, 255), repeat=3),
+        strict=False,
+    )
+)  # fmt: skip  (word -> RGB)
 SIZE = 6, 9  # image tokens
 SINK_LAYER = 4  # the published decoder of 0.5B has its massive activations from layer 4 on
 SINKS = [0, 8, 22, 47]  # cells, always background

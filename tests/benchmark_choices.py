@@ -4,7 +4,7 @@ Every word of every bed (see beds.py) is explained at every decoder layer, from 
 
     norms     plain gradients, detached denominators, or all of AttnLRP's rules (norms, gate, attention)
     score     the logit, the log-probability, the logit minus the mean logit, the logit minus the runner-up's
-    features  as they are; centred by their mean or median over the image tokens; RMS-normalised; without outlier channels
+    features  as they are; centred by their mean or median over the image tokens; RMS-normalised; without outliers
     weights   gradients pooled by their mean, or weighted by |g|, |g|^2 or ReLU(g.A); each token's own; their products
     tap       a layer's input, its input_layernorm, its post_attention_layernorm (two of the features, some weights)
 
@@ -120,7 +120,7 @@ def attnlrp(model):
 
     Norms have detached denominators. An activation f(x) is x [f(x) / x] with the ratio detached (identity rule). A
     product of two inputs gives each half of its relevance (uniform rule): the gradient is halved towards gate and up
-    projection, towards attention weights and values, and in the weights' own product once more, towards queries and keys.
+    projection, towards attention weights and values, and in the weights' own product again, towards queries and keys.
     """
 
     def scaled(share):
@@ -195,7 +195,10 @@ def all_maps(model, forced: dict, scored: core.Scored, positions: Tensor) -> dic
         values = [(score, SCORES[score](rows, torch.tensor(scored.expected))) for _, score in chosen]
         for number, (score, value) in enumerate(values, 1):
             gradients = torch.autograd.grad(value, list(found.values()), retain_graph=number < len(values))
-            pairs = {key: (a.detach()[0, positions], g[0, positions]) for (key, a), g in zip(found.items(), gradients)}
+            pairs = {
+                key: (a.detach()[0, positions], g[0, positions])
+                for (key, a), g in zip(found.items(), gradients, strict=True)
+            }
             for tap in ("input", *MODULES):
                 wanted = [s for s in SETTINGS if (s.norms, s.score, s.tap) == (norms, score, tap)]
                 if wanted:
@@ -214,14 +217,15 @@ def occlusion(reading: core.Reading, spans: list, batch: int = 32) -> dict[str, 
     """{"token", "block": (words, H, W)}: how far each word's score falls without an image token, or 2 x 2 around it.
 
     The vision tower and everything up to the last image token run once; question and answer then run for each hidden
-    token or block in batches, with the hidden positions out of the attention mask. The score is the log-probability, and
-    what would rise is zero; a token's block value is the mean over the blocks that hold it.
+    token or block in batches, with the hidden positions out of the attention mask. The score is the log-probability,
+    what would rise is zero, and a token's block value is the mean over the blocks that hold it.
     """
     model, grid = reading.model, reading.grid
     forced, scored = core.score_parts(reading.inputs, reading.tokens, [reading.tokens_of(span) for span in spans])
     start = int(reading.positions[-1]) + 1
     cells = np.arange(len(reading.positions)).reshape(grid)
-    blocks = [cells[i : i + 2, j : j + 2].ravel() for i in range(max(1, grid[0] - 1)) for j in range(max(1, grid[1] - 1))]
+    corners_of = itertools.product(range(max(1, grid[0] - 1)), range(max(1, grid[1] - 1)))
+    blocks = [cells[i : i + 2, j : j + 2].ravel() for i, j in corners_of]
     hidden = [[], *([cell] for cell in cells.ravel()), *blocks]
     seen = {}
     text = model.model.language_model
@@ -341,7 +345,7 @@ def run_bed(bed: beds.Bed, count: int, faithful: int, steps: int, quiet: bool) -
 
 
 def faithfulness(bed, picture, word, maps, occluded, total, steps) -> list[float]:
-    """Insertion minus deletion of the NAMED settings, the mean of two middle layers, of occlusion and of the own mask."""
+    """Insertion minus deletion: the NAMED settings, mean of two middle layers, then occlusion and the own mask."""
     reading, grid = picture.reading, picture.reading.grid
     layers = [total * 2 // 5, total * 3 // 5]
     cams = {f"{name}@{i}": maps[s][i].numpy().reshape(grid) for name, s in NAMED.items() for i in layers}
@@ -449,7 +453,8 @@ def print_tables(found: dict[str, Summary], rows: int) -> None:
         print(f"| occlusion by {name} | {min(merit(bed.occlusion[i]) for bed in found.values()):.3f} | {cells} | |")
     print("\nlikeness to block occlusion, share of maxima at the border and off the object")
     for name, setting in NAMED.items():
-        cells = " | ".join("{:.2f} {:.2f}".format(*bed.settings[SETTINGS.index(setting)][[4, 3]]) for bed in found.values())
+        i = SETTINGS.index(setting)
+        cells = " | ".join("{:.2f} {:.2f}".format(*bed.settings[i, [4, 3]]) for bed in found.values())
         print(f"| {name} | {cells} |")
     print("\ninsertion - deletion, mean over words")
     for i, name in enumerate([*NAMED, "occlusion", "the object's own mask"]):
@@ -495,7 +500,7 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--decoder", help="folder that demo_model/graft.py wrote; without it only the demo model's beds")
+    parser.add_argument("--decoder", help="folder that graft.py wrote; without it only the demo model's beds")
     parser.add_argument("--beds", nargs="*", choices=PICTURES, help="to be measured anew (default: all)")
     parser.add_argument("--quick", action="store_true", help="a look: a tenth of the pictures")
     parser.add_argument("--words_faithful", type=int, default=8, help="words of each bed for insertion and deletion")
