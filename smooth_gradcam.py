@@ -1,8 +1,8 @@
 """Smooth Grad-CAM for Qwen2.5-VL: where in the photo the answer comes from.
 
 The method is that of "From Redundancy to Relevance" (NAACL 2025): Grad-CAM of the answer's score at a decoder layer,
-averaged over noisy copies of the photo as in SmoothGrad, 1/n sum M(photo + noise). Gradients pass the model's norms
-as if their denominators were constants (`detached_norms`): without that, the maps of a transformer rest on very little.
+averaged over noisy copies of the photo as in SmoothGrad, 1/n sum M(photo + noise). Gradients pass the decoder by
+AttnLRP's rules (`attnlrp`): without them, the maps of a transformer rest on very little.
 
 The mathematics stands first. Then the file reads in the order in which data flows: settings, photo, the reading of
 photo, prompt and answer, features and gradients, token maps, pictures; the documented class is its end.
@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 __all__ = [
-    *("SmoothQwenGradCAM", "get_model_layers", "compute_token_maps", "render_cam", "gradcam", "hirescam"),
+    *("SmoothQwenGradCAM", "get_model_layers", "compute_token_maps", "render_cam"),
+    *("gradcam", "hirescam", "product", "paper"),
     *("Settings", "Reading", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
 ]
 
@@ -43,26 +44,52 @@ __all__ = [
 # the mathematics
 
 
-def gradcam(features: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM, ReLU(sum_k alpha_k A_k) with alpha_k the gradient's mean over the tokens: (N, C), (N, C) -> (N,).
+def standardised(features: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Features as the norm behind them sees them, centred, and the gradients with respect to them: (N, C), (N, C).
 
-    Selvaraju et al., ICCV 2017, eq. 1 and 2, with image tokens in the place of pixels.
+    Each token is divided by its root mean square r, its gradient multiplied by it, so that r_i g_i . A_i / r_i is what
+    it was; then the mean over the tokens, which tells no two places apart, is taken away. A token that is long in a few
+    channels, as attention sinks are, weighs no more than any other.
+    """
+    size = features.square().mean(-1, keepdim=True).sqrt()  # (N, 1)
+    features = features / size.clamp_min(torch.finfo(features.dtype).tiny)
+    return features - features.mean(0), gradients * size
+
+
+def paper(features: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM to the letter, ReLU(sum_k alpha_k A_k), alpha_k the gradient's mean over the tokens: (N, C) x 2 -> (N,).
+
+    Selvaraju et al., ICCV 2017, eq. 1 and 2, with image tokens in the place of pixels, as "From Redundancy to
+    Relevance" has it.
     """
     return (features @ gradients.mean(0)).relu()
+
+
+def gradcam(features: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM, ReLU(sum_k alpha_k A_k), alpha_k the gradient pooled over the tokens: (N, C), (N, C) -> (N,).
+
+    Features are `standardised`, and in the mean over the tokens each gradient weighs as much as its token speaks for
+    the score, ReLU(g_i . A_i): a plain mean is one over the background.
+    """
+    features, gradients = standardised(features, gradients)
+    share = (features * gradients).sum(-1).relu()  # (N,)
+    alpha = share @ gradients / share.sum().clamp_min(torch.finfo(share.dtype).tiny)  # (C,)
+    return (features @ alpha).relu()
 
 
 def hirescam(features: Tensor, gradients: Tensor) -> Tensor:
     """HiResCAM, ReLU(sum_k g_k A_k) with each token's own gradient (Draelos and Carin, 2020): (N, C), (N, C) -> (N,).
 
-    With live norms all but zero at what enters the last decoder layer: there a token acts through a norm alone, which
-    takes away its length, and the sum is the effect of its length.
+    Features are `standardised`. With plain gradients all but zero at what enters the last decoder layer: there a token
+    acts through a norm alone, which takes away its length.
     """
+    features, gradients = standardised(features, gradients)
     return (features * gradients).sum(-1).relu()
 
 
-def best(features: Tensor, gradients: Tensor) -> Tensor:
-    """The geometric mean of Grad-CAM and HiResCAM: high where both say so. (N, C), (N, C) -> (N,)."""
-    return gradcam(features, gradients).sqrt() * hirescam(features, gradients).sqrt()  # small values stay above zero
+def product(features: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM^(3/4) HiResCAM^(1/4), their weighted geometric mean: high where both say so. (N, C), (N, C) -> (N,)."""
+    return gradcam(features, gradients) ** 0.75 * hirescam(features, gradients) ** 0.25
 
 
 def logit_score(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -75,7 +102,7 @@ def logprob_score(logits: Tensor, tokens: Tensor) -> Tensor:
     return logit_score(logits.log_softmax(-1), tokens)
 
 
-METHODS = {"gradcam": gradcam, "hirescam": hirescam, "best": best}
+METHODS = {"gradcam": gradcam, "hirescam": hirescam, "product": product, "paper": paper}
 SCORES = {"logit": logit_score, "logprob": logprob_score}
 
 
@@ -95,7 +122,9 @@ def caution(message: str) -> None:
     warnings.warn(message, ExplanationWarning, stacklevel=3)
 
 
-TAPS = ("input", "output")
+TAPS = ("input", "output", "post_attention_layernorm")
+USUAL = {"tap": "input", "score": "logit", "rules": "attnlrp"}  # of every method but the paper's
+PAPER = {"tap": "post_attention_layernorm", "score": "logit", "rules": "plain"}
 
 
 @dataclass(frozen=True)
@@ -106,26 +135,29 @@ class Settings:
     noise_std    standard deviation of the noise, for pixel values in [0, 1]; 0 is no noise, and one copy
     use_smooth   False: one clean copy, without noise
     seed         of the noise: the same seed gives the same maps
-    tap          read decoder layers at the hidden states that enter them ("input"), or at their "output", where the
-                 last layer has no gradient
+    tap          read decoder layers at the hidden states that enter them ("input"), at their "output", or at the output
+                 of their "post_attention_layernorm"; at the last two the last layer has no gradient
     score        "logit" (the paper's) or "logprob": what is summed over the explained tokens
     contrast     explain the target's score minus that of this text in its place, after the same words; scores are sums
                  over tokens, so both should have the same number
-    method       "gradcam" (the paper's, gradients pooled over the image tokens), "hirescam" (each token's own), or
-                 "best" (the geometric mean of the two)
-    norms        "frozen": gradients pass the norms as if their denominators were constants (`detached_norms`); "live":
-                 plain gradients, as the paper's code and other tools have them
+    method       "gradcam" (gradients pooled over the image tokens), "hirescam" (each token's own), "product" (of the
+                 two, the most exact), or "paper" (the paper's formula to the letter)
+    rules        how gradients pass the decoder: by AttnLRP's rules for norms, gates and attention ("attnlrp"), with no
+                 more than the norms' denominators held constant ("detached"), or as they are ("plain")
+
+    A tap, score or rules of None is the method's own: "input", "logit" and "attnlrp", but for "paper", which is read at
+    the "post_attention_layernorm" with "plain" rules. The score of a whole answer then counts its end of turn as well.
     """
 
     num_samples: int = 10
     noise_std: float = 0.1
     use_smooth: InitVar[bool] = True
     seed: int = 0
-    tap: str = "input"
-    score: str = "logit"
+    tap: str | None = None
+    score: str | None = None
     contrast: str | None = None
     method: str = "gradcam"
-    norms: str = "frozen"
+    rules: str | None = None
 
     def __post_init__(self, use_smooth):
         check_whole("num_samples", self.num_samples, 1)
@@ -134,8 +166,11 @@ class Settings:
             raise ValueError(f"noise_std={self.noise_std!r} must be 0 to 1 (0.15 is 15 % of the pixel range)")
         if self.contrast is not None and not (isinstance(self.contrast, str) and self.contrast.strip()):
             raise ValueError(f"contrast={self.contrast!r} must be a text that is not empty")
-        for name, valid in {"tap": TAPS, "score": SCORES, "method": METHODS, "norms": NORMS}.items():
+        for name, valid in {"method": METHODS, "tap": TAPS, "score": SCORES, "rules": RULES}.items():
             value = getattr(self, name)
+            if value is None and name in USUAL:
+                value = (PAPER if self.method == "paper" else USUAL)[name]
+                object.__setattr__(self, name, value)
             if not isinstance(value, str) or value not in valid:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(valid)}")
         if not use_smooth or self.noise_std == 0:  # all copies would be equal
@@ -515,7 +550,10 @@ class Tap(NamedTuple):
 
 
 def find_taps(model, layers, tap: str) -> list[Tap]:
-    """Decoder layers are tapped as `tap` says, all other modules at their output."""
+    """Decoder layers are tapped as `tap` says, all other modules at their output.
+
+    Keys are the index of a decoder layer, whichever the tap, and the name in the model of any other module.
+    """
     decoder, total = get_model_layers(model)
     names = {module: name for name, module in model.named_modules()}
     index = {module: i for i, module in enumerate(decoder)}
@@ -525,7 +563,8 @@ def find_taps(model, layers, tap: str) -> list[Tap]:
         if module not in names:
             raise ValueError(f"the layer {type(module).__name__} does not belong to the model")
         key = index.get(module, names[module])
-        taps[key] = Tap(key, module, at_input=module in index and tap == "input")
+        place = module.post_attention_layernorm if module in index and tap == "post_attention_layernorm" else module
+        taps[key] = Tap(key, place, at_input=module in index and tap == "input")
     return list(taps.values()) or resolve_layers([], total)
 
 
@@ -591,7 +630,39 @@ def detached_norms(model):
             handle.remove()
 
 
-NORMS = {"frozen": detached_norms, "live": nullcontext}
+@contextmanager
+def attnlrp(model):
+    """Inside, gradients follow AttnLRP's rules (Achtibat et al., ICML 2024): gradient x input is relevance then.
+
+    Beside `detached_norms`: an activation f(x) is taken as x * [f(x) / x] with the ratio held constant (the identity
+    rule); each factor of a product gets half of its relevance (the uniform rule, eq. 14), so gradients are halved
+    towards the two sides of the gated MLP, towards attention weights and values, and once more, since the weights come
+    from a product, towards queries and keys.
+    """
+
+    def share(part):
+        return lambda module, args, output: part * output + (1 - part) * output.detach()
+
+    def activation(module, args, output):
+        linear = args[0] * (output / args[0]).detach().nan_to_num(0, 0, 0) / 2
+        return output.detach() + (linear - linear.detach())
+
+    hooks = {}  # by module: layers may have an activation in common
+    for layer in get_model_layers(model)[0]:
+        attention, mlp = layer.self_attn, layer.mlp
+        hooks |= {attention.q_proj: share(0.25), attention.k_proj: share(0.25), attention.v_proj: share(0.5)}
+        hooks |= {mlp.up_proj: share(0.5), mlp.act_fn: activation}
+    handles = []
+    try:
+        handles += [module.register_forward_hook(hook) for module, hook in hooks.items()]
+        with detached_norms(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+RULES = {"attnlrp": attnlrp, "detached": detached_norms, "plain": nullcontext}
 _LOCKS = weakref.WeakKeyDictionary()  # one for each decoder: hooks, modes and gradients of two passes would mix
 
 
@@ -672,7 +743,7 @@ def features_and_gradients(model, forced, taps: list[Tap], targets: list[Scored]
     """
     length = forced["input_ids"].shape[1]
     first = min(position for target in targets for position in target.predicting)
-    with NORMS[settings.norms](model), captured(taps) as found:
+    with RULES[settings.rules](model), captured(taps) as found:
         logits = compute_logits(model, forced, first)[0]  # (L, V), or the last of it
     if len(found) < len(taps):
         missing = next(tap.key for tap in taps if tap.key not in found)
@@ -706,10 +777,14 @@ def noisy_passes(reading: Reading, spans, taps: list[Tap], settings: Settings, p
 
     One forward a copy (a second one for a contrast), one backward a part. To be used inside `borrowed`.
     """
-    parts = [reading.tokens_of(span) for span in spans]
+    tokens, parts = reading.tokens, [reading.tokens_of(span) for span in spans]
     if not all(parts):
         raise ValueError(f"the span {spans[parts.index([])]} has no token in the answer {reading.answer!r}")
-    readings = [score_parts(reading.inputs, reading.tokens, parts)]
+    if settings.method == "paper" and settings.contrast is None:
+        whole = list(range(len(tokens)))
+        tokens = [*tokens, reading.processor.tokenizer.eos_token_id]
+        parts = [[*part, len(whole)] if part == whole else part for part in parts]
+    readings = [score_parts(reading.inputs, tokens, parts)]
     if settings.contrast is not None:
         tokens, part = put_in_place(reading, spans[0], settings.contrast)
         readings.append(score_parts(reading.inputs, tokens, [part]))
@@ -827,7 +902,7 @@ def compute_token_maps(
     target          score only the tokens of this part of the answer; None is the whole answer
     target_occurrence  which one, where the answer has the target several times: 1 is the first
     progress        wraps the iterable over the copies, e.g. tqdm; None is silent
-    settings        num_samples, noise_std, use_smooth, seed, tap, score, contrast, method, norms: see `Settings`
+    settings        num_samples, noise_std, use_smooth, seed, tap, score, contrast, method, rules: see `Settings`
 
     Raises ValueError for bad arguments, ExplanationError if the model answers with nothing or gives a score or gradient
     that is not finite, and RuntimeError if memory runs out. The model and the random state of the caller stay as they

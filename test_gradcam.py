@@ -40,18 +40,18 @@ MODES_OF_FLAG = {  # flags that act in some modes only
     **dict.fromkeys(
         ("--target", "--target_occurrence", "--contrast", "--save_raw"), [mode for mode in FOLDERS if mode != "words"]
     ),
-    **dict.fromkeys(("--mask", "--baseline", "--steps", "--batch_size", "--randomize"), ("evaluate",)),
+    **dict.fromkeys(("--mask", "--baseline", "--steps", "--batch_size", "--randomize", "--compare"), ("evaluate",)),
 }
 LAYER_NAMES = ("auto", "early", "middle", "late", "all")
 CHOICES = {  # as the modules have them, whose import takes too long for --help
     "score": ("logit", "logprob"),
-    "method": ("gradcam", "hirescam", "best"),
-    "norms": ("frozen", "live"),
-    "tap": ("input", "output"),
+    "method": ("gradcam", "hirescam", "product", "paper"),
+    "rules": ("attnlrp", "detached", "plain"),
+    "tap": ("input", "output", "post_attention_layernorm"),
     "baseline": ("blur", "mean", "black"),
 }
 PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask")
-SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "norms")  # flags of the same name
+SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")  # flags of the same name
 EXAMPLES = """examples:
   python test_gradcam.py --mode single --layer 27
   python test_gradcam.py --mode grid --layers all --num_samples 3
@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="one layer, a range, chosen layers, thirds compared, every word of the answer, or measures of the maps",
     )
     layers = {"type": _layers, "nargs": "+", "metavar": "LAYERS"}
-    add("--layer", type=int, default=-1, help="single mode: layer index, negative ones count from the end")
+    add("--layer", type=int, help="single mode: index, negative ones count from the end (default: the middle layer)")
     add("--layers", **layers, help=f"{', '.join(WITH_LAYERS)} mode: {', '.join(LAYER_NAMES)}, or layer indices")
     add("--layer_range", **layers, help="the same (default: auto, six layers)")
     add("--model_path", default=str(HERE / "demo_model"), help="model folder, or a name on the Hugging Face hub")
@@ -123,26 +123,27 @@ def make_parser() -> argparse.ArgumentParser:
     add("--target", help="explain only this word or phrase of the answer")
     add("--target_occurrence", type=int, default=1, help="which one, where the answer has the target several times")
     add("--contrast", help="explain the target's score minus that of this text in its place")
-    add("--score", choices=CHOICES["score"], default="logit", help="what is summed over the explained tokens")
     add(
         "--method",
         choices=CHOICES["method"],
         default="gradcam",
-        help="gradients pooled, each token's own, or the mean of both",
+        help="gradients pooled, each token's own, their product, or the paper's formula to the letter",
     )
+    add("--score", choices=CHOICES["score"], help="what is summed over the explained tokens (default: logit)")
     add(
-        "--norms",
-        choices=CHOICES["norms"],
-        default="frozen",
-        help="gradients with the norms' denominators held constant, or plain",
+        "--rules",
+        choices=CHOICES["rules"],
+        help="how gradients pass the decoder: AttnLRP's rules, only norms detached, or plain (default: attnlrp; of "
+        "method paper: plain)",
     )
-    add("--tap", choices=CHOICES["tap"], default="input", help="side of a layer that is read")
+    add("--tap", choices=CHOICES["tap"], help="where a layer is read (default: input; of paper: the last)")
     add("--max_pixels", type=int, default=1_000_000, help="cap on the photo's pixels; never raises the model's own")
     add("--mask", help="evaluate mode: image of the photo's size, white where the explained object is")
     add("--baseline", choices=CHOICES["baseline"], default="blur", help="evaluate mode: what removed image tokens show")
     add("--steps", type=int, default=64, help="evaluate mode: steps of insertion and deletion")
     add("--batch_size", type=int, default=8, help="evaluate mode: pictures run through the model at once")
     add("--randomize", action="store_true", help="evaluate mode: also re-draw the weights of a copy, and compare maps")
+    add("--compare", action="store_true", help="evaluate mode: measure the maps of all methods beside each other")
     add("--save_raw", action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="what the libraries report, and the traceback of an error")
@@ -189,6 +190,9 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         raise ValueError(f"--noise_std {args.noise_std} must be 0 to 1 (0.15 is 15 % of the pixel range)")
     if args.noise_std == 0 and "--num_samples" in given and args.num_samples > 1:
         raise ValueError(f"--num_samples {args.num_samples} cannot act beside --noise_std 0: all copies would be equal")
+    for flag in ("--method", "--randomize", "--save_raw"):
+        if args.compare and flag in given:
+            raise ValueError(f"{flag} cannot act beside --compare, which measures all methods")
     if args.answer is not None and "--max_new_tokens" in given:
         raise ValueError("--max_new_tokens cannot act beside --answer: nothing is generated")
     for flag in ("prompt", "answer", "target", "contrast", "words", *PATH_FLAGS):
@@ -489,7 +493,9 @@ def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str,
     """The layers that the mode explains, of each third in comparative mode. Raises ValueError."""
     if args.mode == "comparative":
         return comparative_layers(total)
-    layers = [args.layer] if args.mode == "single" else args.layers
+    layers = args.layers
+    if args.mode == "single":
+        layers = [total // 2 if args.layer is None else args.layer]
     try:
         return select_layers(layers[0] if isinstance(layers[0], str) else layers, total)
     except ValueError as exc:
@@ -521,12 +527,16 @@ def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[st
     """({file name: content}, lines to be said) of every mode that explains one part of the answer."""
     chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
     span = find_target(reading.answer, args.target, args.target_occurrence)
+    if args.compare:
+        return compare_methods(args, reading, span, chosen, mask)
     (token_maps,) = explain(reading, [span], chosen, settings, show_progress(args.quiet))
     what = "the whole answer" if token_maps.target == reading.answer else repr(token_maps.target)
     if settings.contrast is not None:
         what += f" rather than {settings.contrast!r}"
     count = f"{len(token_maps.target_tokens)} of {len(reading.tokens)} tokens"
     lines = [f"explained: {what} ({count}) at layer {', '.join(map(str, chosen))}"]
+    if args.mode == "single" and args.layer is None:
+        lines[0] += f", the middle one of {get_model_layers(reading.model)[1]}: --layer chooses another"
     consequence = "it is left out" if args.mode == "evaluate" else "its pictures are grey panels"
     lines += [f"layer {layer} has no map ({why}): {consequence}" for layer, why in token_maps.blank.items()]
     if args.mode == "evaluate":
@@ -545,6 +555,20 @@ def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[st
     if args.save_raw:
         files["maps.npz"] = raw_arrays(token_maps, args)
     return files, lines
+
+
+def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]:
+    """The same of evaluate mode with --compare: every method with the settings that are given, or its own."""
+    from studies.faithfulness import compare
+
+    asked = {name: getattr(args, name) for name in SETTINGS}
+    maps = {
+        method: explain(reading, [span], layers, Settings(**asked | {"method": method}), show_progress(args.quiet))[0]
+        for method in CHOICES["method"]
+    }
+    options = {name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed", "quiet")}
+    files, lines = compare(reading, maps, mask, **options)
+    return files, [f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}", *lines]
 
 
 def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:

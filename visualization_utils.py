@@ -72,7 +72,12 @@ TEXT, SMALL, TITLE = 8, 7, 11  # points
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
 STAGING = ".smooth-gradcam-"  # with the process' number behind it, the folder for files that are not finished
-METHOD_NAMES = {"gradcam": "Grad-CAM", "hirescam": "HiResCAM", "best": "Grad-CAM × HiResCAM"}
+METHOD_NAMES = {
+    "gradcam": "Grad-CAM",
+    "hirescam": "HiResCAM",
+    "product": "Grad-CAM × HiResCAM",
+    "paper": "Grad-CAM as published",
+}
 
 
 # which layers
@@ -392,13 +397,13 @@ def method_title(settings: Settings) -> str:
 def settings_text(settings: Settings) -> str:
     """How the maps were made, in a sentence."""
     score = {"logit": "sum of the logits", "logprob": "sum of the log-probabilities"}[settings.score]
-    tap = {"input": "the hidden states entering a layer", "output": "a layer's output"}[settings.tap]
+    tap = {"input": "the hidden states entering a layer", "output": "a layer's output"}.get(settings.tap, settings.tap)
     contrast = "" if settings.contrast is None else ", minus that of the contrast"
     copies = "1 noisy copy" if settings.num_samples == 1 else f"{settings.num_samples} noisy copies"
     noise = f"mean of {copies}, noise {settings.noise_std:g}, seed {settings.seed}"
     return (
-        f"Score: {score} of the explained tokens{contrast}; method: {METHOD_NAMES[settings.method]}, norms "
-        f"{settings.norms}; read at {tap}; {noise if settings.noise_std else 'no noise'}."
+        f"Score: {score} of the explained tokens{contrast}; method: {METHOD_NAMES[settings.method]}, rules "
+        f"{settings.rules}; read at {tap}; {noise if settings.noise_std else 'no noise'}."
     )
 
 

@@ -299,6 +299,8 @@ class Sinks:
 
     def __call__(self, module, args, kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]  # (B, L, C)
+        if hidden.shape[1] <= max(self.places):  # what follows a picture that is kept in a cache
+            return args, kwargs
         first = hidden[:, :1]
         outlier = first.abs() >= 5 * first.square().mean(-1, keepdim=True).sqrt()  # (B, 1, C)
         planted = hidden.clone()
@@ -314,7 +316,8 @@ def load(name: str, decoder: str | None) -> Bed:
     if name in PUBLISHED and not (decoder and Path(decoder).is_dir()):
         raise SystemExit(f"the bed {name} needs --decoder: a folder that demo_model/graft.py wrote, not {decoder}")
     folder = str(ROOT / "demo_model") if name in DEMO else decoder
-    model, processor = load_model(folder, "cpu", "float32"), load_processor(folder, 10**6)
+    dtype = "float32" if name in DEMO else "bfloat16"  # as they are published and run
+    model, processor = load_model(folder, "cpu", dtype), load_processor(folder, 10**6)
     seen = {"scenes": draw_scenes, "flat": draw_flat, "crowded": draw_crowded, "eyes": draw_eyes}
     if name in seen:
         return Bed(name, model, processor, seen[name])

@@ -2,10 +2,12 @@
 
 Every word of every bed (see beds.py) is explained at every decoder layer, from one clean copy, by all combinations of
 
-    norms     plain gradients, detached denominators, or all of AttnLRP's rules (norms, gate, attention)
+    rules     plain gradients, detached denominators of the norms, or all of AttnLRP's rules (gate and attention too)
     score     the logit, the log-probability, the logit minus the mean logit, the logit minus the runner-up's
-    features  as they are; centred by their mean or median over the image tokens; RMS-normalised; without outliers
-    weights   gradients pooled by their mean, or weighted by |g|, |g|^2 or ReLU(g.A); each token's own; their products
+    features  as they are; centred by their mean or median over the image tokens; normalised, each token by its root
+              mean square; both; without outlier channels
+    weights   gradients pooled by their mean, or weighted by |g|, |g|^2 or ReLU(g.A); each token's own; the geometric
+              means of a pooled map and that, of equal parts or of three parts to one
     tap       a layer's input, its input_layernorm, its post_attention_layernorm (two of the features, some weights)
 
 and by occlusion, which uses no gradient: each image token, and each block of 2 x 2, is hidden from question and answer
@@ -28,7 +30,6 @@ import itertools
 import platform
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -47,20 +48,31 @@ import matplotlib.pyplot as plt  # noqa: E402
 import smooth_gradcam as core  # noqa: E402
 from studies.faithfulness import auc, insertion_deletion  # noqa: E402
 
-# features (K, N, C), and what of them is explained
+# features and gradients (K, N, C), and what of them is explained
 
 
-def without_outliers(features: Tensor) -> Tensor:
+def centred(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return x - x.mean(-2, keepdim=True), g
+
+
+def normalised(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token divided by its root mean square, and the gradient with respect to that."""
+    size = x.square().mean(-1, keepdim=True).sqrt()
+    return x / size, g * size
+
+
+def without_outliers(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Zero in channels whose root mean square over the image tokens is more than ten times the median channel's."""
-    size = features.square().mean(-2, keepdim=True).sqrt()  # (K, 1, C)
-    return features * (size <= 10 * size.median(-1, keepdim=True).values)
+    size = x.square().mean(-2, keepdim=True).sqrt()  # (K, 1, C)
+    return x * (size <= 10 * size.median(-1, keepdim=True).values), g
 
 
 FEATURES = {
-    "as they are": lambda x: x,
-    "centred": lambda x: x - x.mean(-2, keepdim=True),
-    "centred by median": lambda x: x - x.median(-2, keepdim=True).values,
-    "RMS-normalised": lambda x: x / x.square().mean(-1, keepdim=True).sqrt(),
+    "as they are": lambda x, g: (x, g),
+    "centred": centred,
+    "centred by median": lambda x, g: (x - x.median(-2, keepdim=True).values, g),
+    "normalised": normalised,
+    "normalised and centred": lambda x, g: centred(*normalised(x, g)),
     "without outliers": without_outliers,
 }
 
@@ -85,14 +97,15 @@ POOLED = {
     "|g|^2": lambda x, g: pooled(x, g, g.square().sum(-1)),
     "ReLU(g.A)": lambda x, g: pooled(x, g, per_token(x, g)),
 }
-WEIGHTS = (*POOLED, "per token", *(f"{name} x per token" for name in POOLED))
+PRODUCTS = {" x per token": 0.5, "^3 x per token": 0.75}  # exponent of the pooled map
+WEIGHTS = (*POOLED, "per token", *(name + tail for tail in PRODUCTS for name in POOLED))
 
 
 def weigh(x: Tensor, g: Tensor, wanted: Iterable[str]) -> dict[str, Tensor]:
     """Maps (K, N) by the name of their weights."""
     own = per_token(x, g)
     maps = {name: method(x, g) for name, method in POOLED.items()} | {"per token": own}
-    maps |= {f"{name} x per token": (maps[name].sqrt() * own.sqrt()) for name in POOLED}
+    maps |= {name + tail: maps[name] ** e * own ** (1 - e) for tail, e in PRODUCTS.items() for name in POOLED}
     return {name: maps[name] for name in wanted}
 
 
@@ -111,43 +124,12 @@ def logit_minus_runner_up(logits: Tensor, tokens: Tensor) -> Tensor:
 SCORES = core.SCORES | {"logit - mean": logit_minus_mean, "logit - runner-up": logit_minus_runner_up}
 
 
-# norms
+# how gradients pass: `core.RULES`
 
-
-@contextmanager
-def attnlrp(model):
-    """Inside, gradients follow AttnLRP's rules (Achtibat et al., ICML 2024): gradient x input is then its relevance.
-
-    Norms have detached denominators. An activation f(x) is x [f(x) / x] with the ratio detached (identity rule). A
-    product of two inputs gives each half of its relevance (uniform rule): the gradient is halved towards gate and up
-    projection, towards attention weights and values, and in the weights' own product again, towards queries and keys.
-    """
-
-    def scaled(share):
-        return lambda module, args, output: share * output + (1 - share) * output.detach()
-
-    def activation(module, args, output):
-        ratio = (output / args[0]).detach().nan_to_num(0, 0, 0)
-        linear = args[0] * ratio / 2
-        return output.detach() + (linear - linear.detach())
-
-    layers, _ = core.get_model_layers(model)
-    with ExitStack() as stack:
-        stack.enter_context(core.detached_norms(model))
-        for layer in layers:
-            a, m = layer.self_attn, layer.mlp
-            hooks = {a.q_proj: scaled(0.25), a.k_proj: scaled(0.25), a.v_proj: scaled(0.5)}
-            hooks |= {m.up_proj: scaled(0.5), m.act_fn: activation}
-            for module, hook in hooks.items():
-                stack.callback(module.register_forward_hook(hook).remove)
-        yield
-
-
-RULES = {"detached": core.detached_norms, "plain": nullcontext, "AttnLRP": attnlrp}
 PASSES = [
     *(("detached", score) for score in SCORES),
     *(("plain", score) for score in ("logit", "logprob", "logit - runner-up")),
-    *(("AttnLRP", score) for score in ("logit", "logprob")),
+    *(("attnlrp", score) for score in ("logit", "logprob")),
 ]
 MODULES = ("input_layernorm", "post_attention_layernorm")  # read at their outputs
 MODULE_FEATURES = ("as they are", "centred")
@@ -155,7 +137,7 @@ MODULE_WEIGHTS = ("mean", "ReLU(g.A)", "per token", "ReLU(g.A) x per token")
 
 
 class Setting(NamedTuple):
-    norms: str
+    rules: str
     score: str
     features: str
     weights: str
@@ -164,20 +146,20 @@ class Setting(NamedTuple):
 
 SETTINGS = [Setting(*chosen, *pair) for chosen in PASSES for pair in itertools.product(FEATURES, WEIGHTS)]
 SETTINGS += [
-    Setting(norms, "logit", *pair, tap)
+    Setting(rules, "logit", *pair, tap)
     for tap in MODULES
-    for norms in ("detached", "plain")
+    for rules in ("detached", "plain")
     for pair in itertools.product(MODULE_FEATURES, MODULE_WEIGHTS)
 ]
 NAMED = {
-    "the formula to the letter, at the input": Setting("plain", "logit", "as they are", "mean"),
-    "the default before": Setting("detached", "logit", "as they are", "mean"),
-    "best before": Setting("detached", "logit", "as they are", "mean x per token"),
-    "HiResCAM": Setting("detached", "logit", "as they are", "per token"),
-    "HiResCAM, centred": Setting("detached", "logit", "centred", "per token"),
-    "pooled by ReLU(g.A), centred": Setting("detached", "logit", "centred", "ReLU(g.A)"),
-    "product": Setting("detached", "logit", "centred", "ReLU(g.A) x per token"),
+    "paper": Setting("plain", "logit", "as they are", "mean", "post_attention_layernorm"),
+    "mean-pooled, plain": Setting("plain", "logit", "as they are", "mean"),
+    "mean-pooled, detached": Setting("detached", "logit", "as they are", "mean"),
+    "gradcam": Setting("attnlrp", "logit", "normalised and centred", "ReLU(g.A)"),
+    "hirescam": Setting("attnlrp", "logit", "normalised and centred", "per token"),
+    "product": Setting("attnlrp", "logit", "normalised and centred", "ReLU(g.A)^3 x per token"),
 }
+CHOOSABLE = ("gradcam", "hirescam", "product", "paper")
 MEASURES = ("pointing", "energy", "obj_iou", "border", "likeness")
 
 
@@ -187,8 +169,8 @@ def all_maps(model, forced: dict, scored: core.Scored, positions: Tensor) -> dic
     taps = [core.Tap(("input", i), layers[i], True) for i in range(total)]
     taps += [core.Tap((name, i), getattr(layers[i], name), False) for i in range(total) for name in MODULES]
     maps = {}
-    for norms, chosen in itertools.groupby(PASSES, key=lambda chosen: chosen[0]):
-        with RULES[norms](model), core.captured(taps) as found:
+    for rules, chosen in itertools.groupby(PASSES, key=lambda chosen: chosen[0]):
+        with core.RULES[rules](model), core.captured(taps) as found:
             logits = core.compute_logits(model, forced, min(scored.predicting))[0]
         length = forced["input_ids"].shape[1]
         rows = core.at_least_float32(logits[[position - length for position in scored.predicting]])
@@ -196,16 +178,16 @@ def all_maps(model, forced: dict, scored: core.Scored, positions: Tensor) -> dic
         for number, (score, value) in enumerate(values, 1):
             gradients = torch.autograd.grad(value, list(found.values()), retain_graph=number < len(values))
             pairs = {
-                key: (a.detach()[0, positions], g[0, positions])
-                for (key, a), g in zip(found.items(), gradients, strict=True)
+                key: [core.at_least_float32(tensor.detach()[0, positions]) for tensor in pair]
+                for key, *pair in zip(found, found.values(), gradients, strict=True)
             }
             for tap in ("input", *MODULES):
-                wanted = [s for s in SETTINGS if (s.norms, s.score, s.tap) == (norms, score, tap)]
+                wanted = [s for s in SETTINGS if (s.rules, s.score, s.tap) == (rules, score, tap)]
                 if wanted:
                     x, g = (torch.stack([pairs[tap, i][part] for i in range(total)]) for part in (0, 1))  # (K, N, C)
                     for name, group in itertools.groupby(wanted, key=lambda s: s.features):
                         group = list(group)
-                        heat = weigh(FEATURES[name](x), g, [s.weights for s in group])
+                        heat = weigh(*FEATURES[name](x, g), [s.weights for s in group])
                         maps |= {s: heat[s.weights] for s in group}
     return maps
 
@@ -339,27 +321,28 @@ def run_bed(bed: beds.Bed, count: int, faithful: int, steps: int, quiet: bool) -
         "occlusion": np.stack(occluded),  # (words, 2, measures)
         "picture": np.array(group),
         "tried": np.array(tried),
-        "faithful": np.array(order),  # (words, named + block occlusion + own mask), insertion - deletion
+        "faithful": np.array(order),  # insertion - deletion: (words, named x few + block occlusion + own mask)
         "corners": corners(bed, count) if bed.name in ("flat", "eyes") else np.zeros((0, 0, 0)),  # (16, S, K) bool
     }
 
 
 def faithfulness(bed, picture, word, maps, occluded, total, steps) -> list[float]:
-    """Insertion minus deletion: the NAMED settings, mean of two middle layers, then occlusion and the own mask."""
+    """Insertion minus deletion of the NAMED settings at `few(total)` layers, then of occlusion and of the own mask."""
     reading, grid = picture.reading, picture.reading.grid
-    layers = [total * 2 // 5, total * 3 // 5]
-    cams = {f"{name}@{i}": maps[s][i].numpy().reshape(grid) for name, s in NAMED.items() for i in layers}
+    cams = {f"{name}@{i}": maps[s][i].numpy().reshape(grid) for name, s in NAMED.items() for i in few(total)}
     cams |= {"occlusion": occluded.reshape(grid), "own mask": word.covered(grid)}
     about = reading.prompt, reading.answer, reading.tokens, word.name, word.span, reading.tokens_of(word.span)
     settings = core.Settings(use_smooth=False)
     token_maps = core.TokenMaps({k: v.astype(np.float32) for k, v in cams.items()}, grid, *about, frozenset(), settings)
     options = {"steps": steps, "baseline": bed.baseline, "random_orders": 0}
-    with torch.autocast("cpu", torch.bfloat16, enabled=bed.name in beds.PUBLISHED):
-        measured = insertion_deletion(reading, token_maps, **options)
+    measured = insertion_deletion(reading, token_maps, **options)
     area = {k: auc(measured.insertion[k] - measured.deletion[k], measured.shares) for k in measured.insertion}
-    area |= dict.fromkeys(token_maps.blank, 0.0)
-    named = [np.mean([area[f"{name}@{i}"] for i in layers]) for name in NAMED]
-    return [*named, area["occlusion"], area["own mask"]]
+    return [area.get(key, 0.0) for key in cams]
+
+
+def few(total: int) -> list[int]:
+    """Four layers, early to late, of which the second and third lie in the middle half."""
+    return [total * share // 100 for share in (15, 40, 60, 85)]
 
 
 def corners(bed: beds.Bed, count: int) -> np.ndarray:
@@ -406,18 +389,44 @@ class Summary(NamedTuple):
     merits: np.ndarray  # (RESAMPLES, S)
     words: int
     tried: int
-    faithful: np.ndarray  # (words, named + 2)
+    faithful: np.ndarray  # (words, named, few)
+    bounds: np.ndarray  # (words, 2), of occlusion and of the object's own mask
+    agreement: dict[str, float]  # of a choice of the map by insertion - deletion with one by masks
     corners: np.ndarray  # (S,) of the worst layer, or empty
 
 
 def summarise(data: dict) -> Summary:
-    found = data["found"]
+    found, faithful = data["found"], data["faithful"].reshape(-1, len(NAMED) * 4 + 2)
+    areas = faithful[:, :-2].reshape(-1, len(NAMED), 4)
     mean = found[:, :, middle(found.shape[2])].mean(2)  # (words, S, measures)
     lit = data["corners"].sum(0).min(-1) if data["corners"].size else np.zeros(0)
     return Summary(
         mean.mean(0), found.mean(0), data["occlusion"].mean(0), resampled(merit(mean), data["picture"]),
-        len(found), int(data["tried"]), data["faithful"], lit,
+        len(found), int(data["tried"]), areas, faithful[:, -2:], agree(found, areas), lit,
     )  # fmt: skip
+
+
+def agree(found: np.ndarray, areas: np.ndarray) -> dict[str, float]:
+    """How good the choice of a map without masks is, over words: the candidates are CHOOSABLE at four layers.
+
+    The merits of the map with the largest insertion minus deletion, of the best map by the mask, of the default at the
+    middle layer and of a map taken at random; and how often the first is as good as the second but for 0.05.
+    """
+    if not len(areas):
+        return {}
+    names, layers = list(NAMED), few(found.shape[2])
+    rows = [names.index(name) for name in CHOOSABLE]
+    merits = merit(found[: len(areas), [SETTINGS.index(NAMED[name]) for name in CHOOSABLE]][:, :, layers])
+    merits, areas = (x.reshape(len(areas), -1) for x in (merits, areas[:, rows]))
+    chosen = np.take_along_axis(merits, areas.argmax(1)[:, None], 1)[:, 0]
+    default = merit(found[: len(areas), SETTINGS.index(NAMED["gradcam"]), found.shape[2] // 2])
+    return {
+        "chosen by insertion - deletion": chosen.mean(),
+        "best by masks": merits.max(1).mean(),
+        "default": default.mean(),
+        "at random": merits.mean(),
+        "as good as the best": (chosen >= merits.max(1) - 0.05).mean(),
+    }
 
 
 def print_tables(found: dict[str, Summary], rows: int) -> None:
@@ -457,9 +466,14 @@ def print_tables(found: dict[str, Summary], rows: int) -> None:
         cells = " | ".join("{:.2f} {:.2f}".format(*bed.settings[i, [4, 3]]) for bed in found.values())
         print(f"| {name} | {cells} |")
     print("\ninsertion - deletion, mean over words")
-    for i, name in enumerate([*NAMED, "occlusion", "the object's own mask"]):
-        cells = " | ".join(f"{bed.faithful[:, i].mean():.2f}" if len(bed.faithful) else "-" for bed in found.values())
-        print(f"| {name} | {cells} |")
+    measured = [bed for bed in found.values() if len(bed.faithful)]
+    for i, name in enumerate(NAMED):
+        print(f"| {name} | {' | '.join(f'{bed.faithful[:, i, 1:3].mean():.2f}' for bed in measured)} |")
+    for i, name in enumerate(("occlusion", "the object's own mask")):
+        print(f"| {name} | {' | '.join(f'{bed.bounds[:, i].mean():.2f}' for bed in measured)} |")
+    print("\nmerit of the map chosen without masks, beside other choices")
+    for name in measured[0].agreement if measured else ():
+        print(f"| {name} | {' | '.join(f'{bed.agreement[name]:.2f}' for bed in measured)} |")
 
 
 def write_csv(found: dict[str, Summary], path: Path) -> None:

@@ -2,11 +2,10 @@
 
 On scenes the demo model has never seen, every object word of its own answers is explained at every decoder layer, from
 one clean copy of the picture, by this project's methods and by others; the objects' pixels are known. Printed, and
-written to --output_dir as localization.csv, choices.csv, faithfulness.csv and localization.png:
+written to --output_dir as localization.csv, faithfulness.csv and localization.png:
 
     localization  pointing, near, energy, Obj-IoU of each method over the layers (see `studies.faithfulness`),
                   and how often the maximum lies at the border instead
-    choices       the same for each norm handling, score, weighting, tap and upsampling that could have been chosen
     faithfulness  area under insertion, under deletion, and their difference, for the first --words_faithful words
 
 Intervals hold 95 % of 1000 bootstrap resamples of the scenes: the words of a scene are not independent.
@@ -50,7 +49,7 @@ import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
-from smooth_gradcam import best, gradcam, hirescam  # noqa: E402
+from smooth_gradcam import paper  # noqa: E402
 from studies.faithfulness import auc, insertion_deletion, localization  # noqa: E402
 from test_gradcam import count_layers, load_model, load_processor  # noqa: E402
 
@@ -63,7 +62,7 @@ RESAMPLES = 1000
 
 def positive_pooled(features: Tensor, gradients: Tensor) -> Tensor:
     """Grad-CAM with the gradients ReLU'd before they are pooled."""
-    return gradcam(features, gradients.relu())
+    return paper(features, gradients.relu())
 
 
 def positive_pooled_halved(features: Tensor, gradients: Tensor) -> Tensor:
@@ -85,7 +84,7 @@ def gradcam_plus_plus(features: Tensor, gradients: Tensor) -> Tensor:
 
 def layercam(features: Tensor, gradients: Tensor) -> Tensor:
     """LayerCAM (Jiang et al., TIP 2021): M_i = ReLU(sum_k ReLU(g_ik) A_ik)."""
-    return hirescam(features, gradients.relu())
+    return (features * gradients.relu()).sum(-1).relu()
 
 
 def layercam_by_channel(features: Tensor, gradients: Tensor) -> Tensor:
@@ -111,47 +110,31 @@ def attention_x_gradient(weights: Tensor, gradients: Tensor) -> Tensor:
     return (weights * gradients).relu().mean((0, 1))
 
 
-def centred(method: Callable) -> Callable:
-    """The method with the features' mean over the image tokens taken away."""
-    return lambda features, gradients: method(features - features.mean(0), gradients)
-
-
 class Row(NamedTuple):
     """What is drawn from one layer, where it is read, and how gradients pass the norms on their way there."""
 
-    norms: str
+    rules: str
     place: str  # "input" or "output" of the layer, a module of it, or its "attention" weights
     method: Callable
 
 
-OURS = ("gradcam", "hirescam", "best")
+OURS = ("gradcam", "hirescam", "product")
 ROWS = {
-    **{name: Row("frozen", "input", core.METHODS[name]) for name in OURS},
-    **{f"{name}, live norms": Row("live", "input", core.METHODS[name]) for name in OURS},
-    "Grad-CAM of the output": Row("live", "output", gradcam),
-    "ReLU'd gradients, halved": Row("live", "post_attention_layernorm", positive_pooled_halved),
-    "Grad-CAM++": Row("live", "input", gradcam_plus_plus),
-    "LayerCAM": Row("live", "input", layercam),
-    "LayerCAM, frozen": Row("frozen", "input", layercam),
-    "LayerCAM by channel": Row("live", "input", layercam_by_channel),
-    "LayerCAM by channel, frozen": Row("frozen", "input", layercam_by_channel),
-    "input x gradient": Row("live", "input", input_x_gradient),
-    "attention": Row("live", "attention", attention),
-    "attention x gradient": Row("live", "attention", attention_x_gradient),
+    **{name: Row("attnlrp", "input", core.METHODS[name]) for name in OURS},
+    **{f"{name}, plain gradients": Row("plain", "input", core.METHODS[name]) for name in OURS},
+    "Grad-CAM of the output": Row("plain", "output", paper),
+    "ReLU'd gradients, halved": Row("plain", "post_attention_layernorm", positive_pooled_halved),
+    "Grad-CAM++": Row("plain", "input", gradcam_plus_plus),
+    "LayerCAM": Row("plain", "input", layercam),
+    "LayerCAM, AttnLRP": Row("attnlrp", "input", layercam),
+    "LayerCAM by channel": Row("plain", "input", layercam_by_channel),
+    "LayerCAM by channel, AttnLRP": Row("attnlrp", "input", layercam_by_channel),
+    "input x gradient": Row("plain", "input", input_x_gradient),
+    "attention": Row("plain", "attention", attention),
+    "attention x gradient": Row("plain", "attention", attention_x_gradient),
 }
 LAYERLESS = ("logit lens", "TAM")
 BOUNDS = ("random map", "centre", "object (oracle)")
-
-SCORES = core.SCORES | {"logit - mean": lambda rows, ids: core.logit_score(rows - rows.mean(-1, keepdim=True), ids)}
-WEIGHTS = {
-    "pooled": gradcam,
-    "per token": hirescam,
-    "positive pooled": positive_pooled,
-    "pooled, centred": centred(gradcam),
-    "per token, centred": centred(hirescam),
-    "best": best,
-}
-PLACES = ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj", "output")
 
 
 # what is drawn without a layer: from the logits (L, V), the final hidden states read by the head, to a map (N,)
@@ -233,11 +216,10 @@ def find_words(reading: core.Reading, number: int) -> tuple[dict[str, Tensor], l
     return forced, [Word(thing.kind, thing.mask, part) for thing, part in zip(things, scored, strict=True)]
 
 
-def make_taps(model, layers, few) -> list[core.Tap]:
-    """All places that are read, keyed (place, layer): those of the rows at `layers`, those of the choices at `few`."""
+def make_taps(model, layers) -> list[core.Tap]:
+    """All places that are read, keyed (place, layer)."""
     decoder, _ = core.get_model_layers(model)
     wanted = {(row.place, i) for row in ROWS.values() for i in layers if row.place != "attention"}
-    wanted |= {(place, i) for place in PLACES for i in few}
     taps = []
     for place, i in sorted(wanted, key=operator.itemgetter(1, 0)):
         module, tap = (decoder[i], place) if place in core.TAPS else (operator.attrgetter(place)(decoder[i]), "output")
@@ -265,16 +247,16 @@ def attention_weights(model, layers):
             handle.remove()
 
 
-def forward(model, forced, taps, layers, norms: str) -> tuple[dict, Tensor]:
+def forward(model, forced, taps, layers, rules: str) -> tuple[dict, Tensor]:
     """{(place, layer): tensor} of one pass, its graph kept, and the logits (L, V)."""
-    with core.NORMS[norms](model), core.captured(taps) as features, attention_weights(model, layers) as weights:
+    with core.RULES[rules](model), core.captured(taps) as features, attention_weights(model, layers) as weights:
         logits = model(**forced, use_cache=False).logits[0]
     return features | weights, logits
 
 
-def backward(tensors: dict, logits: Tensor, word: Word, score: str, positions: Tensor) -> dict:
+def backward(tensors: dict, logits: Tensor, word: Word, positions: Tensor) -> dict:
     """{(place, layer): (features, gradients)} at the image tokens, (N, C); of attention weights (heads, T, N)."""
-    value = SCORES[score](logits[word.scored.predicting].float(), torch.tensor(word.scored.expected))
+    value = core.logit_score(logits[word.scored.predicting].float(), torch.tensor(word.scored.expected))
     gradients = torch.autograd.grad(value, list(tensors.values()), allow_unused=True, retain_graph=True)
 
     def at_image(key, tensor):
@@ -289,12 +271,12 @@ def backward(tensors: dict, logits: Tensor, word: Word, score: str, positions: T
 
 
 def row_maps(pairs: dict, logits: Tensor, ids: Tensor, reading, word: Word, layers, rng) -> dict[str, list[np.ndarray]]:
-    """{row: one map (H, W) per layer, or a single one}; `pairs`: norms -> what `backward` gives for the logit.
+    """{row: one map (H, W) per layer, or a single one}; `pairs`: rules -> what `backward` gives for the logit.
 
     `logits` and the token `ids` are those of the whole sequence, (L, V) and (L,).
     """
     drawn = {
-        name: [row.method(*pairs[row.norms][row.place, i]).reshape(reading.grid).numpy() for i in layers]
+        name: [row.method(*pairs[row.rules][row.place, i]).reshape(reading.grid).numpy() for i in layers]
         for name, row in ROWS.items()
     }
     place, logits = (reading.positions, reading.grid), logits.detach().float()
@@ -303,29 +285,6 @@ def row_maps(pairs: dict, logits: Tensor, ids: Tensor, reading, word: Word, laye
     activations = [tam(logits, ids, *place, token, predicting) for token, predicting in chosen]
     drawn |= {"logit lens": [np.mean(lenses, 0)], "TAM": [np.mean(activations, 0)]}
     return drawn | {name: [heat] for name, heat in bounds(word.mask, reading.grid, rng).items()}
-
-
-def choice_maps(found: dict, grid, size, few) -> dict[tuple, list[np.ndarray]]:
-    """{(norms, score, weights, tap, upsampling): one map per layer}; `found`: (norms, score) -> `backward`'s."""
-
-    def draw(method, norms, score, place):
-        return [method(*found[norms, score][place, i]).reshape(grid).numpy() for i in few]
-
-    maps = {}
-    for norms, score in found:
-        for name, method in WEIGHTS.items():
-            maps[norms, score, name, "input", "bicubic"] = draw(method, norms, score, "input")
-    for norms in core.NORMS:
-        for place in PLACES:
-            for name in ("pooled", "per token"):
-                maps[norms, "logit", name, place, "bicubic"] = draw(WEIGHTS[name], norms, "logit", place)
-    for mode in ("nearest", "bilinear"):
-        for name in ("pooled", "best"):
-            maps["frozen", "logit", name, "input", mode] = [
-                F.interpolate(torch.as_tensor(heat)[None, None], size=size, mode=mode)[0, 0].numpy()
-                for heat in maps["frozen", "logit", name, "input", "bicubic"]
-            ]
-    return maps
 
 
 def at_border(heat: np.ndarray, fit: dict[str, float]) -> float:
@@ -346,7 +305,6 @@ class Setup(NamedTuple):
 
     path: str
     layers: list[int]  # of the rows
-    few: list[int]  # of the choices
     spread: list[int]  # of insertion and deletion
     words_faithful: int
     steps: int
@@ -359,7 +317,7 @@ WORKER = {}  # of this process: setup, model, processor, taps
 def start_worker(setup: Setup):
     torch.set_num_threads(1)
     model = load_model(setup.path, "cpu", "auto")
-    processor, taps = load_processor(setup.path, 10**9), make_taps(model, setup.layers, setup.few)
+    processor, taps = load_processor(setup.path, 10**9), make_taps(model, setup.layers)
     WORKER.update(setup=setup, model=model, processor=processor, taps=taps)
 
 
@@ -372,22 +330,15 @@ def measure_scene(number: int) -> list[dict]:
     if not words:
         return records
     with core.borrowed(model):
-        passes = {norms: forward(model, forced, WORKER["taps"], setup.layers, norms) for norms in core.NORMS}
+        passes = {rules: forward(model, forced, WORKER["taps"], setup.layers, rules) for rules in core.RULES}
         for place, word in enumerate(words):
-            found = {}
-            for norms, (tensors, logits) in passes.items():
-                for score in SCORES:
-                    used = {key: t for key, t in tensors.items() if score == "logit" or key[0] == "input"}
-                    found[norms, score] = backward(used, logits, word, score, reading.positions)
+            pairs = {rules: backward(*run, word, reading.positions) for rules, run in passes.items()}
             rng = np.random.default_rng((setup.seed, number, place))
-            pairs = {norms: found[norms, "logit"] for norms in core.NORMS}
-            rows = row_maps(pairs, passes["live"][1], forced["input_ids"][0], reading, word, setup.layers, rng)
-            choices = choice_maps(found, reading.grid, word.mask.shape, setup.few)
+            rows = row_maps(pairs, passes["plain"][1], forced["input_ids"][0], reading, word, setup.layers, rng)
             kept = {(row, i): m for row, maps in rows.items() for i, m in zip(setup.layers, maps, strict=False)}
             records.append(
                 {"scene": number, "kind": word.kind, "answer": reading.answer, "tokens": len(word.scored.expected)}
                 | {"rows": {name: measure(maps, word.mask) for name, maps in rows.items()}}
-                | {"choices": {key: measure(maps, word.mask) for key, maps in choices.items()}}
                 | {"maps": kept if number < setup.words_faithful else None}
             )
     return records
@@ -464,7 +415,7 @@ def run(setup: Setup, count: int, processes: int) -> dict:
             for word in records[: setup.words_faithful]
         ]
         areas = list(tqdm(each(measure_faithfulness, jobs), "insertion, deletion", len(jobs)))
-    seconds = {"localization and choices": middle - start, "insertion and deletion": time.perf_counter() - middle}
+    seconds = {"localization": middle - start, "insertion and deletion": time.perf_counter() - middle}
     objects = sum(len(scenes.make_scene(UNSEEN + number).objects) for number in range(count))
     return {"setup": setup, "records": records, "objects": objects, "areas": areas, "labels": labels, "time": seconds}
 
@@ -489,17 +440,13 @@ def summarise(values: list[np.ndarray], groups, seed: int) -> np.ndarray:
 
 
 def tables(result: dict) -> dict[str, dict]:
-    """ "rows", "choices": {name: (layers or 1, measures, 3)}; "faithfulness": {label: (3, 3)}."""
+    """ "rows": {name: (layers or 1, measures, 3)}; "faithfulness": {label: (3, 3)}."""
     records, areas, seed = result["records"], result["areas"], result["setup"].seed
     groups = [record["scene"] for record in records]
-    found = {
-        table: {name: summarise([record[table][name] for record in records], groups, seed) for name in first}
-        for table, first in records[0].items()
-        if table in ("rows", "choices")
-    }
+    rows = {name: summarise([record["rows"][name] for record in records], groups, seed) for name in records[0]["rows"]}
     groups = groups[: len(areas)]
-    found["faithfulness"] = {name: summarise([area[name] for area in areas], groups, seed) for name in areas[0]}
-    return found
+    areas = {name: summarise([area[name] for area in areas], groups, seed) for name in areas[0]}
+    return {"rows": rows, "faithfulness": areas}
 
 
 def span(values) -> str:
@@ -527,13 +474,6 @@ def print_tables(result: dict, found: dict):
         layer = str(setup.layers[i]) if name in ROWS else "-"
         print(f"{name:28s} {layer:>5s}  " + "  ".join(f"{span(measure):16s}" for measure in values[i]))
     print("Of the last layer's output there is no gradient: a miss, 0 in every measure.")
-    print(f"\nchoices: best of layers {setup.few}, and mean over them; pointing / energy / Obj-IoU")
-    for key, values in found["choices"].items():
-        i = best_layer(values[..., 0])
-        shown = (" / ".join(f"{v:.2f}" for v in mean[[0, 2, 3]]) for mean in (values[i, :, 0], values[..., 0].mean(0)))
-        label = "{:7s} {:13s} {:19s} {:17s} {:9s}".format(*key)
-        print(f"{label} {setup.few[i]:3d}  " + "   mean ".join(shown))
-    print("With nearest the maximum is a whole image token, of which the first pixel, its corner, is what points.")
     print(f"\nfaithfulness, first {len(result['areas'])} words, {setup.steps} steps, blur (95 % interval)")
     print(f"{'what is drawn @ layer':34s} insertion         deletion          difference")
     for name, values in found["faithfulness"].items():
@@ -549,22 +489,16 @@ def write_csv(path: Path, keys, measures, rows):
 
 
 def write_tables(folder: Path, everything: list[tuple[dict, dict]]):
-    rows, choices, faithful = [], [], []
+    rows, faithful = [], []
     for result, found in everything:
         setup, labels = result["setup"], result["labels"]
         for name, values in found["rows"].items():
             layers = setup.layers if name in ROWS else [""]
             rows += [(Path(setup.path).name, name, layer, value) for layer, value in zip(layers, values, strict=True)]
-        for key, values in found["choices"].items():
-            choices += [
-                (Path(setup.path).name, *key, layer, value) for layer, value in zip(setup.few, values, strict=True)
-            ]
         for label, value in found["faithfulness"].items():
             name, layer = labels.get(label, (label, None))
             faithful.append((Path(setup.path).name, name, "" if layer is None else layer, value))
     write_csv(folder / "localization.csv", ("model", "row", "layer"), MEASURES, rows)
-    keys = ("model", "norms", "score", "weights", "tap", "upsampling", "layer")
-    write_csv(folder / "choices.csv", keys, MEASURES[:4], [(*row[:-1], row[-1][:4]) for row in choices])
     areas = ("insertion", "deletion", "difference")
     write_csv(folder / "faithfulness.csv", ("model", "row", "layer"), areas, faithful)
 
@@ -574,14 +508,14 @@ def write_tables(folder: Path, everything: list[tuple[dict, dict]]):
 BLUE, RED, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"  # Okabe and Ito
 LOOKS = {
     **{name: {"color": colour, "lw": 3.2} for name, colour in zip(OURS, (BLUE, RED, GREEN), strict=True)},
-    **{f"{n}, live norms": {"color": c, "lw": 1.2} for n, c in zip(OURS, (BLUE, RED, GREEN), strict=True)},
+    **{f"{n}, plain gradients": {"color": c, "lw": 1.2} for n, c in zip(OURS, (BLUE, RED, GREEN), strict=True)},
     "Grad-CAM of the output": {"color": BLUE, "lw": 1.2, "ls": ":"},
     "ReLU'd gradients, halved": {"color": "#7F5A2A", "lw": 1.2},
     "Grad-CAM++": {"color": SKY, "lw": 1.2},
     "LayerCAM": {"color": PINK, "lw": 1.2},
-    "LayerCAM, frozen": {"color": PINK, "lw": 2.2},
+    "LayerCAM, AttnLRP": {"color": PINK, "lw": 2.2},
     "LayerCAM by channel": {"color": PINK, "lw": 1.2, "ls": "--"},
-    "LayerCAM by channel, frozen": {"color": PINK, "lw": 2.2, "ls": "--"},
+    "LayerCAM by channel, AttnLRP": {"color": PINK, "lw": 2.2, "ls": "--"},
     "input x gradient": {"color": "black", "lw": 1.2},
     "attention": {"color": ORANGE, "lw": 1.2},
     "attention x gradient": {"color": ORANGE, "lw": 1.2, "ls": ":"},
@@ -673,8 +607,7 @@ def make_setup(path: str, options) -> Setup:
         return [layers[i] for i in places]
 
     layers = spread(range(total), options.layers or total)
-    few = sorted({*layers[::4], layers[-1]})
-    return Setup(path, layers, few, spread(layers, 5), options.words_faithful, options.steps, options.seed)
+    return Setup(path, layers, spread(layers, 5), options.words_faithful, options.steps, options.seed)
 
 
 def main(arguments=None):

@@ -36,7 +36,7 @@ import smooth_gradcam as core  # noqa: E402
 from studies.faithfulness import auc, insertion_deletion, localization, spearman  # noqa: E402
 from test_gradcam import load_model, load_processor  # noqa: E402
 
-DRAWN = ("gradcam", "hirescam", "best")  # methods
+DRAWN = ("gradcam", "hirescam", "product")  # methods
 MEASURES = ("near", "obj_iou", "insertion", "likeness")
 STEPS = 16  # of the insertion curve
 OTHERS = 20  # copies of the map that likeness compares with

@@ -86,7 +86,7 @@ def make_model(tokenizer):
 
 
 def _keep_float64(model):
-    """The norms of transformers compute in float32; put PyTorch's in their place, which do not."""
+    """The rules of transformers compute in float32; put PyTorch's in their place, which do not."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm"):

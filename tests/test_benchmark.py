@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from smooth_gradcam import NORMS, borrowed
+from smooth_gradcam import RULES, borrowed
 
 
 def test_interference_is_taken_away_in_least_squares():
@@ -79,20 +79,20 @@ def test_layercam_with_the_relu_outside_and_inside_the_sum():
 
 def test_best_layer_and_the_layer_that_points_best():
     means = np.array([[0.9, 1, 0.3, 0.4], [0.8, 0, 0.6, 0.5], [0.9, 0, 0.4, 0.2]])
-    setup = benchmark.Setup("", [0, 5, 9], [0], [0, 5, 9], 1, 3, 0)
+    setup = benchmark.Setup("", [0, 5, 9], [0, 5, 9], 1, 3, 0)
     assert benchmark.best_layer(means) == 1
     assert benchmark.points_best(means, setup) == 9
 
 
 @pytest.fixture(scope="module")
 def setup():
-    setup = benchmark.Setup(str(benchmark.ROOT / "demo_model"), [0, 13, 27], [27], [0, 13, 27], 1, 3, 0)
+    setup = benchmark.Setup(str(benchmark.ROOT / "demo_model"), [0, 13, 27], [0, 13, 27], 1, 3, 0)
     benchmark.start_worker(setup)
     return setup
 
 
-@pytest.mark.parametrize("norms", NORMS)
-def test_attention_weights_are_the_models_own(setup, norms):
+@pytest.mark.parametrize("rules", RULES)
+def test_attention_weights_are_the_models_own(setup, rules):
     """Their rows sum to one, and reading them leaves features and gradients as they are with the usual attention."""
     model, found = benchmark.WORKER["model"], {}
     with borrowed(model):
@@ -100,10 +100,10 @@ def test_attention_weights_are_the_models_own(setup, norms):
             model.set_attn_implementation(attention)
             reading = benchmark.read_scene(model, benchmark.WORKER["processor"], 0)
             forced, words = benchmark.find_words(reading, 0)
-            tensors, logits = benchmark.forward(model, forced, benchmark.WORKER["taps"], setup.layers, norms)
+            tensors, logits = benchmark.forward(model, forced, benchmark.WORKER["taps"], setup.layers, rules)
             weights = [tensors[key] for key in list(tensors) if key[0] == "attention"]
             tensors = {key: tensor for key, tensor in tensors.items() if key[0] != "attention"}
-            found[attention] = benchmark.backward(tensors, logits, words[0], "logit", reading.positions)
+            found[attention] = benchmark.backward(tensors, logits, words[0], reading.positions)
     assert len(weights) == 3
     for rows in weights:
         torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
@@ -119,7 +119,7 @@ def test_attention_x_gradient_is_of_the_weights_that_were_used(setup):
     with borrowed(model):
         model.set_attn_implementation("eager")
         forced, (word, *_) = benchmark.find_words(benchmark.read_scene(model, benchmark.WORKER["processor"], 0), 0)
-        tensors, logits = benchmark.forward(model, forced, benchmark.WORKER["taps"], setup.layers, "live")
+        tensors, logits = benchmark.forward(model, forced, benchmark.WORKER["taps"], setup.layers, "plain")
         (gradient,) = torch.autograd.grad(
             logits[word.scored.predicting[0], word.scored.expected[0]], tensors["attention", 27]
         )
@@ -146,12 +146,10 @@ def test_the_whole(tmp_path, capsys):
     assert "gradcam @ 27" in printed
     rows = list(csv.DictReader((tmp_path / "localization.csv").open()))
     assert {row["row"] for row in rows} == {*benchmark.ROWS, *benchmark.LAYERLESS, *benchmark.BOUNDS}
-    assert [row["layer"] for row in rows if row["row"] == "best"] == ["0", "14", "27"]
+    assert [row["layer"] for row in rows if row["row"] == "product"] == ["0", "14", "27"]
     assert all(float(row["pointing_low"]) <= float(row["pointing"]) <= float(row["pointing_high"]) for row in rows)
     (last,) = [row for row in rows if row["row"] == "Grad-CAM of the output" and row["layer"] == "27"]
     assert float(last["near"]) == float(last["energy"]) == 0  # no gradient there
-    choices = list(csv.DictReader((tmp_path / "choices.csv").open()))
-    assert len(choices) == 2 * (2 * 3 * 6 + 4 * 2 * 2 + 2 * 2)  # layers, weights, taps, upsampling
     faithful = {row["row"]: row for row in csv.DictReader((tmp_path / "faithfulness.csv").open())}
     ours = faithful["gradcam"]
     assert float(ours["difference"]) == pytest.approx(float(ours["insertion"]) - float(ours["deletion"]), abs=2e-5)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_image
+from pytorch_grad_cam import GradCAM
 from torch import nn
 
 import smooth_gradcam as core
@@ -22,6 +23,7 @@ from smooth_gradcam import (
     TokenMaps,
     compute_token_maps,
     explain,
+    find_target,
     get_model_layers,
     read,
     resolve_layers,
@@ -42,7 +44,7 @@ def rms(norm, x):
 
 
 def dividing_by(model, denominator):
-    """A copy of the model whose norms are weight * (x / denominator(norm, x))."""
+    """A copy of the model whose rules are weight * (x / denominator(norm, x))."""
     model = copy.deepcopy(model)
     for norm in (module for module in model.modules() if isinstance(module, nn.RMSNorm)):
         norm.forward = lambda x, norm=norm: norm.weight * (x / denominator(norm, x))
@@ -52,7 +54,7 @@ def dividing_by(model, denominator):
 @pytest.fixture(scope="session")
 def oracles(model):
     """For each way of passing the norms a model whose plain gradients are those: no hook, no code of the core."""
-    return {"live": model, "frozen": dividing_by(model, lambda norm, x: rms(norm, x).detach())}
+    return {"plain": model, "detached": dividing_by(model, lambda norm, x: rms(norm, x).detach())}
 
 
 def oracle(
@@ -81,35 +83,85 @@ def oracle(
     return {"gradcam": pooled, "hirescam": own, "best": (pooled * own) ** 0.5}[method]
 
 
-@pytest.mark.parametrize("norms", ["live", "frozen"])
+@pytest.mark.parametrize("rules", ["plain", "detached"])
 @pytest.mark.parametrize("score", ["logit", "logprob"])
-@pytest.mark.parametrize("method", ["gradcam", "hirescam", "best"])
-def test_map_equals_full_graph_float64_autograd(model, oracles, processor, image, monkeypatch, method, score, norms):
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "product"])
+def test_map_equals_full_graph_float64_autograd(model, oracles, processor, image, monkeypatch, method, score, rules):
     """For the score and for its opposite, which shows what the first ReLU took away."""
     plain, drawn = core.SCORES[score], set()
-    options = {"method": method, "score": score, "norms": norms}
+    options = {"method": method, "score": score, "rules": rules}
     for sign in (1, -1):
         monkeypatch.setitem(core.SCORES, score, lambda logits, tokens, sign=sign: sign * plain(logits, tokens))
         found = compute_token_maps(model, processor, image, PROMPT, [0, 1, 2], **CLEAN, **options)
         for layer, cam in found.maps.items():
-            expected = oracle(oracles[norms], processor, image, layer, method, score, sign=sign)
+            expected = oracle(oracles[rules], processor, image, layer, method, score, sign=sign)
             np.testing.assert_allclose(cam.ravel(), expected, rtol=1e-6, atol=1e-12)
             drawn |= {layer} if cam.max() > 1e-2 else set()
-    assert drawn == ({0, 1} if norms == "live" and method != "gradcam" else {0, 1, 2})  # see below, norms
+    assert drawn == ({0, 1} if rules == "plain" and method != "gradcam" else {0, 1, 2})  # see below, rules
 
 
 def test_norms_are_frozen_unless_asked_otherwise(model, processor, image):
     maps = {
-        norms: compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, **norms_option)
-        for norms, norms_option in {"": {}, "frozen": {"norms": "frozen"}, "live": {"norms": "live"}}.items()
+        rules: compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, **norms_option)
+        for rules, norms_option in {"": {}, "detached": {"rules": "detached"}, "plain": {"rules": "plain"}}.items()
     }
-    np.testing.assert_array_equal(maps[""].maps[1], maps["frozen"].maps[1])
-    assert not np.allclose(maps["live"].maps[1], maps["frozen"].maps[1], rtol=0.1)
-    assert {name: found.settings.norms for name, found in maps.items()} == {
-        "": "frozen",
-        "frozen": "frozen",
-        "live": "live",
+    np.testing.assert_array_equal(maps[""].maps[1], maps["detached"].maps[1])
+    assert not np.allclose(maps["plain"].maps[1], maps["detached"].maps[1], rtol=0.1)
+    assert {name: found.settings.rules for name, found in maps.items()} == {
+        "": "detached",
+        "detached": "detached",
+        "plain": "plain",
     }
+
+
+@pytest.mark.parametrize("tap", [None, "output", "post_attention_layernorm"])
+def test_the_papers_formula_is_pytorch_grad_cams_on_the_same_tensor(model, processor, image, tap):
+    """Of the summed logits of the whole answer with its end of turn, as generated; layers are read at their output."""
+    found = compute_token_maps(model, processor, image, PROMPT, [0, 1, 2], **CLEAN, method="paper", tap=tap)
+    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    tokens = [*processor.tokenizer(ANSWER)["input_ids"], processor.tokenizer.eos_token_id]
+    begin, forced = inputs["input_ids"].shape[1], forced_by_hand(inputs, tokens)
+    positions, grid = core.image_grid(model, inputs)
+
+    class Answer(torch.nn.Module):
+        def forward(self, pixels):
+            logits = model(**forced).logits[0, begin - 1 : -1]
+            return logits[range(len(tokens)), tokens].sum()[None, None]
+
+    layers, _ = get_model_layers(model)
+    for i, layer in enumerate(layers):
+        if i == 2:  # no path leads from there to the answer
+            assert found.blank[i] == "no gradient"
+            continue
+        target = layer if tap == "output" else layer.post_attention_layernorm
+        with GradCAM(Answer(), [target], reshape_transform=lambda x: x[0, positions].T.reshape(1, -1, *grid)) as cam:
+            theirs = cam(torch.zeros(1, 3, *grid), targets=[lambda output: output.sum()])[0]
+        assert theirs.std() > 0.1
+        assert np.corrcoef(theirs.ravel(), found.maps[i].ravel())[0, 1] > 0.999
+
+
+def test_the_papers_score_of_a_word_has_no_end_of_turn(model, processor, image):
+    own = {"rules": "plain", "tap": "post_attention_layernorm", "score": "logit"}
+    spans = [find_target(ANSWER, "cat"), (0, len(ANSWER))]
+    reading = read(model, processor, image, PROMPT, ANSWER)
+    word, whole = explain(reading, spans, [0], Settings(use_smooth=False, method="paper"))
+    assert {name: getattr(word.settings, name) for name in own} == own
+    assert whole.target_tokens == list(range(len(whole.tokens)))
+    (alone,) = explain(reading, spans[:1], [0], Settings(use_smooth=False, method="paper"))
+    np.testing.assert_allclose(word.maps[0], alone.maps[0], rtol=1e-9)
+    found, positions = gradients_of(model, processor, image, [0], **own)  # of the whole answer without its end
+    features, gradients = (core.image_rows(0, tensor, positions) for tensor in found[0])
+    shorter = core.paper(features, gradients).numpy()
+    assert np.corrcoef(shorter, whole.maps[0].ravel())[0, 1] < 0.9999
+
+
+@pytest.mark.parametrize("given", [{"rules": "detached"}, {"tap": "input"}, {"score": "logprob"}])
+def test_what_is_given_goes_before_the_methods_own(given):
+    settings = Settings(method="paper", **given)
+    (name,) = given
+    assert getattr(settings, name) == given[name]
+    assert Settings().tap == "input"
+    assert (Settings().rules, Settings().score) == ("detached", "logit")
 
 
 def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, oracles, processor, image):
@@ -120,7 +172,7 @@ def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, oracles, processor, 
     noise = torch.stack(copies) - core.prepare_inputs(model, processor, image, PROMPT)["pixel_values"]
     assert np.abs(np.corrcoef(noise.flatten(1)) - np.eye(3)).max() < 0.05  # three copies, each with noise of its own
     assert noise.std((1, 2)).tolist() == pytest.approx([0.2 / 0.268] * 3, rel=0.05)  # and no more in the last one
-    one_by_one = [oracle(oracles["frozen"], processor, image, 1, pixel_values=pixels) for pixels in copies]
+    one_by_one = [oracle(oracles["detached"], processor, image, 1, pixel_values=pixels) for pixels in copies]
     np.testing.assert_allclose(found.maps[1].ravel(), np.mean(one_by_one, axis=0), rtol=1e-6, atol=1e-12)
 
 
@@ -143,12 +195,12 @@ def forced_by_hand(inputs, tokens):
     return inputs | {name: torch.cat([inputs[name], more[name]], dim=1) for name in more.keys() & inputs.keys()}
 
 
-@pytest.mark.parametrize("norms", ["live", "frozen"])
-def test_gradient_agrees_with_finite_differences(model, processor, image, norms):
-    """Frozen gradients are no derivative of the model, but of the model whose norms go on dividing by what they did."""
+@pytest.mark.parametrize("rules", ["plain", "detached"])
+def test_gradient_agrees_with_finite_differences(model, processor, image, rules):
+    """Frozen gradients are no derivative of the model, but of the model whose rules go on dividing by what they did."""
     channel, token, step = 5, 7, 1e-4
-    found, positions = gradients_of(model, processor, image, [1], norms=norms)
-    if norms == "frozen":
+    found, positions = gradients_of(model, processor, image, [1], rules=rules)
+    if rules == "detached":
         first = {}
         model = dividing_by(model, lambda norm, x: first.setdefault(norm, rms(norm, x)))
 
@@ -208,7 +260,7 @@ def test_tokens_behind_the_last_scored_one_are_left_out_and_change_nothing(model
     prompt = core.prepare_inputs(model, processor, image, PROMPT)["input_ids"].shape[1]
     assert lengths == [prompt + found.target_tokens[-1]]
     scored = slice(found.target_tokens[0], found.target_tokens[-1] + 1)
-    expected = oracle(oracles["frozen"], processor, image, 1, scored=scored)  # with the whole answer
+    expected = oracle(oracles["detached"], processor, image, 1, scored=scored)  # with the whole answer
     np.testing.assert_allclose(found.maps[1].ravel(), expected, rtol=1e-6, atol=1e-12)
 
 
@@ -219,31 +271,31 @@ def test_forward_without_logits_to_keep_gives_the_same_map(model, processor, ima
     np.testing.assert_allclose(full, kept, rtol=1e-6)
 
 
-# norms
+# rules
 
 
 def test_live_norms_leave_next_to_nothing_of_a_token_that_acts_through_a_norm_alone(model, processor, image):
     """So does each image token in the last layer: its length is of no effect, and sum_k g_k A_k is that effect."""
     kept = {}
-    for norms in ("live", "frozen"):
-        found, positions = gradients_of(model, processor, image, [2], norms=norms)
+    for rules in ("plain", "detached"):
+        found, positions = gradients_of(model, processor, image, [2], rules=rules)
         products = (found[2][0] * found[2][1])[0, positions]  # (N, C)
-        kept[norms] = (products.sum(1).abs().sum() / products.abs().sum()).item()
-    assert kept["live"] < 1e-4
-    assert kept["frozen"] > 0.1
+        kept[rules] = (products.sum(1).abs().sum() / products.abs().sum()).item()
+    assert kept["plain"] < 1e-4
+    assert kept["detached"] > 0.1
 
 
 def test_per_token_map_all_but_vanishes_at_the_last_layers_input_with_live_norms(model, processor, image):
     maps = {
-        (norms, method): compute_token_maps(
-            model, processor, image, PROMPT, [1, 2], **CLEAN, method=method, norms=norms
+        (rules, method): compute_token_maps(
+            model, processor, image, PROMPT, [1, 2], **CLEAN, method=method, rules=rules
         ).maps
-        for norms, method in (("live", "gradcam"), ("live", "hirescam"), ("frozen", "hirescam"))
+        for rules, method in (("plain", "gradcam"), ("plain", "hirescam"), ("detached", "hirescam"))
     }
     ratio = {key: found[2].max() / found[1].max() for key, found in maps.items()}
-    assert ratio["live", "hirescam"] < 1e-4
-    assert ratio["live", "gradcam"] > 1e-2
-    assert ratio["frozen", "hirescam"] > 1e-2
+    assert ratio["plain", "hirescam"] < 1e-4
+    assert ratio["plain", "gradcam"] > 1e-2
+    assert ratio["detached", "hirescam"] > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -253,34 +305,86 @@ def test_what_enters_the_last_norm_adds_up_to_the_score_if_it_is_frozen(make_mod
     seen = []
     record = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[0].detach()))
     sums = {}
-    for norms in ("live", "frozen"):
-        found, _ = gradients_of(model, processor, image, [2], norms=norms, tap="output")
-        sums[norms] = (found[2][0].double() * found[2][1].double()).sum().item()
+    for rules in ("plain", "detached"):
+        found, _ = gradients_of(model, processor, image, [2], rules=rules, tap="output")
+        sums[rules] = (found[2][0].double() * found[2][1].double()).sum().item()
     record.remove()
     tokens = core.tokenise(processor.tokenizer, ANSWER)
     score = sum(row[token].item() for row, token in zip(seen[0][-len(tokens) :], tokens, strict=True))
-    assert sums["frozen"] == pytest.approx(score, rel=1e-5)
-    assert abs(sums["live"]) < 1e-4 * abs(score)
+    assert sums["detached"] == pytest.approx(score, rel=1e-5)
+    assert abs(sums["plain"]) < 1e-4 * abs(score)
+
+
+def test_attnlrps_rules_share_the_whole_score_out(make_model, processor, image):
+    """But for biases and the softmax: with attention that looks at nothing in particular, all of it."""
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or ".q_proj." in name and "language_model" in name:
+            torch.nn.init.zeros_(parameter)
+    inputs, layers = core.prepare_inputs(model, processor, image, PROMPT), decoder(model)
+    taps = [core.Tap(i, layer, True) for i, layer in enumerate(layers)]
+    with core.borrowed(model), core.attnlrp(model), core.captured(taps) as found:
+        score = model(**inputs, use_cache=False).logits[0, -1, 5]
+        gradients = torch.autograd.grad(score, list(found.values()))
+    for hidden, gradient in zip(found.values(), gradients, strict=True):
+        assert float((hidden * gradient).sum()) == pytest.approx(float(score), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("constant", "part"), [(("v_proj",), 0.25), (("q_proj", "k_proj"), 0.5)], ids=["queries and keys", "values"]
+)
+def test_attnlrp_gives_queries_and_keys_a_quarter_and_values_half_of_the_gradient(make_model, constant, part):
+    model = make_model()
+    attention = decoder(model)[1].self_attn
+    for name in constant:
+        module = getattr(attention, name)
+        module.register_forward_hook(lambda module, args, output: output.detach())
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 32, dtype=torch.float64, requires_grad=True)
+    positions = model.model.language_model.rotary_emb(x, torch.arange(5).expand(3, 1, 5))
+    weights = torch.randn(5, 32, dtype=torch.float64)
+    found = []
+    for rules in (core.attnlrp, core.RULES["plain"]):
+        with rules(model):
+            output = attention(x, attention_mask=None, position_embeddings=positions)[0]
+        found += torch.autograd.grad((output * weights).sum(), x)
+    assert found[1].abs().max() > 1e-3
+    torch.testing.assert_close(found[0], part * found[1])
+
+
+def test_attnlrp_halves_both_sides_of_a_gated_mlp_and_holds_the_activations_ratio(make_model):
+    model = make_model()
+    mlp = decoder(model)[1].mlp
+    torch.manual_seed(0)
+    x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
+    with core.attnlrp(model):
+        output = mlp(x)
+    (found,) = torch.autograd.grad(output.sum(), x)
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    ratio = torch.sigmoid(gate).detach()  # silu(x) / x
+    torch.testing.assert_close(output, mlp(x))
+    halves = mlp.down_proj(gate * ratio * up.detach() + (gate * ratio).detach() * up).sum() / 2
+    torch.testing.assert_close(found, torch.autograd.grad(halves, x)[0])
 
 
 def test_frozen_norms_and_linear_maps_pass_on_all_of_the_output():
-    """A chain with a residual, all of whose parts are linear but for the norms: A_i . g_i add up to the output."""
+    """A chain with a residual, all of whose parts are linear but for the rules: A_i . g_i add up to the output."""
     torch.manual_seed(0)
-    norms = nn.ModuleList(nn.RMSNorm(6, eps=1e-6, dtype=torch.float64) for _ in range(3))
+    rules = nn.ModuleList(nn.RMSNorm(6, eps=1e-6, dtype=torch.float64) for _ in range(3))
     mixes = [torch.randn(6, 6, dtype=torch.float64) for _ in range(2)]
-    for norm in norms:
+    for norm in rules:
         nn.init.normal_(norm.weight)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
 
     def contributions():
         hidden = x
-        for norm, mix in zip(norms, mixes, strict=False):
+        for norm, mix in zip(rules, mixes, strict=False):
             hidden = hidden + norm(hidden).roll(1, 0) @ mix
-        output = norms[2](hidden)[:, 0].sum()
+        output = rules[2](hidden)[:, 0].sum()
         (gradient,) = torch.autograd.grad(output, x)
         return (x * gradient).sum().item(), output.item()
 
-    with core.detached_norms(norms):
+    with core.detached_norms(rules):
         total, output = contributions()
     assert total == pytest.approx(output, rel=1e-12)
     total, same = contributions()
@@ -314,14 +418,14 @@ def test_token_of_zeros_has_a_finite_gradient_through_frozen_norms(make_model, m
 
 def test_no_hook_of_frozen_norms_outlives_them(make_model):
     model = make_model()
-    norms = [module for module in model.modules() if isinstance(module, nn.RMSNorm)]
+    rules = [module for module in model.modules() if isinstance(module, nn.RMSNorm)]
     decoder(model)[0].input_layernorm.register_forward_hook(lambda *_: None)  # the caller's own
 
     def hooked():
-        return [len(norm._forward_hooks) for norm in norms]
+        return [len(norm._forward_hooks) for norm in rules]
 
     before = hooked()
-    assert len(norms) == 2 * 2 + 1 + 2 * 3 + 1  # two in each vision block and decoder layer, the merger's, the last
+    assert len(rules) == 2 * 2 + 1 + 2 * 3 + 1  # two in each vision block and decoder layer, the merger's, the last
     with core.detached_norms(model):
         assert hooked() == [count + 1 for count in before]
     assert hooked() == before
@@ -330,10 +434,10 @@ def test_no_hook_of_frozen_norms_outlives_them(make_model):
     assert hooked() == before
 
 
-@pytest.mark.parametrize("norms", ["live", "frozen"])
+@pytest.mark.parametrize("rules", ["plain", "detached"])
 @pytest.mark.parametrize("where", ["decoder", "vision", "last norm"])
 def test_module_that_is_a_norm_itself_or_lies_before_some_has_its_gradient(
-    model, oracles, processor, image, where, norms
+    model, oracles, processor, image, where, rules
 ):
     """Its own denominator lies below what is read, and so does nothing."""
 
@@ -341,14 +445,14 @@ def test_module_that_is_a_norm_itself_or_lies_before_some_has_its_gradient(
         layer, block = decoder(model)[2].input_layernorm, model.model.visual.blocks[0].norm2
         return {"decoder": layer, "vision": block, "last norm": model.model.language_model.norm}[where]
 
-    found, positions = gradients_of(model, processor, image, [find(model)], norms=norms)
+    found, positions = gradients_of(model, processor, image, [find(model)], rules=rules)
     ((features, gradient),) = found.values()
     outputs = []
-    record = find(oracles[norms]).register_forward_hook(lambda module, args, output: outputs.append(output))
-    inputs = core.prepare_inputs(oracles[norms], processor, image, PROMPT)
+    record = find(oracles[rules]).register_forward_hook(lambda module, args, output: outputs.append(output))
+    inputs = core.prepare_inputs(oracles[rules], processor, image, PROMPT)
     answer = core.tokenise(processor.tokenizer, ANSWER)
     before = inputs["input_ids"].shape[1] - 1
-    logits = oracles[norms](**forced_by_hand(inputs, answer)).logits[0]
+    logits = oracles[rules](**forced_by_hand(inputs, answer)).logits[0]
     record.remove()
     (expected,) = torch.autograd.grad(sum(logits[before + i, token] for i, token in enumerate(answer)), outputs)
     if features.dim() == 3:  # a sequence: the core's ends before the last scored token
@@ -371,16 +475,16 @@ def test_all_layers_in_one_pass_equal_one_at_a_time(model, processor, image):
         np.testing.assert_allclose(cam, alone, rtol=1e-6)
 
 
-@pytest.mark.parametrize("norms", ["live", "frozen"])
-def test_last_layer_is_not_blank_at_its_input(model, processor, image, norms):
+@pytest.mark.parametrize("rules", ["plain", "detached"])
+def test_last_layer_is_not_blank_at_its_input(model, processor, image, rules):
     """With the sum before the ReLU: whether something is left of it depends on the weights' luck."""
-    found, positions = gradients_of(model, processor, image, [1, -1], norms=norms)
+    found, positions = gradients_of(model, processor, image, [1, -1], rules=rules)
     pooled = {
         layer: (features[0, positions] @ gradient[0, positions].mean(0)).abs().max()
         for layer, (features, gradient) in found.items()
     }
     assert pooled[2] > 1e-2 * pooled[1] > 0
-    maps = compute_token_maps(model, processor, image, PROMPT, [-1], **CLEAN, norms=norms, method="hirescam")
+    maps = compute_token_maps(model, processor, image, PROMPT, [-1], **CLEAN, rules=rules, method="hirescam")
     assert list(maps.maps) == [2]
     assert maps.maps[2].max() > 0
     assert not maps.no_gradient
@@ -687,9 +791,9 @@ WHOLE, STD = "must be a whole number, {} or more", "must be 0 to 1 (0.15 is 15 %
         ("seed", 2**63, "must be below 2^63"),
         ("tap", "both", "must be one of input, output"),
         ("score", "loss", "must be one of logit, logprob"),
-        ("method", "cam", "must be one of gradcam, hirescam, best"),
-        ("method", ["best"], "must be one of gradcam, hirescam, best"),
-        ("norms", "melted", "must be one of frozen, live"),
+        ("method", "cam", "must be one of gradcam, hirescam, product, paper"),
+        ("method", ["product"], "must be one of gradcam, hirescam, product, paper"),
+        ("rules", "melted", "must be one of frozen, live"),
         ("contrast", "", "must be a text that is not empty"),
         ("contrast", " \n", "must be a text that is not empty"),
         ("contrast", 5, "must be a text that is not empty"),
@@ -724,7 +828,7 @@ def test_settings_are_fixed_once_they_are_checked():
     with pytest.raises(ValueError, match="noise_std=5 must be 0 to 1"):
         replace(settings, noise_std=5)
     plain = {"num_samples": 1, "noise_std": 0, "seed": 0, "tap": "input", "score": "logit", "contrast": None}
-    plain |= {"method": "gradcam", "norms": "frozen"}
+    plain |= {"method": "gradcam", "rules": "detached"}
     assert asdict(Settings()) == plain | {"num_samples": 10, "noise_std": 0.1}
     assert asdict(Settings(7, 0.3, use_smooth=False)) == asdict(Settings(7, 0)) == plain
 
@@ -779,7 +883,7 @@ def test_one_reading_serves_any_number_of_explanations(model, processor, image, 
     target, layers = words[-1], [[1], [2, model.model.visual.merger]]
     jobs = [
         (None, layers[0], {"num_samples": 2}),
-        (target, layers[1], {"num_samples": 2, "seed": 4, "method": "hirescam", "norms": "live", "tap": "output"}),
+        (target, layers[1], {"num_samples": 2, "seed": 4, "method": "hirescam", "rules": "plain", "tap": "output"}),
         (target, layers[0], {"use_smooth": False, "contrast": "犬", "score": "logprob"}),
         (None, layers[0], {"num_samples": 2}),
     ]
@@ -947,7 +1051,7 @@ def test_nothing_is_left_behind_after_an_exception_in_the_forward(make_model, pr
 
 def test_threads_that_share_a_model_get_their_own_maps(model, processor, image):
     """And a model that is in use is not found in another's state."""
-    jobs = [{"answer": answer, "norms": norms} for answer in ("the red cat", "cat", "red") for norms in core.NORMS]
+    jobs = [{"answer": answer, "rules": rules} for answer in ("the red cat", "cat", "red") for rules in core.RULES]
 
     def explain(job):
         return compute_token_maps(model, processor, image, PROMPT, [0, 1], num_samples=4, **job).maps
@@ -1024,13 +1128,13 @@ def test_caller_may_have_switched_gradients_off(model, processor, image):
         )
 
 
-@pytest.mark.parametrize("norms", ["live", "frozen"])
+@pytest.mark.parametrize("rules", ["plain", "detached"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.2), (torch.float16, 0.03)], ids=str
 )
-def test_every_dtype_gives_the_map_of_float64(make_model, model, processor, image, dtype, tolerance, norms):
-    expected = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, norms=norms).maps[1]
-    found = compute_token_maps(make_model(dtype), processor, image, PROMPT, [1], **CLEAN, norms=norms).maps[1]
+def test_every_dtype_gives_the_map_of_float64(make_model, model, processor, image, dtype, tolerance, rules):
+    expected = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, rules=rules).maps[1]
+    found = compute_token_maps(make_model(dtype), processor, image, PROMPT, [1], **CLEAN, rules=rules).maps[1]
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() < tolerance * expected.max()
 
@@ -1058,25 +1162,25 @@ def test_scores_are_summed_in_float32(make_model, processor, image):
 
 
 def test_last_layers_per_token_map_is_no_rounding_noise_in_bfloat16(make_model, model, processor, image):
-    """It is with live norms: what is left of A_i . g_i there is far below the last bit of what cancels in it."""
+    """It is with live rules: what is left of A_i . g_i there is far below the last bit of what cancels in it."""
     error = {}
-    for norms in ("live", "frozen"):
-        options = CLEAN | {"method": "hirescam", "norms": norms}
+    for rules in ("plain", "detached"):
+        options = CLEAN | {"method": "hirescam", "rules": rules}
         expected, found = (
             compute_token_maps(each, processor, image, PROMPT, [2], **options).maps[2]
             for each in (model, make_model(torch.bfloat16))
         )
-        error[norms] = np.abs(found - expected).max() / expected.max()
-    assert error["frozen"] < 0.1
-    assert error["live"] > 1
+        error[rules] = np.abs(found - expected).max() / expected.max()
+    assert error["detached"] < 0.1
+    assert error["plain"] > 1
 
 
-@pytest.mark.parametrize("norms", ["live", "frozen"])
+@pytest.mark.parametrize("rules", ["plain", "detached"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_weights_offloaded_by_accelerate_give_the_same_map(make_model, processor, image, norms, dtype):
+def test_weights_offloaded_by_accelerate_give_the_same_map(make_model, processor, image, rules, dtype):
     accelerate = pytest.importorskip("accelerate")
     model = make_model(dtype)
-    options = CLEAN | {"norms": norms, "method": "hirescam"}
+    options = CLEAN | {"rules": rules, "method": "hirescam"}
     expected = compute_token_maps(model, processor, image, PROMPT, [0, 2], **options).maps
     away = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert away.lm_head.weight.device.type == away.model.language_model.norm.weight.device.type == "meta"

@@ -25,7 +25,7 @@ from PIL import Image
 import smooth_gradcam as core
 import test_gradcam
 import visualization_utils
-from smooth_gradcam import ExplanationError, compute_token_maps
+from smooth_gradcam import METHODS, ExplanationError, compute_token_maps
 from studies import faithfulness
 from test_gradcam import (
     CHOICES,
@@ -211,8 +211,9 @@ def plain():
         ["--target", "red"],
         ["--score", "logprob"],
         ["--method", "hirescam"],
-        ["--method", "best"],
-        ["--norms", "live"],
+        ["--method", "product"],
+        ["--method", "paper"],
+        ["--rules", "plain"],
         ["--tap", "output"],
         ["--dtype", "bfloat16"],
         ["--max_pixels", str(8 * 28 * 28)],
@@ -346,6 +347,35 @@ def test_evaluate_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, 
         ]
         assert {(row["spearman"], row["ssim"]) for row in rows[:2]} == {("1.0000", "1.0000")}
         assert all(-1 <= float(row["spearman"]) < 0.999 for row in rows[-2:])
+
+
+def test_comparison_measures_every_method_at_every_layer_beside_one_set_of_random_orders(drive, tmp_path, mask_path):
+    code, out, err = drive(*EVALUATE, "--compare", "--mask", mask_path)
+    assert (code, err) == (0, "")
+    assert written(tmp_path / "out") == {"evaluate/comparison.png", "evaluate/comparison.csv"}
+    rows = read_csv(tmp_path / "out/evaluate/comparison.csv")
+    assert [(row["method"], row["layer"]) for row in rows] == [
+        *((method, layer) for method in METHODS for layer in "02"),
+        ("random", ""),
+    ]
+    values = {(row["method"], row["layer"]): float(row["difference"]) for row in rows[:-1]}
+    for method in METHODS:
+        own = {layer: values[method, layer] for layer in "02"}
+        best, mean = max(own, key=own.get), np.mean(list(own.values()))
+        assert f"{method}: insertion - deletion {own[best]:.2f} at layer {best}, mean over the layers {mean:.2f}" in (
+            out.replace("-0.00", "0.00")
+        )
+    # one explanation of each method is the one that the usual mode makes
+    drive(*EVALUATE)
+    alone = {row["layer"]: row["insertion"] for row in read_csv(tmp_path / "out/evaluate/scores.csv")}
+    assert {row["layer"]: row["insertion"] for row in rows if row["method"] == "gradcam"} == {
+        layer: value for layer, value in alone.items() if layer != "random"
+    }
+
+
+def test_the_expected_time_comes_first_and_only_if_not_quiet(drive):
+    assert re.match(r"expected: about \d+ pictures, \d+\.\d\d s each: \d+\.\d minutes\n", drive(*EVALUATE)[1])
+    assert "expected:" not in drive(*EVALUATE, "--quiet")[1]
 
 
 def a_number(pattern, text):
@@ -574,7 +604,7 @@ def test_words_mode_says_where_no_gradient_is(drive):
 
 OUTSIDE = {"--layer": "1", "--layer_range": "late", "--layers": "1", "--save_raw": None, "--randomize": None}
 OUTSIDE |= {"--words": "cat", "--target": "red", "--target_occurrence": "2", "--contrast": "dog", "--mask": "{mask}"}
-OUTSIDE |= {"--baseline": "mean", "--steps": "3", "--batch_size": "1"}
+OUTSIDE |= {"--baseline": "mean", "--steps": "3", "--batch_size": "1", "--compare": None}
 PAIRS = [(flag, mode) for flag in MODES_OF_FLAG for mode in FOLDERS]
 
 
@@ -723,6 +753,9 @@ BAD = {  # flags: what the message says
     "--target ''": "--target '' is empty",
     "--answer cat --target dog": "--target 'dog' is not in the answer 'cat'",
     "--mode evaluate --steps 0": "--steps 0 must be 1 or more",
+    "--mode evaluate --compare --method hirescam": "--method cannot act beside --compare",
+    "--mode evaluate --compare --randomize": "--randomize cannot act beside --compare",
+    "--mode evaluate --compare --save_raw": "--save_raw cannot act beside --compare",
     "--mode evaluate --batch_size 0": "--batch_size 0 must be 1 or more",
     "--mode evaluate --baseline x": "argument --baseline: invalid choice: 'x'",
     "--mode evaluate --mask {bad}/none.png": "none.png does not exist",
@@ -736,7 +769,7 @@ BAD = {  # flags: what the message says
     "--mode words --words ,": "--words ',' has an empty word",
     "--mode words --words cat,": "--words 'cat,' has an empty word",
     "--mode words --words nothere --answer 'the red cat'": "--words 'nothere' is not in the answer 'the red cat'",
-    "--norms warm": "argument --norms: invalid choice: 'warm'",
+    "--rules warm": "argument --rules: invalid choice: 'warm'",
     "--contrast dog": "--contrast 'dog' needs a --target",
     "--contrast '' --target dog": "--contrast '' is empty",
     "--target_occurrence 0 --target cat": "--target_occurrence 0 must be 1 or more",
@@ -1063,7 +1096,7 @@ def test_layers_act_in_grid_mode(drive, tmp_path):
 def test_choices_of_the_flags_are_those_of_the_modules():
     assert tuple(core.SCORES) == CHOICES["score"]
     assert tuple(core.METHODS) == CHOICES["method"]
-    assert tuple(core.NORMS) == CHOICES["norms"]
+    assert tuple(core.RULES) == CHOICES["rules"]
     assert CHOICES["tap"] == core.TAPS
     assert CHOICES["baseline"] == faithfulness.BASELINES
     assert visualization_utils.LAYER_RANGES == test_gradcam.LAYER_NAMES

@@ -611,7 +611,7 @@ def changed_names(model, other):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-SETTINGS = Settings(2, 0.2, seed=3, score="logprob", method="best", norms="live", tap="output")
+SETTINGS = Settings(2, 0.2, seed=3, score="logprob", method="product", rules="plain", tap="output")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -748,7 +748,7 @@ def test_map_of_the_dog_is_faithful_and_more_so_with_frozen_norms(demo, dog):
     assert frozen > 0.5
     assert len(chance) == 3
     assert frozen > max(chance) + 0.2
-    plain = maps_of(demo, "dog", [12], dataclasses.replace(CLEAN, norms="live"))
+    plain = maps_of(demo, "dog", [12], dataclasses.replace(CLEAN, rules="plain"))
     assert difference(demo, plain, steps=4)[0] < frozen - 0.2
 
 

@@ -42,12 +42,12 @@ WORDS = ["the", "red", "cat", "猫"]  # of ANSWER
 # the maps of words
 
 
-@pytest.mark.parametrize("norms", ["frozen", "live"])
+@pytest.mark.parametrize("rules", ["detached", "plain"])
 @pytest.mark.parametrize(("method", "score"), [("best", "logit"), ("hirescam", "logprob"), ("gradcam", "logit")])
-def test_words_maps_are_those_of_the_words_as_targets(model, processor, image, method, score, norms):
+def test_words_maps_are_those_of_the_words_as_targets(model, processor, image, method, score, rules):
     layers = [2, 0, model.model.visual.merger]
     options = {"num_samples": 3, "noise_std": 0.2, "seed": 5, "answer": ANSWER}
-    options |= {"method": method, "score": score, "norms": norms}
+    options |= {"method": method, "score": score, "rules": rules}
     together = compute_word_maps(model, processor, image, PROMPT, layers, words="all", **options)
     assert [found.target for found in together] == WORDS
     for found in together:
@@ -93,9 +93,9 @@ def test_contrast_takes_one_forward_more(model, processor, image):
     assert len(forwards) == 2 * 3
 
 
-@pytest.mark.parametrize("norms", ["frozen", "live"])
+@pytest.mark.parametrize("rules", ["detached", "plain"])
 @pytest.mark.parametrize("score", ["logit", "logprob"])
-def test_gradients_of_disjoint_parts_add_up_to_that_of_the_whole(model, processor, image, score, norms):
+def test_gradients_of_disjoint_parts_add_up_to_that_of_the_whole(model, processor, image, score, rules):
     inputs = core.prepare_inputs(model, processor, image, PROMPT)
     tokens = core.tokenise(processor.tokenizer, ANSWER)
     taps = core.find_taps(model, [0, 1, 2, model.model.visual.blocks[0]], "input")
@@ -103,7 +103,7 @@ def test_gradients_of_disjoint_parts_add_up_to_that_of_the_whole(model, processo
     assert sorted(i for part in parts for i in part) == list(whole[0])
     with core.borrowed(model):
         (total,), each = (
-            list(core.features_and_gradients(model, forced, taps, scored, Settings(score=score, norms=norms)))
+            list(core.features_and_gradients(model, forced, taps, scored, Settings(score=score, rules=rules)))
             for forced, scored in (core.score_parts(inputs, tokens, some) for some in (whole, parts))
         )
     assert len(each) == len(parts)
@@ -403,7 +403,7 @@ def test_occurrence_without_target_is_an_error(model, processor, image):
 
 @pytest.fixture(scope="session")
 def oracles(model):
-    return {"live": model, "frozen": dividing_by(model, lambda norm, x: rms(norm, x).detach())}
+    return {"plain": model, "detached": dividing_by(model, lambda norm, x: rms(norm, x).detach())}
 
 
 def by_the_book(model, processor, image, layers, before, scored, score):
@@ -425,7 +425,7 @@ PIECES = ["t", "h", "e", "Ġ", "red", "Ġcat", "Ġ", "ç", "Į", "«"]  # the to
 
 
 @UNEVEN
-@pytest.mark.parametrize("norms", ["frozen", "live"])
+@pytest.mark.parametrize("rules", ["detached", "plain"])
 @pytest.mark.parametrize("score", ["logit", "logprob"])
 @pytest.mark.parametrize(
     ("target", "contrast", "scored", "instead"),
@@ -438,15 +438,15 @@ PIECES = ["t", "h", "e", "Ġ", "red", "Ġcat", "Ġ", "ç", "Į", "«"]  # the to
     ],
 )
 def test_contrast_is_the_difference_of_two_full_passes(
-    model, oracles, processor, image, target, contrast, scored, instead, score, norms
+    model, oracles, processor, image, target, contrast, scored, instead, score, rules
 ):
     assert processor.tokenizer(ANSWER)["input_ids"] == processor.tokenizer.convert_tokens_to_ids(PIECES)
     layers, before = [0, 1, 2], PIECES[: scored.start]
     first, second = (
-        by_the_book(oracles[norms], processor, image, layers, before, each, score) for each in (PIECES[scored], instead)
+        by_the_book(oracles[rules], processor, image, layers, before, each, score) for each in (PIECES[scored], instead)
     )
     for method in ("gradcam", "hirescam"):
-        options = {"target": target, "contrast": contrast, "score": score, "norms": norms, "method": method}
+        options = {"target": target, "contrast": contrast, "score": score, "rules": rules, "method": method}
         found = compute_token_maps(model, processor, image, PROMPT, layers, **CLEAN, **options)
         for cam, (features, one), (same, other) in zip(found.maps.values(), first, second, strict=True):
             np.testing.assert_allclose(features, same, atol=1e-9)
@@ -557,7 +557,7 @@ def test_contrast_of_another_length_is_warned_of(model, processor, image, recwar
     ("compute", "options", "error"),
     [
         (compute_word_maps, {"words": "all", "method": "best"}, None),
-        (compute_word_maps, {"words": "cat", "norms": "live"}, None),
+        (compute_word_maps, {"words": "cat", "rules": "plain"}, None),
         (compute_token_maps, {"target": "cat", "contrast": "a dog"}, None),
         (compute_token_maps, {"target": "cat", "target_occurrence": 1}, None),
         (compute_word_maps, {"words": "dog"}, ValueError),
