@@ -80,8 +80,7 @@ def gradcam(features: Tensor, gradients: Tensor) -> Tensor:
 def hirescam(features: Tensor, gradients: Tensor) -> Tensor:
     """HiResCAM, ReLU(sum_k g_k A_k) with each token's own gradient (Draelos and Carin, 2020): (N, C), (N, C) -> (N,).
 
-    Features are `standardised`. With plain gradients all but zero at what enters the last decoder layer: there a token
-    acts through a norm alone, which takes away its length.
+    Features are `standardised`.
     """
     features, gradients = standardised(features, gradients)
     return (features * gradients).sum(-1).relu()

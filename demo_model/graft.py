@@ -9,7 +9,7 @@ is a name on the Hugging Face hub or a folder, of a Qwen2 or of a Qwen2.5-VL.
 
 1. Ridge regression, from what the demo tower's merger has before its last layer, to the decoder's embedding of the
    name of what each image token shows: the object's by its covered share, " empty" for the rest.
-2. Tower and merger are trained through the frozen decoder: on questions about scenes (`scenes.ask`, and a choice between
+2. Tower and merger are trained through the frozen decoder: on questions about scenes (`scenes.ask`, and a choice of
    two objects), and on answers that the decoder itself gave to freer questions when it was told in words what the
    scene shows. Several questions share a picture, as in train.py. The decoder computes in bfloat16.
 
