@@ -795,5 +795,10 @@ def compare(
         "comparison.png": draw_comparison(reading.photo, together, measured, rows),
         "comparison.csv": to_csv(rows),
     }
-    lines = comparison_verdict(rows, measured)
+    lines = [
+        f"{method} at layer {layer} has no map ({why}): it is left out"
+        for method, given in maps.items()
+        for layer, why in given.blank.items()
+    ]
+    lines += comparison_verdict(rows, measured)
     return files, [*lines, f"cost: {measured.forwards} pictures run through the model"]

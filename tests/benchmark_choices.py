@@ -508,6 +508,7 @@ def draw(found: dict[str, Summary], path: Path) -> None:
 
 
 PICTURES = {"scenes": 30, "flat": 40, "crowded": 16, "eyes": 24, "words": 24, "blurred": 24, "sinks": 24}
+FAITHFUL = {"scenes": 8, "flat": 8, "crowded": 8, "eyes": 8, "words": 4, "blurred": 4, "sinks": 4}
 
 
 def parse(arguments=None):
@@ -517,7 +518,6 @@ def parse(arguments=None):
     parser.add_argument("--decoder", help="folder that graft.py wrote; without it only the demo model's beds")
     parser.add_argument("--beds", nargs="*", choices=PICTURES, help="to be measured anew (default: all)")
     parser.add_argument("--quick", action="store_true", help="a look: a tenth of the pictures")
-    parser.add_argument("--words_faithful", type=int, default=8, help="words of each bed for insertion and deletion")
     parser.add_argument("--steps", type=int, default=8, help="of insertion and deletion")
     parser.add_argument("--rows", type=int, default=8, help="of the table, of each kind")
     parser.add_argument("--quiet", action="store_true")
@@ -533,7 +533,7 @@ def main(arguments=None) -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name in available if options.beds is None else options.beds:
         count = max(2, PICTURES[name] // 10) if options.quick else PICTURES[name]
-        faithful = 1 if options.quick else options.words_faithful
+        faithful = 1 if options.quick else FAITHFUL[name]
         data = run_bed(beds.load(name, options.decoder), count, faithful, options.steps, options.quiet)
         np.savez_compressed(options.work / f"{name}.npz", **data)
     kept = [name for name in PICTURES if (options.work / f"{name}.npz").exists()]

@@ -795,26 +795,27 @@ STATED = {
     "usual": (
         Settings(5, 0.1),
         "Smooth Grad-CAM",
-        "sum of the logits of the explained tokens; method: Grad-CAM, rules frozen; read at the hidden states entering "
-        "a layer; mean of 5 noisy copies, noise 0.1, seed 0.",
+        "sum of the logits of the explained tokens; method: Grad-CAM, gradients by AttnLRP's rules; read at "
+        "the hidden states entering a layer; mean of 5 noisy copies, noise 0.1, seed 0.",
     ),
     "other": (
         Settings(12, 0.25, seed=7, tap="output", score="logprob", method="hirescam", rules="plain"),
         "Smooth HiResCAM",
-        "sum of the log-probabilities of the explained tokens; method: HiResCAM, rules live; read at a layer's output; "
-        "mean of 12 noisy copies, noise 0.25, seed 7.",
+        "sum of the log-probabilities of the explained tokens; method: HiResCAM, plain gradients; read at a "
+        "layer's output; mean of 12 noisy copies, noise 0.25, seed 7.",
     ),
     "one copy": (
         Settings(1, 0.5, seed=2**40, contrast="car"),
         "Smooth Grad-CAM",
-        "sum of the logits of the explained tokens, minus that of the contrast; method: Grad-CAM, rules frozen; read "
-        "at the hidden states entering a layer; mean of 1 noisy copy, noise 0.5, seed 1099511627776.",
+        "sum of the logits of the explained tokens, minus that of the contrast; method: Grad-CAM, gradients by "
+        "AttnLRP's rules; read at the hidden states entering a layer; mean of 1 noisy copy, noise 0.5, seed "
+        "1099511627776.",
     ),
     "clean": (
-        Settings(use_smooth=False, seed=3, method="best", score="logprob"),
+        Settings(use_smooth=False, seed=3, method="product", score="logprob"),
         "Grad-CAM × HiResCAM",
-        "sum of the log-probabilities of the explained tokens; method: Grad-CAM × HiResCAM, rules frozen; read at the "
-        "hidden states entering a layer; no noise.",
+        "sum of the log-probabilities of the explained tokens; method: Grad-CAM × HiResCAM, gradients by AttnLRP's "
+        "rules; read at the hidden states entering a layer; no noise.",
     ),
 }
 

@@ -43,7 +43,7 @@ WORDS = ["the", "red", "cat", "猫"]  # of ANSWER
 
 
 @pytest.mark.parametrize("rules", ["detached", "plain"])
-@pytest.mark.parametrize(("method", "score"), [("best", "logit"), ("hirescam", "logprob"), ("gradcam", "logit")])
+@pytest.mark.parametrize(("method", "score"), [("product", "logit"), ("hirescam", "logprob"), ("gradcam", "logit")])
 def test_words_maps_are_those_of_the_words_as_targets(model, processor, image, method, score, rules):
     layers = [2, 0, model.model.visual.merger]
     options = {"num_samples": 3, "noise_std": 0.2, "seed": 5, "answer": ANSWER}
@@ -445,20 +445,20 @@ def test_contrast_is_the_difference_of_two_full_passes(
     first, second = (
         by_the_book(oracles[rules], processor, image, layers, before, each, score) for each in (PIECES[scored], instead)
     )
-    for method in ("gradcam", "hirescam"):
-        options = {"target": target, "contrast": contrast, "score": score, "rules": rules, "method": method}
+    for method in ("paper", "gradcam", "hirescam"):
+        options = {"tap": "input", "target": target, "contrast": contrast, "score": score, "rules": rules, "method": method}
         found = compute_token_maps(model, processor, image, PROMPT, layers, **CLEAN, **options)
         for cam, (features, one), (same, other) in zip(found.maps.values(), first, second, strict=True):
             np.testing.assert_allclose(features, same, atol=1e-9)
-            weights = (one - other).mean(0, keepdims=True) if method == "gradcam" else one - other
-            np.testing.assert_allclose(cam.ravel(), (features * weights).sum(1).clip(0), rtol=1e-5, atol=1e-7)
+            expected = core.METHODS[method](torch.as_tensor(features), torch.as_tensor(one - other))
+            np.testing.assert_allclose(cam.ravel(), expected, rtol=1e-5, atol=1e-7)
         assert max(cam.max() for cam in found.maps.values()) > 1e-2
         assert not found.no_gradient
     assert found.settings.contrast == contrast
     assert (found.answer, found.target) == (ANSWER, target)
 
 
-@pytest.mark.parametrize("method", ["gradcam", "hirescam", "best"])
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "product"])
 @pytest.mark.parametrize("tap", ["input", "output"])
 def test_word_in_its_own_place_has_no_gradient_anywhere(model, processor, image, method, tap):
     layers = [0, 1, 2, decoder(model)[1].input_layernorm, model.model.visual.blocks[1], model.model.visual.merger]
@@ -556,7 +556,7 @@ def test_contrast_of_another_length_is_warned_of(model, processor, image, recwar
 @pytest.mark.parametrize(
     ("compute", "options", "error"),
     [
-        (compute_word_maps, {"words": "all", "method": "best"}, None),
+        (compute_word_maps, {"words": "all", "method": "product"}, None),
         (compute_word_maps, {"words": "cat", "rules": "plain"}, None),
         (compute_token_maps, {"target": "cat", "contrast": "a dog"}, None),
         (compute_token_maps, {"target": "cat", "target_occurrence": 1}, None),
