@@ -160,9 +160,8 @@ def own_scene(number: int) -> scenes.Scene:
 def make_batch(packer: Packer, own: list, seed: int, size: int) -> dict:
     """A batch of one image size as `train.answer_logits` takes it; every fourth one is of the decoder's own answers."""
     rng = np.random.default_rng((STREAM, 1, seed))
-    if seed % 4 == 3:
-        shape = rng.integers(4)  # see own_scene
-        pool = [entry for entry in own if entry[0] % 4 == shape]
+    pool = [entry for entry in own if entry[0] % 4 == seed // 4 % 4]  # of one size, see own_scene
+    if seed % 4 == 3 and len(pool) >= size:
         chosen = [pool[i] for i in rng.choice(len(pool), size, replace=False)]
         made = [own_scene(number) for number, _, _ in chosen]
         free = [[(question, answer)] for _, question, answer in chosen]
@@ -215,7 +214,7 @@ def covers(scene: scenes.Scene) -> np.ndarray:
 
 
 @torch.no_grad()
-def fit_words(model, tokenizer, count: int = 400, ridge: float = 10.0) -> float:
+def fit_words(model, tokenizer, count: int, ridge: float = 10.0) -> float:
     """Sets the merger's last layer by ridge regression onto the names' embeddings; returns R² on the scenes fitted."""
     visual, x, y = model.model.visual, [], []
     handle = visual.merger.mlp[2].register_forward_pre_hook(lambda module, args: x.append(args[0].flatten(0, 1)))
@@ -247,7 +246,7 @@ def train_eyes(model, tokenizer, options) -> None:
         run = torch.load(path, weights_only=True)
         visual.load_state_dict(run["eyes"])
     else:
-        print(f"ridge regression onto the words: R² {fit_words(model, tokenizer):.2f}", flush=True)
+        print(f"ridge regression onto the words: R² {fit_words(model, tokenizer, options.fitted):.2f}", flush=True)
         run["own"] = own_answers(model, tokenizer, options.own)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.bfloat16), requires_grad=False)
     packer, last = Packer(tokenizer), time.monotonic()
@@ -272,14 +271,12 @@ def train_eyes(model, tokenizer, options) -> None:
         torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        recent.append((loss.item(), (logits.argmax(-1) == answer).float().mean().item(), run["step"] % 4 == 3))
+        recent.append((loss.item(), (logits.argmax(-1) == answer).float().mean().item()))
         now = time.monotonic()
         run["minutes"], run["step"], last = run["minutes"] + (now - last) / 60, run["step"] + 1, now
         if run["step"] % 20 == 0:
-            asked, own = ([r[:2] for r in recent if r[2] == kind] for kind in (False, True))
-            (loss, right), (own_loss, own_right) = np.mean(asked, 0), np.mean(own, 0)
-            print(f"{run['minutes']:.1f} min step {run['step']} loss {loss:.3f} right {right:.3f}", end=" ")
-            print(f"own loss {own_loss:.3f} right {own_right:.3f}", flush=True)
+            loss, right = np.mean(recent, 0)
+            print(f"{run['minutes']:.1f} min step {run['step']} loss {loss:.3f} right {right:.3f}", flush=True)
             recent.clear()
         if now - saved_at > 60 or run["minutes"] >= options.minutes:
             saved_at = now
@@ -299,6 +296,7 @@ def parse():
     parser.add_argument("--train", action="store_true", help="train eyes anew and write them to --eyes")
     parser.add_argument("--minutes", type=float, default=40.0, help="training time in all")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures a step")
+    parser.add_argument("--fitted", type=int, default=400, help="scenes of the ridge regression")
     parser.add_argument("--own", type=int, default=320, help="answers of the decoder's own that are trained on")
     parser.add_argument("--checkpoint", type=Path, default=Path("build/graft_checkpoint.pt"))
     return parser.parse_args()

@@ -484,7 +484,10 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
         second = max(others, key=lambda row: row["difference"])
         lead += f", {_number(best['difference'] - second['difference'])} above the best of {second['method']}"
     if tied:
-        lead += f"; tied with it, within {TIE}: " + ", ".join(f"{row['method']} at {row['layer']}" for row in tied)
+        methods = dict.fromkeys(row["method"] for row in tied)
+        layers = {method: [str(row["layer"]) for row in tied if row["method"] == method] for method in methods}
+        lead += f"; tied with it, within {TIE}: "
+        lead += "; ".join(f"{method} at layer {', '.join(found)}" for method, found in layers.items())
     warnings = caveats(random)
     if best["difference"] <= max(chance):
         warnings.append("beware: no map beats the random orders: none of them is to be believed")

@@ -212,7 +212,9 @@ def test_what_is_given_goes_before_the_methods_own(given):
 def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, oracles, processor, image):
     copies = []
     record = model.model.visual.patch_embed.register_forward_pre_hook(lambda module, args: copies.append(args[0]))
-    found = compute_token_maps(model, processor, image, PROMPT, [1], num_samples=3, noise_std=0.2, answer=ANSWER, rules="detached")
+    found = compute_token_maps(
+        model, processor, image, PROMPT, [1], num_samples=3, noise_std=0.2, answer=ANSWER, rules="detached"
+    )
     record.remove()
     noise = torch.stack(copies) - core.prepare_inputs(model, processor, image, PROMPT)["pixel_values"]
     assert np.abs(np.corrcoef(noise.flatten(1)) - np.eye(3)).max() < 0.05  # three copies, each with noise of its own

@@ -446,7 +446,14 @@ def test_contrast_is_the_difference_of_two_full_passes(
         by_the_book(oracles[rules], processor, image, layers, before, each, score) for each in (PIECES[scored], instead)
     )
     for method in ("paper", "gradcam", "hirescam"):
-        options = {"tap": "input", "target": target, "contrast": contrast, "score": score, "rules": rules, "method": method}
+        options = {
+            "tap": "input",
+            "target": target,
+            "contrast": contrast,
+            "score": score,
+            "rules": rules,
+            "method": method,
+        }
         found = compute_token_maps(model, processor, image, PROMPT, layers, **CLEAN, **options)
         for cam, (features, one), (same, other) in zip(found.maps.values(), first, second, strict=True):
             np.testing.assert_allclose(features, same, atol=1e-9)
