@@ -146,6 +146,7 @@ class Settings:
 
     A tap, score or rules of None is the method's own: "input", "logit" and "attnlrp", but for "paper", which is read at
     the "post_attention_layernorm" with "plain" rules. The score of a whole answer then counts its end of turn as well.
+    It is settled when the Settings are made: `dataclasses.replace` with another method keeps it.
     """
 
     num_samples: int = 10

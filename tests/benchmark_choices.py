@@ -491,16 +491,16 @@ COLOURS = ("#999999", "#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#0
 def draw(found: dict[str, Summary], path: Path) -> None:
     """Pointing, energy and Obj-IoU of the NAMED settings over the layers, one column a bed."""
     figure, axes = plt.subplots(3, len(found), figsize=(2.1 * len(found), 5.6), sharey=True, squeeze=False)
+    for axis, title in zip(axes[:, 0], ("pointing", "energy", "Obj-IoU"), strict=True):
+        axis.set_ylabel(title, fontsize=9)
     for column, (name, bed) in zip(axes.T, found.items(), strict=True):
         column[0].set_title(f"{name}\n{bed.words} words", fontsize=9)
-        for row, (axis, title) in enumerate(zip(column, ("pointing", "energy", "Obj-IoU"), strict=True)):
+        for row, axis in enumerate(column):
             for colour, (label, setting) in zip(COLOURS, NAMED.items(), strict=False):
                 axis.plot(bed.by_layer[SETTINGS.index(setting), :, row], color=colour, linewidth=1.3, label=label)
             axis.set_ylim(0, 1.02)
             axis.tick_params(labelsize=7)
             axis.spines[["top", "right"]].set_visible(False)
-            if column is axes.T[0]:
-                axis.set_ylabel(title, fontsize=9)
         column[-1].set_xlabel("layer", fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
