@@ -180,5 +180,5 @@ def save(model, folder: Path) -> None:
     rope = text.get("rope_parameters") or text["rope_scaling"]
     text["rope_theta"] = rope["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
     text["rope_scaling"] = {"type": "mrope", "rope_type": "default", "mrope_section": rope["mrope_section"]}
-    text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    text["tie_word_embeddings"] = config["tie_word_embeddings"] = bool(model.config.tie_word_embeddings)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

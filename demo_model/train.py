@@ -177,7 +177,8 @@ def language_forward(text, x, positions, mask):
     """Embeddings (B, L, D), positions (3, B, L), additive mask (B, 1, L, L) -> final hidden states (B, L, D)."""
     rotary = text.rotary_emb
     angle = positions[..., None].float() * rotary.inv_freq.to(x.device)  # (3, B, L, head / 2)
-    section = text.config.rope_parameters["mrope_section"]
+    rope = getattr(text.config, "rope_parameters", None) or text.config.rope_scaling  # transformers 4
+    section = rope["mrope_section"]
     angle = torch.cat([part[i] for i, part in enumerate(angle.split(section, -1))], -1).repeat(1, 1, 2)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     for layer in text.layers:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import make_image
 from pytorch_grad_cam import GradCAM
 from torch import nn
@@ -174,6 +175,8 @@ def test_the_papers_formula_is_pytorch_grad_cams_on_the_same_tensor(model, proce
             return logits[range(len(tokens)), tokens].sum()[None, None]
 
     layers, _ = get_model_layers(model)
+    if tap == "output" and transformers.__version__ < "5":
+        pytest.skip("decoder layers of transformers 4 return a tuple, which pytorch-grad-cam cannot hook")
     for i, layer in enumerate(layers):
         if i == 2:  # no path leads from there to the answer
             assert found.blank[i] == "no gradient"
