@@ -353,8 +353,11 @@ def measure_faithfulness(job: tuple[int, str, str, dict[str, np.ndarray]]) -> di
     (word,) = core.explain(reading, [core.find_target(answer, kind)], [-1], core.Settings(use_smooth=False))
     word = replace(word, maps=maps, no_gradient=frozenset())
     curves = insertion_deletion(reading, word, steps=setup.steps, seed=setup.seed)
-    areas = {name: (curves.insertion[name], curves.deletion[name]) for name in maps}
-    areas["random order"] = curves.random_insertion.mean(0), curves.random_deletion.mean(0)
+    random = curves.random_insertion.mean(0), curves.random_deletion.mean(0)
+    areas = {  # a map of zeros ranks at random
+        name: (curves.insertion.get(name, random[0]), curves.deletion.get(name, random[1])) for name in maps
+    }
+    areas["random order"] = random
     areas = {name: [auc(curve, curves.shares) for curve in pair] for name, pair in areas.items()}
     return {name: np.array([*pair, pair[0] - pair[1]]) for name, pair in areas.items()}
 
