@@ -478,6 +478,8 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
             f"layers {_number(mean)}; {beaten} of {len(own)} maps beat every random order"
         )
     best, *tied = leaders(maps)
+    if best["difference"] <= max(chance):
+        return [*lines, "none leads: no map beats the random orders, and none is to be believed", *caveats(random)]
     others = [row for row in maps if row["method"] not in {row["method"] for row in (best, *tied)}]
     lead = f"leads: {best['method']} at layer {best['layer']}"
     if others:
@@ -488,10 +490,7 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
         layers = {method: [str(row["layer"]) for row in tied if row["method"] == method] for method in methods}
         lead += f"; tied with it, within {TIE}: "
         lead += "; ".join(f"{method} at layer {', '.join(found)}" for method, found in layers.items())
-    warnings = caveats(random)
-    if best["difference"] <= max(chance):
-        warnings.append("beware: no map beats the random orders: none of them is to be believed")
-    return [*lines, lead, *warnings]
+    return [*lines, lead, *caveats(random)]
 
 
 def randomization_verdict(rows: list[dict]) -> str:

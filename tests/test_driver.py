@@ -448,6 +448,9 @@ def test_verdict_warns_where_there_is_little_to_measure(drive, monkeypatch, prob
         lambda model, forced, pixels, scored: np.full((len(pixels), 1), probability),
     )
     assert drive(*EVALUATE)[1].count("beware") == 1
+    compared = drive(*EVALUATE, "--compare")[1]
+    assert "none leads: no map beats the random orders" in compared
+    assert compared.count("beware: the model would hardly" if probability < 0.01 else "beware: on the baseline") == 1
     assert said in drive(*EVALUATE)[1]
 
 
