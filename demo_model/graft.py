@@ -60,7 +60,10 @@ FREE = (
 def load_decoder(name: str):
     """(text model, head, tokenizer) of a Qwen2 or Qwen2.5-VL on the hub or on disk."""
     kinds = {"qwen2": AutoModelForCausalLM, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
-    kind = AutoConfig.from_pretrained(name, **SAFE).model_type
+    try:
+        kind = AutoConfig.from_pretrained(name, **SAFE).model_type
+    except (OSError, ValueError) as exc:
+        raise SystemExit(f"--decoder {name} is no model folder, and not to be had from the hub: {exc}") from exc
     if kind not in kinds:
         raise SystemExit(f"--decoder {name} is a {kind}: give a {' or a '.join(kinds)}")
     model = kinds[kind].from_pretrained(name, dtype="auto", use_safetensors=True, **SAFE)

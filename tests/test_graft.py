@@ -79,3 +79,8 @@ def test_a_batch_holds_the_answers_to_be_learned():
         learned = tokenizer.decode(batch["ids"][0][batch["learn"][0] == 1])
         assert ("The dog." in learned) == (seed == 3)
         assert learned.startswith("There ")
+
+
+def test_a_decoder_that_is_not_there_is_named():
+    with pytest.raises(SystemExit, match="--decoder nowhere/at-all is no model folder"):
+        graft.load_decoder("nowhere/at-all")
