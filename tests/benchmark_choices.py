@@ -160,6 +160,14 @@ NAMED = {
     "product": Setting("attnlrp", "logit", "normalised and centred", "ReLU(g.A)^3 x per token"),
 }
 CHOOSABLE = ("gradcam", "hirescam", "product", "paper")
+FLAGS = {  # what a user can choose besides
+    **{f"{name} --score logprob": NAMED[name]._replace(score="logprob") for name in ("gradcam", "product")},
+    **{
+        f"{name} --rules {rules}": NAMED[name]._replace(rules=rules)
+        for rules in ("detached", "plain")
+        for name in ("gradcam", "product")
+    },
+}
 MEASURES = ("pointing", "energy", "obj_iou", "border", "likeness")
 
 
@@ -455,7 +463,7 @@ def print_tables(found: dict[str, Summary], rows: int) -> None:
         chosen = [i for i in order if of_kind(SETTINGS[i])][:rows]
         for i in chosen:
             line(f"{kind} {places[SETTINGS[i]]}: {', '.join(SETTINGS[i])}", i)
-    for name, setting in NAMED.items():
+    for name, setting in (NAMED | FLAGS).items():
         line(f"**{name}** ({places[setting]}: {', '.join(setting)})", SETTINGS.index(setting))
     for i, name in enumerate(("token", "block")):
         cells = " | ".join("{:.2f} {:.2f} {:.2f}".format(*bed.occlusion[i, :3]) for bed in found.values())
