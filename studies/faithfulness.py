@@ -472,13 +472,13 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
     for method in dict.fromkeys(row["method"] for row in maps):
         own = [row for row in maps if row["method"] == method]
         best, mean = max(own, key=lambda row: row["difference"]), np.mean([row["difference"] for row in own])
-        beaten = sum(row["difference"] > max(chance) for row in own)
+        beaten = sum(row["difference"] > max(chance) + TIE for row in own)
         lines.append(
             f"{method}: insertion - deletion {_number(best['difference'])} at layer {best['layer']}, mean over the "
             f"layers {_number(mean)}; {beaten} of {len(own)} maps beat every random order"
         )
     best, *tied = leaders(maps)
-    if best["difference"] <= max(chance):
+    if best["difference"] <= max(chance) + TIE:
         return [*lines, "none leads: no map beats the random orders, and none is to be believed", *caveats(random)]
     others = [row for row in maps if row["method"] not in {row["method"] for row in (best, *tied)}]
     lead = f"leads: {best['method']} at layer {best['layer']}"
@@ -710,6 +710,8 @@ def draw_comparison(image, token_maps: TokenMaps, measured: Faithfulness, scores
         f"and goes, if image tokens are revealed or removed hottest first. Less than {TIE} apart is a tie. It prefers "
         "maps that cover all of what the answer needs to maps that find its densest part."
     )
+    said = [line for line in comparison_verdict(scores, measured) if line.startswith(("none leads", "beware"))]
+    caption = " ".join([caption, *(f"{line[0].upper()}{line[1:]}." for line in said)])
     return page.finish(small_print(page, y, caption))
 
 
