@@ -397,10 +397,12 @@ def method_title(settings: Settings) -> str:
 def settings_text(settings: Settings) -> str:
     """How the maps were made, in a sentence."""
     score = {"logit": "sum of the logits", "logprob": "sum of the log-probabilities"}[settings.score]
-    tap = {"input": "the hidden states entering a layer", "output": "a layer's output"}
-    tap = tap.get(settings.tap, f"a layer's {settings.tap}")
-    rules = {"attnlrp": "gradients by AttnLRP's rules", "detached": "gradients with detached norms"}
-    rules = rules.get(settings.rules, "plain gradients")
+    tap = "the hidden states entering a layer" if settings.tap == "input" else f"a layer's {settings.tap}"
+    rules = {
+        "attnlrp": "gradients by AttnLRP's rules",
+        "detached": "gradients with detached norms",
+        "plain": "plain gradients",
+    }[settings.rules]
     contrast = "" if settings.contrast is None else ", minus that of the contrast"
     copies = "1 noisy copy" if settings.num_samples == 1 else f"{settings.num_samples} noisy copies"
     noise = f"mean of {copies}, noise {settings.noise_std:g}, seed {settings.seed}"

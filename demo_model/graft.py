@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from export import save
 from safetensors.torch import load_file, save_file
-from train import Packer, answer_logits, soil, vision_forward
+from train import Packer, answer_logits, soil, stack, vision_forward
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -179,20 +179,7 @@ def make_batch(packer: Packer, own: list, seed: int, size: int) -> dict:
         packer.pack([ask(scene, rng, topic) for topic in topics] + more, h, w)
         for scene, more in zip(made, free, strict=True)
     ]
-    length = -(-max(len(ids) for ids, *_ in packed) // 16) * 16
-
-    def padded(index, value=0):
-        rows = [np.atleast_2d(part[index]) for part in packed]
-        return np.stack([np.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=value) for x in rows])
-
-    return {
-        "grid": (h, w),
-        "images": np.stack([soil(rng, scene.image) for scene in made]),
-        "ids": padded(0)[:, 0],
-        "positions": padded(1).swapaxes(0, 1),
-        "segment": padded(2, -1)[:, 0],
-        "learn": padded(3)[:, 0],
-    }
+    return stack(packed) | {"grid": (h, w), "images": np.stack([soil(rng, scene.image) for scene in made])}
 
 
 # the eyes
@@ -207,11 +194,10 @@ def name_embeddings(model, tokenizer) -> torch.Tensor:
 
 def covers(scene: scenes.Scene) -> np.ndarray:
     """Share of each image token that each kind covers, and that no object does: (N, kinds + 1)."""
-    h, w = scene.cells().shape
-    share = np.zeros((h * w, len(scenes.KINDS) + 1), np.float32)
-    for thing in scene.objects:
-        mask = thing.mask[: h * scenes.TOKEN, : w * scenes.TOKEN].reshape(h, scenes.TOKEN, w, scenes.TOKEN)
-        share[:, scenes.KINDS.index(thing.kind)] += mask.mean((1, 3)).ravel()
+    covered = scene.covers()  # (objects, h, w)
+    share = np.zeros((covered[0].size, len(scenes.KINDS) + 1), np.float32)
+    for thing, cover in zip(scene.objects, covered, strict=True):
+        share[:, scenes.KINDS.index(thing.kind)] += cover.ravel()
     share[:, -1] = 1 - share.sum(1)
     return share
 

@@ -61,11 +61,16 @@ class Scene:
     def object(self, kind: str) -> SceneObject | None:
         return next((thing for thing in self.objects if thing.kind == kind), None)
 
+    def covers(self) -> np.ndarray:
+        """Share of each image token that each of the objects covers: (objects, h, w)."""
+        h, w = self.image.shape[0] // TOKEN, self.image.shape[1] // TOKEN
+        masks = np.stack([thing.mask[: h * TOKEN, : w * TOKEN] for thing in self.objects])
+        return masks.reshape(-1, h, TOKEN, w, TOKEN).mean((2, 4))
+
     def cells(self) -> np.ndarray:
         """Which object covers each image token: (h, w) int, -1 background, -2 undecided, else index into `objects`."""
-        h, w = self.image.shape[0] // TOKEN, self.image.shape[1] // TOKEN
-        label = np.full((h, w), -1)
-        covers = [t.mask[: h * TOKEN, : w * TOKEN].reshape(h, TOKEN, w, TOKEN).mean((1, 3)) for t in self.objects]
+        covers = self.covers()
+        label = np.full(covers.shape[1:], -1)
         label[np.max(covers, 0) > 0.12] = -2
         for index, cover in enumerate(covers):
             label[cover > 0.4] = index

@@ -92,14 +92,20 @@ def make_batch(packer, seed, batch_size):
         places.append(place[cells].ravel())
         topics = ["describe", *rng.choice(TOPICS, QUESTIONS - 1, p=TOPIC_WEIGHTS)]
         packed.append(packer.pack([scenes.ask(scene, rng, topic) for topic in topics], h, w))
-    length = -(-max(len(ids) for ids, *_ in packed) // 16) * 16
-    pad = [length - len(ids) for ids, *_ in packed]
-    return {
+    return stack(packed) | {
         "grid": (h, w),
         "names": packer.names,
         "images": np.stack(images),
         "kinds": np.stack(kinds),
         "places": np.stack(places),
+    }
+
+
+def stack(packed):
+    """Packed sequences as arrays of one length, a multiple of 16: those of `answer_logits`."""
+    length = -(-max(len(ids) for ids, *_ in packed) // 16) * 16
+    pad = [length - len(ids) for ids, *_ in packed]
+    return {
         "ids": np.stack([np.pad(ids, (0, p)) for (ids, *_), p in zip(packed, pad, strict=True)]),
         "positions": np.stack([np.pad(x, ((0, 0), (0, p))) for (_, x, *_), p in zip(packed, pad, strict=True)], 1),
         "segment": np.stack([np.pad(x, (0, p), constant_values=-1) for (*_, x, _), p in zip(packed, pad, strict=True)]),

@@ -477,9 +477,10 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
             f"{method}: insertion - deletion {_number(best['difference'])} at layer {best['layer']}, mean over the "
             f"layers {_number(mean)}; {beaten} of {len(own)} maps beat every random order"
         )
+    doubts = reservations(rows, measured)
     best, *tied = leaders(maps)
     if best["difference"] <= max(chance) + TIE:
-        return [*lines, "none leads: no map beats the random orders, and none is to be believed", *caveats(random)]
+        return [*lines, *doubts]
     others = [row for row in maps if row["method"] not in {row["method"] for row in (best, *tied)}]
     lead = f"leads: {best['method']} at layer {best['layer']}"
     if others:
@@ -490,7 +491,14 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
         layers = {method: [str(row["layer"]) for row in tied if row["method"] == method] for method in methods}
         lead += f"; tied with it, within {TIE}: "
         lead += "; ".join(f"{method} at layer {', '.join(found)}" for method, found in layers.items())
-    return [*lines, lead, *caveats(random)]
+    return [*lines, lead, *doubts]
+
+
+def reservations(rows: list[dict], measured: Faithfulness) -> list[str]:
+    """That none of several methods' maps is to be believed, and what no map can tell; nothing if all is well."""
+    *maps, random = rows
+    none = max(row["difference"] for row in maps) <= max(chances(measured)) + TIE
+    return ["none leads: no map beats the random orders, and none is to be believed"] * none + caveats(random)
 
 
 def randomization_verdict(rows: list[dict]) -> str:
@@ -694,11 +702,12 @@ def draw_comparison(image, token_maps: TokenMaps, measured: Faithfulness, scores
         best, middle = max(own, key=own.get), x + (i + 0.5) * pitch - GAP / 2
         page.text(middle, y, METHOD_NAMES[method], TEXT, ha="center", weight="bold")
         page.text(middle, y + BAND, f"layer {best}: {_number(own[best])}", SMALL, ha="center", color="0.3")
-        picture = draw_layer(small, token_maps, f"{method}, layer {best}", overlay=True)
+        picture = draw_layer(small, token_maps, map_key(method, best), overlay=True)
         page.picture(middle - width / 2, y + 2 * BAND, width, height, picture)
         values[METHOD_NAMES[method]] = [own.get(layer, np.nan) for layer in layers], *STYLES[i % len(STYLES)]
     y += 2 * BAND + height + 3 * GAP
-    low, high = min(chances(measured), default=0), max(chances(measured), default=0)
+    chance = chances(measured)
+    low, high = min(chance), max(chance)
     bottom = min(-0.1, low, *(row["difference"] for row in rows)) - 0.05
     style = {"ylim": (bottom, 1.02), "xlabel": "layer", "ylabel": "insertion − deletion"}
     axes = _plot(page, (WIDTH - PLOT[0]) / 2, y, "How faithful, by layer", **style)
@@ -710,8 +719,7 @@ def draw_comparison(image, token_maps: TokenMaps, measured: Faithfulness, scores
         f"and goes, if image tokens are revealed or removed hottest first. Less than {TIE} apart is a tie. It prefers "
         "maps that cover all of what the answer needs to maps that find its densest part."
     )
-    said = [line for line in comparison_verdict(scores, measured) if line.startswith(("none leads", "beware"))]
-    caption = " ".join([caption, *(f"{line[0].upper()}{line[1:]}." for line in said)])
+    caption = " ".join([caption, *(f"{line[0].upper()}{line[1:]}." for line in reservations(scores, measured))])
     return page.finish(small_print(page, y, caption))
 
 
@@ -769,17 +777,24 @@ def evaluate(
     return files, lines
 
 
+def map_key(method: str, layer: int) -> str:
+    """What a method's map is called beside those of others."""
+    return f"{method}, layer {layer}"
+
+
 def side_by_side(maps: dict[str, TokenMaps]) -> TokenMaps:
-    """The maps of several methods as one, keyed "method, layer k"."""
-    cams = {f"{method}, layer {k}": cam for method, given in maps.items() for k, cam in given.maps.items()}
-    none = frozenset(f"{method}, layer {k}" for method, given in maps.items() for k in given.no_gradient)
+    """The maps of several methods as one, keyed by `map_key`."""
+    cams = {map_key(method, k): cam for method, given in maps.items() for k, cam in given.maps.items()}
+    none = frozenset(map_key(method, k) for method, given in maps.items() for k in given.no_gradient)
     return replace(next(iter(maps.values())), maps=cams, no_gradient=none)
 
 
-def comparison_rows(maps: dict[str, TokenMaps], measured: Faithfulness, mask: np.ndarray | None) -> list[dict]:
+def comparison_rows(
+    maps: dict[str, TokenMaps], together: TokenMaps, measured: Faithfulness, mask: np.ndarray | None
+) -> list[dict]:
     """Rows of `score_rows` with the method beside the layer: rows of comparison.csv."""
-    places = {f"{method}, layer {k}": (method, k) for method, given in maps.items() for k in given.maps}
-    rows = score_rows(side_by_side(maps), measured, mask)
+    places = {map_key(method, k): (method, k) for method, given in maps.items() for k in given.maps}
+    rows = score_rows(together, measured, mask)
     pairs = [places.get(row["layer"], ("random", "")) for row in rows]
     return [{"method": method} | row | {"layer": k} for row, (method, k) in zip(rows, pairs, strict=True)]
 
@@ -794,7 +809,7 @@ def compare(
     """
     together = side_by_side(maps)
     measured = measure(reading, together, steps, baseline, batch_size, seed, quiet)
-    rows = comparison_rows(maps, measured, mask)
+    rows = comparison_rows(maps, together, measured, mask)
     files = {
         "comparison.png": draw_comparison(reading.photo, together, measured, rows),
         "comparison.csv": to_csv(rows),

@@ -19,7 +19,7 @@ the decoder's embedding of what stands there. All four published ones need --dec
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -86,12 +86,11 @@ class Bed:
     name: str
     model: torch.nn.Module
     processor: object
-    draw: callable
+    draw: Callable[[int], Drawn]
     baseline: str = "blur"  # what removed image tokens show in insertion and deletion
 
-    def pictures(self, numbers) -> Iterator[Picture]:
-        for number in numbers:
-            yield read(self.model, self.processor, self.draw(number))
+    def picture(self, number: int) -> Picture:
+        return read(self.model, self.processor, self.draw(number))
 
 
 def read(model, processor, drawn: Drawn) -> Picture:
@@ -127,15 +126,15 @@ def painted_over(image: np.ndarray, mask: np.ndarray) -> Image.Image:
     return Image.fromarray(cv2.inpaint(image, grown, 5, cv2.INPAINT_TELEA))
 
 
-def drawn_scene(scene: scenes.Scene, prompt: str, answer: str | None = None, grain: float = 0, seed: int = 0) -> Drawn:
-    """A scene as a picture; `grain` is the standard deviation of a camera's noise, for pixel values in [0, 1]."""
+def drawn_scene(scene: scenes.Scene, prompt: str, grain: float = 0, seed: int = 0) -> Drawn:
+    """A scene, to be described by the model; `grain` is a camera's noise, its deviation for pixel values in [0, 1]."""
     noise = np.random.default_rng(seed).normal(0, 255 * grain, scene.image.shape) if grain else 0
     image = np.round(np.clip(scene.image + noise, 0, 255)).astype(np.uint8)
     masks = {}
     for thing in scene.objects:
         masks[thing.kind] = masks.get(thing.kind, False) | thing.mask
     without = {kind: painted_over(image, mask) for kind, mask in masks.items()}
-    return Drawn(Image.fromarray(image), masks, without, prompt, answer)
+    return Drawn(Image.fromarray(image), masks, without, prompt, None)
 
 
 def draw_scenes(number: int) -> Drawn:
@@ -178,8 +177,7 @@ def draw_eyes(number: int) -> Drawn:
 
 def draw_corner(number: int) -> tuple[Image.Image, tuple[int, int]]:
     """One object in a corner of a flat background and that corner (row, column), 0 or 1 each: sixteen pictures."""
-    corner, wide = divmod(number, 4)[1], number // 4 % 2
-    size = ((9, 12), (12, 9))[wide]
+    corner, size = number % 4, ((9, 12), (12, 9))[number // 4 % 2]
     scene = scenes.make_scene((UNSEEN, 6, number), size=(size[0] * CELL, size[1] * CELL), places=[(0, 2, 6, 8)[corner]],
                               background=("plain", "gradient")[number // 8], scale=0.4)  # fmt: skip
     return Image.fromarray(scene.image), divmod(corner, 2)
@@ -202,7 +200,7 @@ CODE = dict(
         itertools.product((0, 85, 170, 255), repeat=3),
         strict=False,
     )
-)  # fmt: skip  (word -> RGB)
+)  # word -> RGB
 SIZE = 6, 9  # image tokens
 SINK_LAYER = 4  # the published decoder of 0.5B has its massive activations from layer 4 on
 SINKS = [0, 8, 22, 47]  # cells, always background

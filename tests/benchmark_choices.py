@@ -44,6 +44,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import beds  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
+from benchmark_localization import resampled  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
 from studies.faithfulness import auc, insertion_deletion  # noqa: E402
@@ -225,7 +226,7 @@ def occlusion(reading: core.Reading, spans: list, batch: int = 32) -> dict[str, 
         handle.remove()
         embeds, places = seen["inputs_embeds"], seen["position_ids"]
         cache = text(inputs_embeds=embeds[:, :start], position_ids=places[..., :start], use_cache=True).past_key_values
-        drops = []
+        scores = []
         for i in range(0, len(hidden), batch):
             part = hidden[i : i + batch]
             mask = torch.ones(len(part), embeds.shape[1], dtype=torch.long)
@@ -240,19 +241,13 @@ def occlusion(reading: core.Reading, spans: list, batch: int = 32) -> dict[str, 
                 past_key_values=many,
                 use_cache=True,
             ).last_hidden_state
-            rows = [
-                core.at_least_float32(model.lm_head(states[:, [p - start for p in word.predicting]])).log_softmax(-1)
-                for word in scored
-            ]  # (B, T, V) of each word
-            drops.append(
-                torch.stack(
-                    [
-                        row.gather(2, torch.tensor(word.expected).expand(len(part), -1)[..., None]).sum((1, 2))
-                        for row, word in zip(rows, scored, strict=True)
-                    ]
-                )
-            )
-    values = torch.cat(drops, 1).numpy()  # (words, 1 + N + blocks)
+            rows = []  # (B, T, 1) of each word
+            for word in scored:
+                logits = core.at_least_float32(model.lm_head(states[:, [p - start for p in word.predicting]]))
+                expected = torch.tensor(word.expected).expand(len(part), -1)[..., None]
+                rows.append(logits.log_softmax(-1).gather(2, expected))
+            scores.append(torch.stack([row.sum((1, 2)) for row in rows]))
+    values = torch.cat(scores, 1).numpy()  # (words, 1 + N + blocks)
     fall = (values[:, :1] - values[:, 1:]).clip(0)
     sums, counts = np.zeros((len(spans), cells.size)), np.zeros(cells.size)
     for block, value in zip(blocks, fall[:, cells.size :].T, strict=True):
@@ -304,7 +299,7 @@ def run_bed(bed: beds.Bed, count: int, faithful: int, steps: int, quiet: bool) -
     _, total = core.get_model_layers(bed.model)
     left = faithful
     for number in tqdm(range(count), bed.name, disable=quiet):
-        (picture,) = bed.pictures([number])
+        picture = bed.picture(number)
         tried += picture.tried
         reading, words = picture.reading, picture.words
         if not words:
@@ -371,21 +366,9 @@ def corners(bed: beds.Bed, count: int) -> np.ndarray:
 # tables
 
 
-RESAMPLES = 1000
-
-
 def merit(found: np.ndarray) -> np.ndarray:
     """(..., measures) -> (...): the mean of pointing, energy and Obj-IoU."""
     return found[..., :3].mean(-1)
-
-
-def resampled(values: np.ndarray, picture: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Means (RESAMPLES, ...) of values (words, ...) over resamples of the pictures they come from."""
-    rng, names = np.random.default_rng(seed), np.unique(picture)
-    sums = np.stack([values[picture == name].sum(0) for name in names])
-    counts = np.array([(picture == name).sum() for name in names])
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)  # (RESAMPLES, pictures)
-    return np.tensordot(drawn, sums, 1) / (drawn @ counts).reshape(-1, *[1] * (values.ndim - 1))
 
 
 class Summary(NamedTuple):
@@ -409,7 +392,7 @@ def summarise(data: dict) -> Summary:
     mean = found[:, :, middle(found.shape[2])].mean(2)  # (words, S, measures)
     lit = data["corners"].sum(0).min(-1) if data["corners"].size else np.zeros(0)
     return Summary(
-        mean.mean(0), found.mean(0), data["occlusion"].mean(0), resampled(merit(mean), data["picture"]),
+        mean.mean(0), found.mean(0), data["occlusion"].mean(0), resampled(merit(mean), data["picture"], 0),
         len(found), int(data["tried"]), areas, faithful[:, -2:], agree(found, areas), lit,
     )  # fmt: skip
 
@@ -460,8 +443,7 @@ def print_tables(found: dict[str, Summary], rows: int) -> None:
     print("\npointing energy Obj-IoU; merit in the worst bed with its interval; corners lit of 16 at the worst layer")
     print(f"| setting | worst bed | {' | '.join(names)} | corners |")
     for kind, of_kind in kinds.items():
-        chosen = [i for i in order if of_kind(SETTINGS[i])][:rows]
-        for i in chosen:
+        for i in [i for i in order if of_kind(SETTINGS[i])][:rows]:
             line(f"{kind} {places[SETTINGS[i]]}: {', '.join(SETTINGS[i])}", i)
     for name, setting in (NAMED | FLAGS).items():
         line(f"**{name}** ({places[setting]}: {', '.join(setting)})", SETTINGS.index(setting))

@@ -133,6 +133,7 @@ ROWS = {
     "attention": Row("plain", "attention", attention),
     "attention x gradient": Row("plain", "attention", attention_x_gradient),
 }
+USED = tuple(dict.fromkeys(row.rules for row in ROWS.values()))
 LAYERLESS = ("logit lens", "TAM")
 BOUNDS = ("random map", "centre", "object (oracle)")
 
@@ -330,7 +331,7 @@ def measure_scene(number: int) -> list[dict]:
     if not words:
         return records
     with core.borrowed(model):
-        passes = {rules: forward(model, forced, WORKER["taps"], setup.layers, rules) for rules in core.RULES}
+        passes = {rules: forward(model, forced, WORKER["taps"], setup.layers, rules) for rules in USED}
         for place, word in enumerate(words):
             pairs = {rules: backward(*run, word, reading.positions) for rules, run in passes.items()}
             rng = np.random.default_rng((setup.seed, number, place))
@@ -426,14 +427,19 @@ def run(setup: Setup, count: int, processes: int) -> dict:
 # tables
 
 
-def bootstrap(values: np.ndarray, groups, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval (low, high) of the mean over words (words, ...), resampling the groups (words,) they belong to."""
+def resampled(values: np.ndarray, groups, seed: int) -> np.ndarray:
+    """Means (RESAMPLES, ...) over words (words, ...), resampling the groups (words,) that they belong to."""
     names, index = np.unique(groups, return_inverse=True)
     totals = np.zeros((len(names), *values.shape[1:]))
     np.add.at(totals, index, values)
     drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
     counts = (drawn @ np.bincount(index)).reshape(-1, *[1] * (values.ndim - 1))
-    return tuple(np.percentile(np.tensordot(drawn, totals, 1) / counts, [2.5, 97.5], axis=0))
+    return np.tensordot(drawn, totals, 1) / counts
+
+
+def bootstrap(values: np.ndarray, groups, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval (low, high) of the mean over words (words, ...), resampling the groups (words,) they belong to."""
+    return tuple(np.percentile(resampled(values, groups, seed), [2.5, 97.5], axis=0))
 
 
 def summarise(values: list[np.ndarray], groups, seed: int) -> np.ndarray:

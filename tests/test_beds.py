@@ -195,7 +195,7 @@ def test_occlusion_hides_a_token_from_the_answer_and_nothing_else(scenes_bed):
 
 
 def test_resampled_means_of_constant_data_are_that_constant():
-    np.testing.assert_allclose(benchmark.resampled(np.full((6, 2), 0.25), np.array([0, 0, 0, 1, 2, 2])), 0.25)
+    np.testing.assert_allclose(benchmark.resampled(np.full((6, 2), 0.25), np.array([0, 0, 0, 1, 2, 2]), 0), 0.25)
 
 
 def test_the_benchmark_as_a_whole(tmp_path, capsys):
