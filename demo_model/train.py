@@ -386,7 +386,7 @@ def main():
     tokenizer = build_processor(options.output).tokenizer
     run = {"stage": "vision", "minutes": 0.0, "step": 0, "optimizers": None}
     if options.checkpoint.exists():
-        run = torch.load(options.checkpoint, map_location=options.device, weights_only=False)
+        run = torch.load(options.checkpoint, map_location=options.device, weights_only=True)
     stages = list(STAGES)[list(STAGES).index(run["stage"]) :]
     layers = FULL_LAYERS if run["stage"] == "full" else CORE_LAYERS
     model = build_model(layers, tokenizer).to(options.device)
