@@ -849,11 +849,14 @@ def explain(
     layers: Iterable[int | nn.Module],
     settings: Settings = Settings(),  # noqa: B008  (it is frozen)
     progress: Callable[[Iterable], Iterable] | None = None,
+    *,
+    watch: Callable[[dict], None] | None = None,
 ) -> list[TokenMaps]:
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
     `spans` are the parts, (start, end) in characters of `reading.answer`, one or more (one for a contrast); see
-    `find_target`. `layers`, `progress` and errors are described in `compute_token_maps`.
+    `find_target`. `watch` is called with {key: (features, gradient or None)} of every pass, in the layers' own shapes.
+    `layers`, `progress` and errors are described in `compute_token_maps`.
     """
     if settings.contrast is not None and len(spans) != 1:
         raise ValueError(f"contrast={settings.contrast!r} needs one part to take the place of, not {len(spans)}")
@@ -864,6 +867,8 @@ def explain(
     alive = [set() for _ in spans]
     with borrowed(reading.model), memory_explained(len(reading.positions)):
         for _, part, pairs in noisy_passes(reading, spans, taps, settings, progress):
+            if watch is not None:
+                watch(pairs)
             for key, pair in pairs.items():
                 heat = token_map(key, *pair, reading, settings.method)
                 if heat is not None:

@@ -10,6 +10,7 @@ The drawing functions take a photo and `TokenMaps`, and know nothing of models. 
 Shapes:  H, W  rows and columns of image tokens     height, width  pixels of the photo     Lengths: inches of the page
 """
 
+import csv
 import errno
 import functools
 import io
@@ -31,6 +32,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import AutoLocator
 from matplotlib.transforms import Affine2D
 from PIL import Image
 from tqdm.auto import tqdm
@@ -352,6 +354,19 @@ class Page:
         axes.tick_params(labelsize=size, pad=1.5)
         axes.spines[:].set(color="black")
 
+    def plot(self, x, y, width, height, title: str, **style):
+        """Axes of that size under a title that stands at y; `style` goes to their `set`."""
+        self.text(x + width / 2, y, title, TEXT, ha="center", weight="bold")
+        axes = self.axes(x, y + BAND, width, height)
+        axes.spines[:].set(linewidth=0.5, color="black")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(AutoLocator())
+        axes.yaxis.set_major_locator(AutoLocator())
+        axes.xaxis.label.set_size(SMALL)
+        axes.yaxis.label.set_size(SMALL)
+        axes.set(**style)
+        return axes
+
     def finish(self, height: float) -> np.ndarray:
         """The page cut at that height, uint8 RGB at DPI pixels per inch."""
         self.figure.set_size_inches(self.width, height)
@@ -559,6 +574,22 @@ def draw_comparative(image, token_maps: TokenMaps, thirds: dict[str, list[int]])
 
 
 # files
+
+
+def decimal(value: float, digits: int = 2) -> str:
+    """The value with so many digits, and no minus before a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def to_csv(rows: list[dict]) -> str:
+    """Rows as comma-separated text with a head; what a row lacks is empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: decimal(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
 
 
 _DRAWING = threading.Lock()  # matplotlib draws in one thread at a time

@@ -8,8 +8,6 @@ Shapes:  N  image tokens     S  steps     height, width  pixels of the photo
 """
 
 import copy
-import csv
-import io
 import operator
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +17,6 @@ import cv2
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.ticker import AutoLocator
 from PIL import Image, ImageFilter
 from torch import nn
 
@@ -50,6 +47,7 @@ from visualization_utils import (
     TEXT,
     WIDTH,
     Page,
+    decimal,
     draw_layer,
     fit_box,
     header,
@@ -61,6 +59,7 @@ from visualization_utils import (
     spread,
     text_rows,
     text_width,
+    to_csv,
 )
 
 __all__ = [
@@ -383,21 +382,6 @@ def randomization_rows(staged: dict[int, TokenMaps]) -> list[dict]:
     ]
 
 
-def _number(value: float, digits: int = 2) -> str:
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # no minus zero
-
-
-def to_csv(rows: list[dict]) -> str:
-    """Rows as comma-separated text with a head; what a row lacks is empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: _number(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if abs(share) >= 0.1 or abs(share) < 0.0005 else f"{100 * share:.1f} %"
 
@@ -424,9 +408,9 @@ def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
     best, *tied = leaders(layers)
     chance = chances(measured)
     lines.append(
-        f"most faithful: layer {best['layer']}, insertion {_number(best['insertion'])} - deletion "
-        f"{_number(best['deletion'])} = {_number(best['difference'])}; {len(chance)} random orders: "
-        f"{_number(min(chance))} to {_number(max(chance))}"
+        f"most faithful: layer {best['layer']}, insertion {decimal(best['insertion'])} - deletion "
+        f"{decimal(best['deletion'])} = {decimal(best['difference'])}; {len(chance)} random orders: "
+        f"{decimal(min(chance))} to {decimal(max(chance))}"
     )
     if tied:
         names = ", ".join(str(row["layer"]) for row in tied)
@@ -474,8 +458,8 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
         best, mean = max(own, key=lambda row: row["difference"]), np.mean([row["difference"] for row in own])
         beaten = sum(row["difference"] > max(chance) + TIE for row in own)
         lines.append(
-            f"{method}: insertion - deletion {_number(best['difference'])} at layer {best['layer']}, mean over the "
-            f"layers {_number(mean)}; {beaten} of {len(own)} maps beat every random order"
+            f"{method}: insertion - deletion {decimal(best['difference'])} at layer {best['layer']}, mean over the "
+            f"layers {decimal(mean)}; {beaten} of {len(own)} maps beat every random order"
         )
     doubts = reservations(rows, measured)
     best, *tied = leaders(maps)
@@ -485,7 +469,7 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
     lead = f"leads: {best['method']} at layer {best['layer']}"
     if others:
         second = max(others, key=lambda row: row["difference"])
-        lead += f", {_number(best['difference'] - second['difference'])} above the best of {second['method']}"
+        lead += f", {decimal(best['difference'] - second['difference'])} above the best of {second['method']}"
     if tied:
         methods = dict.fromkeys(row["method"] for row in tied)
         layers = {method: [str(row["layer"]) for row in tied if row["method"] == method] for method in methods}
@@ -509,7 +493,7 @@ def randomization_verdict(rows: list[dict]) -> str:
     depends = (
         "the maps depend on what the model has learned" if mean < 0.5 else "beware: the maps hardly need the model"
     )
-    return f"with all weights re-drawn the maps keep a mean rank correlation of {_number(mean)}: {depends}"
+    return f"with all weights re-drawn the maps keep a mean rank correlation of {decimal(mean)}: {depends}"
 
 
 # figures
@@ -517,20 +501,6 @@ def randomization_verdict(rows: list[dict]) -> str:
 
 def _layer_colours(layers: list) -> dict:
     return dict(zip(layers, colormaps["viridis"](np.linspace(0, 0.92, len(layers))), strict=True))
-
-
-def _plot(page: Page, x: float, y: float, title: str, **style):
-    """Axes under a title; `style` goes to their `set`."""
-    page.text(x + PLOT[0] / 2, y, title, TEXT, ha="center", weight="bold")
-    axes = page.axes(x, y + BAND, *PLOT)
-    axes.spines[:].set(linewidth=0.5, color="black")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(AutoLocator())
-    axes.yaxis.set_major_locator(AutoLocator())
-    axes.xaxis.label.set_size(SMALL)
-    axes.yaxis.label.set_size(SMALL)
-    axes.set(**style)
-    return axes
 
 
 def _draw_curves(axes, measured: Faithfulness, curves: dict, random: np.ndarray, colours: dict) -> None:
@@ -582,7 +552,7 @@ def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scor
         (left, "Insertion", measured.insertion, measured.random_insertion, "revealed"),
         (right, "Deletion", measured.deletion, measured.random_deletion, "removed"),
     ):
-        axes = _plot(page, x, y, name, xlabel=f"share of the image tokens {shown}, hottest first", **style)
+        axes = page.plot(x, y, *PLOT, name, xlabel=f"share of the image tokens {shown}, hottest first", **style)
         _draw_curves(axes, measured, curves, random, colours)
     y = _layer_legend(page, y + pitch, colours, bool(len(measured.random_insertion))) + 2 * GAP
 
@@ -599,7 +569,7 @@ def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scor
         levels["random, insertion"] = random_row["insertion"], INSERTION
         levels["random, deletion"] = random_row["deletion"], DELETION
     style = {"ylim": (-0.02, 1.02), "xlabel": "layer"}
-    axes = _plot(page, left, y, "Areas under the curves", ylabel="area", **style)
+    axes = page.plot(left, y, *PLOT, "Areas under the curves", ylabel="area", **style)
     _draw_by_layer(axes, layers, areas, levels)
     if "energy" in rows[0]:
         fits = {
@@ -607,12 +577,12 @@ def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scor
             "energy inside it": (column("energy"), "#cc79a7", "o"),
             "Obj-IoU": (column("obj_iou"), "#e69f00", "s"),
         }
-        _draw_by_layer(_plot(page, right, y, "Fit to the object's mask", ylabel="share", **style), layers, fits, {})
+        _draw_by_layer(page.plot(right, y, *PLOT, "Fit to the object's mask", ylabel="share", **style), layers, fits, {})
     else:
         difference = {"insertion − deletion": (column("difference"), "#009e73", "^")}
         levels = {"random": (random_row["difference"], "0.45")} if levels else {}
         style["ylim"] = min(-0.3, column("difference").min()) - 0.05, 1.02
-        axes = _plot(page, right, y, "Insertion − deletion", ylabel="difference", **style)
+        axes = page.plot(right, y, *PLOT, "Insertion − deletion", ylabel="difference", **style)
         _draw_by_layer(axes, layers, difference, levels)
     y += pitch + 2 * SMALL * LINE + 2 * GAP
     blank = {"blur": "a blurred copy of the photo", "mean": "the photo's mean colour", "black": "black"}
@@ -668,7 +638,7 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
     style = {"xlabel": "decoder layers with re-drawn weights, from the top", "ylabel": "likeness to the model's map"}
     style["ylim"] = min([-0.5, *(row["spearman"] for row in scores)]) - 0.05, 1.05
     for x, name, column in ((0.55, "Spearman's rank correlation", "spearman"), (PLOT[0] + 1.3, "SSIM", "ssim")):
-        axes = _plot(page, x, y, name, **style)
+        axes = page.plot(x, y, *PLOT, name, **style)
         axes.axhline(0, color="0.6", linewidth=0.5)
         for layer in layers:
             values = [row[column] for row in scores if row["layer"] == layer]
@@ -701,7 +671,7 @@ def draw_comparison(image, token_maps: TokenMaps, measured: Faithfulness, scores
         own = {row["layer"]: row["difference"] for row in rows if row["method"] == method}
         best, middle = max(own, key=own.get), x + (i + 0.5) * pitch - GAP / 2
         page.text(middle, y, METHOD_NAMES[method], TEXT, ha="center", weight="bold")
-        page.text(middle, y + BAND, f"layer {best}: {_number(own[best])}", SMALL, ha="center", color="0.3")
+        page.text(middle, y + BAND, f"layer {best}: {decimal(own[best])}", SMALL, ha="center", color="0.3")
         picture = draw_layer(small, token_maps, map_key(method, best), overlay=True)
         page.picture(middle - width / 2, y + 2 * BAND, width, height, picture)
         values[METHOD_NAMES[method]] = [own.get(layer, np.nan) for layer in layers], *STYLES[i % len(STYLES)]
@@ -710,7 +680,7 @@ def draw_comparison(image, token_maps: TokenMaps, measured: Faithfulness, scores
     low, high = min(chance), max(chance)
     bottom = min(-0.1, low, *(row["difference"] for row in rows)) - 0.05
     style = {"ylim": (bottom, 1.02), "xlabel": "layer", "ylabel": "insertion − deletion"}
-    axes = _plot(page, (WIDTH - PLOT[0]) / 2, y, "How faithful, by layer", **style)
+    axes = page.plot((WIDTH - PLOT[0]) / 2, y, *PLOT, "How faithful, by layer", **style)
     axes.axhspan(low, high, color="0.88", linewidth=0, label="random orders")
     _draw_by_layer(axes, layers, values, {})
     y += BAND + PLOT[1] + 0.42 + 3 * SMALL * LINE + 2 * GAP
