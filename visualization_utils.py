@@ -409,10 +409,10 @@ def method_title(settings: Settings) -> str:
     return f"Smooth {name}" if settings.noise_std else name
 
 
-def settings_text(settings: Settings) -> str:
-    """How the maps were made, in a sentence."""
+def settings_text(settings: Settings, place: str | None = None) -> str:
+    """How the maps were made, in a sentence; `place` is where they were read, the settings' own for None."""
     score = {"logit": "sum of the logits", "logprob": "sum of the log-probabilities"}[settings.score]
-    tap = "the hidden states entering a layer" if settings.tap == "input" else f"a layer's {settings.tap}"
+    tap = place or ("the hidden states entering a layer" if settings.tap == "input" else f"a layer's {settings.tap}")
     rules = {
         "attnlrp": "gradients by AttnLRP's rules",
         "detached": "gradients with detached norms",

@@ -577,7 +577,9 @@ def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scor
             "energy inside it": (column("energy"), "#cc79a7", "o"),
             "Obj-IoU": (column("obj_iou"), "#e69f00", "s"),
         }
-        _draw_by_layer(page.plot(right, y, *PLOT, "Fit to the object's mask", ylabel="share", **style), layers, fits, {})
+        _draw_by_layer(
+            page.plot(right, y, *PLOT, "Fit to the object's mask", ylabel="share", **style), layers, fits, {}
+        )
     else:
         difference = {"insertion − deletion": (column("difference"), "#009e73", "^")}
         levels = {"random": (random_row["difference"], "0.45")} if levels else {}

@@ -1,0 +1,1040 @@
+"""How a photo's information flows through the decoder: what reads it, at which layers, and from where it is not needed.
+
+    Reading                             read: photo, prompt, answer
+      -> attention_flow, gradient_flow  what the answer reads by layer, forwards and backwards: (layers, positions)
+      -> knockout                       what becomes of the answer if attention edges are blocked: (runs, answer tokens)
+      -> figures, tables                trace and cut: the files and lines of the driver's modes flow and knockout
+
+The figures are those of "From Redundancy to Relevance" (Zhang et al., NAACL 2025), of FastV (Chen et al., ECCV 2024)
+and of "Cross-modal Information Flow in Multimodal Large Language Models" (Zhang et al., CVPR 2025), for any Qwen2.5-VL.
+Where the first paper's published code and its text differ, the text is followed: that code serves LLaVA's layout alone,
+reads the score one position beside those that predict the answer, and truncates at one layer that is written into the
+model. Here positions are read off the input, scores are read where the answer's tokens are predicted, every layer is
+tried, image tokens keep their places when they are hidden, and no weight or file of the model is changed.
+
+Shapes:  P  prompt tokens     A  answer tokens     L = P + A     N = H * W  image tokens     K  layers
+Groups of positions: system, all before the image; image; user, the prompt's text behind it; answer, from the position
+that predicts the answer's first token on.
+"""
+
+import copy
+import functools
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.collections import LineCollection
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from torch import Tensor
+from transformers import DynamicCache
+
+from smooth_gradcam import (
+    ExplanationError,
+    Reading,
+    Settings,
+    TokenMaps,
+    at_least_float32,
+    borrowed,
+    check_whole,
+    explain,
+    get_model_layers,
+    memory_explained,
+    score_parts,
+)
+from visualization_utils import (
+    BAND,
+    GAP,
+    INNER,
+    LINE,
+    MARGIN,
+    SMALL,
+    TEXT,
+    WIDTH,
+    Page,
+    decimal,
+    draw_layer,
+    excerpt,
+    fit_box,
+    header,
+    method_title,
+    settings_text,
+    show_progress,
+    shrink,
+    small_print,
+    spread,
+    text_rows,
+    to_csv,
+)
+
+__all__ = ["attention_flow", "gradient_flow", "knockout", "image_hidden", "token_groups", "group_sums", "find_cliff"]
+
+CHUNK = 64  # query rows whose attention is in memory at once
+
+
+# the decoder's input, and the decoder run in parts
+
+
+def token_groups(reading: Reading) -> dict[str, slice]:
+    """The positions of each group, in their order: slices of the L positions of prompt and answer."""
+    first, last = (int(reading.positions[i]) for i in (0, -1))
+    prompt = reading.inputs["input_ids"].shape[1]
+    if last - first + 1 != len(reading.positions):
+        raise ValueError("the image tokens do not stand side by side: several pictures in one prompt are not supported")
+    edges = [0, first, last + 1, prompt - 1, prompt + len(reading.tokens)]
+    return dict(zip(("system", "image", "user", "answer"), map(slice, edges, edges[1:]), strict=False))
+
+
+def embed(reading: Reading) -> tuple[Tensor, Tensor]:
+    """What the decoder gets of prompt and answer but for the last token: (1, L - 1, C), and positions (3, 1, L - 1).
+
+    Raises ValueError for models that feed image features to the decoder elsewhere too (Qwen3-VL).
+    """
+    model, seen = reading.model, {}
+    forced, _ = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model.model(**forced, use_cache=False)
+    finally:
+        handle.remove()
+    if seen.get("deepstack_visual_embeds") is not None:
+        raise ValueError(f"{type(model).__name__} feeds its image features to several layers: flow does not know how")
+    return seen["inputs_embeds"], seen["position_ids"]
+
+
+def run_decoder(model, embeddings: Tensor, positions: Tensor, cache) -> Tensor:
+    """Hidden states (B, S, C) of a stretch of S positions behind those in the cache, which grows by them."""
+    decoder = model.model.language_model
+    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"  # of 5.23 on
+    with torch.no_grad():
+        given = {"inputs_embeds": embeddings, "position_ids": positions, name: cache}
+        return decoder(**given, use_cache=True).last_hidden_state
+
+
+def empty_cache(model):
+    return DynamicCache(config=model.model.language_model.config)
+
+
+@contextmanager
+def eager_attention(model):
+    """Inside, the decoder computes attention step by step, so that its weights can be read and its edges blocked."""
+    config = model.model.language_model.config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def hooked(model, register: Callable):
+    """Inside, `register(layer index, attention module)` has hooked every layer's attention; afterwards none is."""
+    handles = []
+    try:
+        with eager_attention(model):
+            for i, layer in enumerate(get_model_layers(model)[0]):
+                handles.append(register(i, layer.self_attn))
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# attention and gradients: what the answer reads
+
+
+def attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tensor], None]) -> None:
+    """Calls note(layer, start, weights (heads, S, T)) of all query rows from position `first` on.
+
+    The weights are those of queries start ... start + S - 1 over keys 0 ... T - 1, T = start + S. Rows before `first`
+    run as the model runs them; then `CHUNK` rows at a time with eager attention, so the peak is that of one layer,
+    CHUNK * L * heads, beside the keys and values of L positions. Raises ExplanationError if the model gives no weights.
+    """
+    model, start = reading.model, 0
+
+    def register(i, attention):
+        def hook(module, args, output):
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if weights is None:
+                raise ExplanationError(f"{type(module).__name__} gives no attention weights: its layers cannot be read")
+            note(i, start, weights[0])
+
+        return attention.register_forward_hook(hook)
+
+    with borrowed(model), memory_explained(len(reading.positions)):
+        embeddings, positions = embed(reading)
+        cache = empty_cache(model)
+        if first:
+            run_decoder(model, embeddings[:, :first], positions[..., :first], cache)
+        with hooked(model, register):
+            for start in range(first, embeddings.shape[1], CHUNK):  # noqa: B007  (the hook reads it)
+                rows = slice(start, start + CHUNK)
+                run_decoder(model, embeddings[:, rows], positions[..., rows], cache)
+
+
+def predicting(reading: Reading, span: tuple[int, int] | None) -> list[int]:
+    """The positions that predict the tokens of this part of the answer, all of it for None."""
+    before = reading.inputs["input_ids"].shape[1] - 1
+    span = span or (0, len(reading.answer))
+    return [before + i for i in reading.tokens_of(span)]
+
+
+def attention_flow(reading: Reading, span: tuple[int, int] | None = None) -> np.ndarray:
+    """Attention to every position, (K, L) float32: mean over heads and over the positions that predict the span.
+
+    Of layer l, 1/|R| sum of A_l[i, j] over i in R; each row sums to one. `span` is (start, end) in characters of the
+    answer, None all of it. `group_sums` makes of it the shares of figure 2A of "From Redundancy to Relevance".
+    """
+    rows = np.array(predicting(reading, span))
+    flow = np.zeros((get_model_layers(reading.model)[1], _length(reading)), np.float32)
+
+    def note(layer, start, weights):
+        inside = rows[(rows >= start) & (rows < start + weights.shape[1])] - start
+        if len(inside):
+            mean = at_least_float32(weights[:, inside]).mean(0).sum(0) / len(rows)  # (T,)
+            flow[layer, : len(mean)] += mean.cpu().numpy()
+
+    attention_rows(reading, int(rows.min()), note)
+    return flow
+
+
+def attention_maps(reading: Reading, layers: Iterable[int], pool: int | None = None) -> tuple[dict, np.ndarray]:
+    """({layer: (bins, bins) float32}, edges (bins + 1,)): attention between stretches of positions, mean over heads.
+
+    A stretch has at most `pool` positions (10 to 20 by the length for None) of one group; keys behind a query count as
+    zero. Figure 2B of "From Redundancy to Relevance".
+    """
+    edges = pooled_edges(reading, pool)
+    size = torch.as_tensor(np.diff(edges), dtype=torch.float32)
+    where = torch.as_tensor(np.repeat(np.arange(len(size)), np.diff(edges)))
+    maps = {layer: torch.zeros(len(size), len(size)) for layer in layers}
+
+    def note(layer, start, weights):
+        if layer in maps:
+            mean = at_least_float32(weights).mean(0).cpu().float()  # (S, T)
+            columns = torch.zeros(len(mean), len(size)).index_add_(1, where[: mean.shape[1]], mean)
+            maps[layer].index_add_(0, where[start : start + len(mean)], columns)
+
+    attention_rows(reading, 0, note)
+    return {layer: (cam / size[:, None] / size).numpy() for layer, cam in maps.items()}, edges
+
+
+def pooled_edges(reading: Reading, pool: int | None = None) -> np.ndarray:
+    """Borders (bins + 1,) of stretches of at most `pool` positions, none of which holds two groups."""
+    length = _length(reading) - 1  # the answer's last token predicts nothing that is explained
+    pool = pool or int(np.clip(length // 60, 10, 20))
+    edges = [0]
+    for part in token_groups(reading).values():
+        end = min(part.stop, length)
+        bins = -(-(end - edges[-1]) // pool)
+        edges += np.round(np.linspace(edges[-1], end, bins + 1)[1:]).astype(int).tolist()
+    return np.array(edges)
+
+
+def gradient_flow(reading: Reading, span: tuple[int, int] | None = None, settings=None) -> np.ndarray:
+    """What every position contributes to the score of the span, |g_i . A_i|, (K, L) float32.
+
+    A_i are the hidden states at position i where the layer is read (as `settings`, a `Settings`, has it; without noise
+    for None), g_i the gradient of the score there, mean over the noisy copies. By AttnLRP's rules, g_i . A_i is relevance.
+    """
+    return maps_and_gradients(reading, span, settings or Settings(use_smooth=False))[1]
+
+
+def maps_and_gradients(reading: Reading, span, settings: Settings, progress=None) -> tuple[TokenMaps, np.ndarray]:
+    """The maps of all layers, and `gradient_flow`, from the same passes."""
+    total = get_model_layers(reading.model)[1]
+    flow = np.zeros((total, _length(reading)), np.float32)
+
+    def watch(pairs):
+        for layer, (features, gradient) in pairs.items():
+            if gradient is not None:
+                products = (at_least_float32(features) * at_least_float32(gradient)).sum(-1)[0].abs()
+                flow[layer, : len(products)] += products.float().cpu().numpy() / settings.num_samples
+
+    span = span or (0, len(reading.answer))
+    (token_maps,) = explain(reading, [span], range(total), settings, progress, watch=watch)
+    return token_maps, flow
+
+
+def group_sums(flow: np.ndarray, groups: dict[str, slice], only: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """{group: (...)}: the share of each group in the sum over (..., L), of all groups or of some.
+
+    With only=("system", "image", "user"), eq. 7 of "From Redundancy to Relevance". Where the sum is zero: nan.
+    """
+    sums = {name: flow[..., groups[name]].sum(-1) for name in (only or groups)}
+    whole = np.asarray(sum(sums.values()))
+    whole = np.where(whole > 0, whole, np.nan)
+    return {name: value / whole for name, value in sums.items()}
+
+
+def _length(reading: Reading) -> int:
+    return reading.inputs["input_ids"].shape[1] + len(reading.tokens)
+
+
+# knockout: what the answer needs
+
+
+class Edge(NamedTuple):
+    """Attention that is blocked in one run: in these layers, none of the queries sees any of the keys."""
+
+    layers: range
+    queries: np.ndarray  # positions
+    keys: np.ndarray  # positions
+
+
+def knockout(
+    reading: Reading, edges: list[Edge], *, batch_size: int = 8, progress: Callable | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What becomes of the answer when attention is blocked, one edge a run: two arrays (runs, A).
+
+    The first has the probability of every token of the answer after those before it, the second says where the token is
+    the most likely one; the model would give the answer greedily where all are. Positions stay as they are. What stands
+    before the first blocked query is run once, the rest in batches of `batch_size`. `progress` wraps the iterable over
+    the batches.
+    """
+    check_whole("batch_size", batch_size, 1)
+    model, total = reading.model, get_model_layers(reading.model)[1]
+    before = reading.inputs["input_ids"].shape[1] - 1
+    start = int(min([before, *(edge.queries.min() for edge in edges if len(edge.queries))]))
+    answer = torch.tensor(reading.tokens)
+    found = []
+    with borrowed(model), memory_explained(len(reading.positions)):
+        embeddings, positions = embed(reading)
+        prefix = empty_cache(model)
+        if start:
+            run_decoder(model, embeddings[:, :start], positions[..., :start], prefix)
+        embeddings, positions = embeddings[:, start:], positions[..., start:]
+        shape = embeddings.shape[1], start + embeddings.shape[1]  # (S, T)
+        for i in (progress or iter)(range(0, len(edges), batch_size)):
+            part = edges[i : i + batch_size]
+            hidden = torch.zeros(len(part), *shape, dtype=torch.bool)
+            for run, edge in zip(hidden, part, strict=True):
+                inside = edge.queries[edge.queries < shape[1]] - start
+                run[np.ix_(inside, edge.keys[edge.keys < shape[1]])] = True
+            active = torch.tensor([[layer in edge.layers for layer in range(total)] for edge in part])  # (B, K)
+            cache = copy.deepcopy(prefix)
+            cache.batch_repeat_interleave(len(part))
+            with blocked(model, lambda i, S, T: hidden & active[:, i, None, None]):  # noqa: B023, N803  (used at once)
+                batch = embeddings.expand(len(part), -1, -1), positions.expand(-1, len(part), -1)
+                states = run_decoder(model, *batch, cache)[:, before - start :]  # (B, A, C)
+            states = states.flatten(0, 1)  # (B * A, C): a batch of slices would be copied with the weights
+            logits = at_least_float32(model.get_output_embeddings()(states)).unflatten(0, (len(part), -1))  # (B, A, V)
+            expected = answer.to(logits.device).expand(len(part), -1)[..., None]
+            probability = logits.softmax(-1).gather(2, expected)[..., 0]
+            found.append((probability.cpu().numpy(), (logits.argmax(-1) == expected[..., 0]).cpu().numpy()))
+    probabilities, likeliest = zip(*found, strict=True)
+    return np.concatenate(probabilities), np.concatenate(likeliest)
+
+
+@contextmanager
+def blocked(model, hidden: Callable[[int, int, int], Tensor]):
+    """Inside, queries do not see the keys where hidden(layer, S, T), bool (B or 1, S, T), is true.
+
+    S are the queries of this pass, the last ones of T positions.
+    """
+
+    def register(i, attention):
+        def hook(module, args, kwargs):
+            mask = kwargs["attention_mask"]  # (B or 1, 1, S, T), added to the scores
+            block = hidden(i, *mask.shape[-2:])
+            if block.any():
+                lowest = torch.finfo(mask.dtype).min
+                kwargs = kwargs | {"attention_mask": mask.masked_fill(block[:, None].to(mask.device), lowest)}
+            return args, kwargs
+
+        return attention.register_forward_pre_hook(hook, with_kwargs=True)
+
+    with hooked(model, register):
+        yield
+
+
+@contextmanager
+def image_hidden(model, layer: int):
+    """Inside, nothing behind the image sees its tokens in decoder layers `layer` and later, in generation as well.
+
+        with image_hidden(model, 22):
+            model.generate(**inputs)
+
+    Positions stay as they are. `layer` may be the number of layers: then nothing is hidden. Raises ValueError beyond.
+    """
+    total = get_model_layers(model)[1]
+    check_whole("layer", layer, 0)
+    if layer > total:
+        raise ValueError(f"layer {layer} does not exist: the image can be hidden from layer 0 to {total} (nowhere) on")
+    image = torch.zeros(1, 0, dtype=torch.bool)
+
+    def note(module, args, kwargs):
+        nonlocal image
+        ids = kwargs.get("input_ids")
+        if ids is not None and (ids == model.config.image_token_id).any():
+            image = ids == model.config.image_token_id  # (B, P)
+
+    def hidden(i, S, T):  # noqa: N803
+        keys = torch.zeros(len(image), T, dtype=torch.bool)
+        if i >= layer:
+            keys[:, : image.shape[1]] = image[:, :T]
+        behind = image.shape[1] - 1 - image.flip(1).int().argmax(1)  # (B,): the last image token
+        queries = torch.arange(T - S, T) > behind.cpu()[:, None]
+        return queries[..., None] & keys[:, None]
+
+    handle = model.model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with blocked(model, hidden):
+            yield
+    finally:
+        handle.remove()
+
+
+# the two studies
+
+KEPT = 0.95  # of the full value: what counts as no loss
+UNLIKELY = 0.01  # probability below which there is nothing that could be lost
+NEEDED = 0.2  # fall in probability from which on a token needs the photo (EAGLE's sensitive tokens)
+COVERED = 0.25  # share of an image token from which on it belongs to the object
+
+
+class Traced(NamedTuple):
+    """What is read of one photo."""
+
+    reading: Reading
+    maps: TokenMaps
+    attention: np.ndarray  # (K, L)
+    gradient: np.ndarray  # (K, L)
+
+
+class Severed(NamedTuple):
+    """What is left of one answer."""
+
+    reading: Reading
+    explained: list[int]  # T indices of the answer's tokens
+    removed: np.ndarray  # (K + 1, A): the image hidden from layer k on
+    right: np.ndarray  # (K + 1,) whether the greedy answer would still be this one
+    kept: np.ndarray | None  # (K + 1, A): the same but for the image tokens with most attention in the layer before
+    windows: dict[str, np.ndarray]  # edge -> (K, A): blocked in a window of layers around each
+
+
+def trace_photo(reading: Reading, span, settings: Settings, progress=None) -> Traced:
+    """Attention forwards; gradients and maps of all layers backwards."""
+    maps, gradient = maps_and_gradients(reading, span, settings, progress)
+    return Traced(reading, maps, attention_flow(reading, span), gradient)
+
+
+def tokens_that_need_the_photo(removed: np.ndarray) -> list[int]:
+    """Indices of the answer's tokens whose probability falls by more than 0.2 if the image is hidden in all layers."""
+    return np.flatnonzero(removed[-1] - removed[0] > NEEDED).tolist()
+
+
+def sever_photo(
+    reading: Reading, span=None, *, window=None, keep=None, mask=None, batch_size=8, progress=None
+) -> Severed:
+    """Truncation at every layer and, for a window, attention knockout around every layer: one prefix, one sweep.
+
+    window  layers that are blocked at once around each; None: no window is run
+    keep    image tokens that stay visible in a second truncation, those with most attention in the layer before
+    mask    bool (height, width) of the photo: image tokens of the object and others are blocked one by one, too
+    """
+    total, groups = get_model_layers(reading.model)[1], token_groups(reading)
+    image, user, answer = (np.arange(groups[name].start, groups[name].stop) for name in ("image", "user", "answer"))
+    later = np.concatenate([user, answer])
+    edges = [Edge(range(k, total), later, image) for k in range(total + 1)]
+    if keep is not None:
+        attention = attention_flow(reading, span)[:, image]  # (K, N)
+        order = np.argsort(-attention, axis=1, kind="stable")
+        rest = [image, *(image[np.sort(row[keep:])] for row in order)]  # before layer 0 nothing is known
+        edges += [Edge(range(k, total), later, keys) for k, keys in enumerate(rest)]
+    windowed = {}
+    if window is not None:
+        windowed = {"image → user": (user, image), "image → answer": (answer, image), "user → answer": (answer, user)}
+        if mask is not None:
+            on = covered_tokens(mask, reading.grid)
+            for name, keys in (("object", image[on]), ("other patches", image[~on])):
+                windowed |= {f"{name} → user": (user, keys), f"{name} → answer": (answer, keys)}
+        for queries, keys in windowed.values():
+            spans = (range(max(0, k - window // 2), min(total, k + -(-window // 2))) for k in range(total))
+            edges += [Edge(layers, queries, keys) for layers in spans]
+    probabilities, top = knockout(reading, edges, batch_size=batch_size, progress=progress)
+    removed, left = probabilities[: total + 1], probabilities[total + 1 :]
+    kept, left = (left[: total + 1], left[total + 1 :]) if keep is not None else (None, left)
+    explained = reading.tokens_of(span) if span else tokens_that_need_the_photo(removed)
+    return Severed(
+        reading,
+        explained or list(range(len(reading.tokens))),
+        removed,
+        top[: total + 1].all(1),
+        kept,
+        dict(zip(windowed, left.reshape(-1, total, left.shape[1]), strict=True)),
+    )
+
+
+def covered_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The image tokens (N,) bool of which the object covers a quarter or more, or else the one that it covers most."""
+    tensor = torch.as_tensor(mask, dtype=torch.float32)[None, None]
+    share = torch.nn.functional.interpolate(tensor, size=grid, mode="area")[0, 0].numpy().ravel()
+    return share >= min(COVERED, share.max())
+
+
+def change(severed: Severed, edge: str) -> np.ndarray:
+    """100 (p' - p) / p by layer, (K,), mean over the explained tokens: of one token, as the paper has it."""
+    full = severed.removed[-1, severed.explained]
+    return (100 * (severed.windows[edge][:, severed.explained] - full) / full).mean(1)
+
+
+def truncated(severed: Severed, values: np.ndarray) -> np.ndarray:
+    """Mean probability of the explained tokens, (K + 1,)."""
+    return values[:, severed.explained].mean(1)
+
+
+# findings
+
+
+def find_cliff(curve: np.ndarray, kept: float = KEPT) -> int | None:
+    """The smallest k with curve[k'] >= kept * curve[-1] for all k' >= k: from layer k on the image is not needed.
+
+    `curve` (K + 1,) is what is left if the image is hidden from layer k on, all of it at its end. None if there is no
+    cliff: the full value is below 0.01, or as much is left if the image is hidden from the first layer on.
+    """
+    short = np.flatnonzero(curve < kept * curve[-1])
+    return int(short[-1]) + 1 if len(short) and curve[-1] >= UNLIKELY else None
+
+
+def find_onset(curve: np.ndarray) -> int:
+    """The first layer that reads the image: hidden from there on, 5 % of what the photo gives is left or less."""
+    risen = np.flatnonzero(curve > curve[0] + (1 - KEPT) * (curve[-1] - curve[0]))
+    return max(int(risen[0]) - 1, 0)
+
+
+def cliff_interval(curves: np.ndarray, draws: int = 1000) -> tuple[int, int] | None:
+    """95 % of the cliffs of the mean of resampled curves (photos, K + 1); None where a tenth or more have none."""
+    rng = np.random.default_rng(0)
+    cliffs = [find_cliff(curves[rng.integers(len(curves), size=len(curves))].mean(0)) for _ in range(draws)]
+    cliffs = sorted(cliff for cliff in cliffs if cliff is not None)
+    if len(cliffs) <= 0.9 * draws:
+        return None
+    return cliffs[round(0.025 * (len(cliffs) - 1))], cliffs[round(0.975 * (len(cliffs) - 1))]
+
+
+def truncation_finding(curves: np.ndarray, what: str) -> str:
+    """In one line where the image is read, and from where on it can be removed."""
+    curve = curves.mean(0)
+    cliff = find_cliff(curve)
+    if curve[-1] < UNLIKELY:
+        return f"no cliff: {what} is {curve[-1]:.4f} with the whole image, so there is nothing to lose"
+    if cliff is None:
+        kept = f"{what} is {decimal(curve[0])} if the image is hidden from layer 0 on, {decimal(curve[-1])} with it"
+        return f"no cliff: {kept}, so the answer does not need the photo"
+    first, last = find_onset(curve), cliff - 1
+    line = f"the image is read at layer{f's {first}-' if first < last else ' '}{last}; "
+    line += "needed to the last layer" if cliff == len(curve) - 1 else f"from layer {cliff} on it can be removed"
+    left, full = decimal(curve[cliff], 3), decimal(curve[-1], 3)
+    line += f": {what} {left} of {full} then, {decimal(curve[0], 3)} if it is hidden from layer 0 on"
+    if len(curves) > 1 and (interval := cliff_interval(curves)):
+        line += f" (cliff at {interval[0]} to {interval[1]} in 95 % of resampled photos)"
+    return line
+
+
+def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradient: dict[str, np.ndarray]) -> list[str]:
+    """In words what the curves by layer say, each (K,): attention shares of system, image and user, gradient shares."""
+    image = shares["image"]
+    most, least = int(image.argmax()), int(image.argmin())
+    line = (
+        f"attention: the image gets {decimal(image.min())} (layer {least}) to {decimal(image.max())} (layer {most}) of "
+        "what system, image and user tokens get"
+    )
+    per_token = {name: (shares[name] / sizes[name]).mean() for name in shares}
+    times = {name: per_token[name] / per_token["image"] for name in ("system", "user")}
+    line += "; per token " + " and ".join(f"a {name} token {value:.1f}" for name, value in times.items())
+    lines = [f"{line} times as much as an image token, in the mean over the layers"]
+    carried = gradient["image"]
+    if not np.isfinite(carried).any():
+        return [*lines, "gradient: none reaches the layers where they are read"]
+    first = carried[np.isfinite(carried)][0]
+    fallen = np.flatnonzero(~(carried > first / 2))
+    fallen = fallen[fallen > np.flatnonzero(carried > first / 2)[-1]]
+    where = (
+        f"less than half of that from layer {fallen[0]} on"
+        if len(fallen)
+        else "and half of that or more at every layer"
+    )
+    return [*lines, f"gradient: the image carries {decimal(first)} of the score at the first layer, {where}"]
+
+
+# figures
+
+COLOURS = {"system": "#999999", "image": "#d55e00", "user": "#0072b2", "answer": "#009e73"}
+EDGE_STYLES = (
+    ("#0072b2", "-"), ("#d55e00", "-"), ("#009e73", "-"), ("#56b4e9", "--"), ("#e69f00", "--"), ("#56b4e9", ":"),
+    ("#e69f00", ":"),
+)  # fmt: skip
+PLOT = 1.9, 1.35  # inches of one plot
+STRIP = 7  # pictures side by side
+LINES = 24  # of one group in a panel of flow lines, at most
+BROADEST = 22  # points: a flow line that has all of the attention
+TAP_NAMES = {
+    "input": "layer input",
+    "input_layernorm": "input_layernorm",
+    "self_attn.v_proj": "v_proj",
+    "post_attention_layernorm": "post_attention_\nlayernorm",
+}
+
+
+def _heads(readings: list[Reading], names: list[str]) -> list[tuple]:
+    """Rows of the header of several photos: the prompt and, by name, the answers."""
+    rows = [("Prompt", excerpt(readings[0].prompt, (0, 0), 200)[0], (0, 0))]
+    shown = len(readings) if len(readings) <= 6 else 5
+    for name, reading in zip(names[:shown], readings, strict=False):
+        rows.append((excerpt(name, (0, 0), 12)[0], excerpt(reading.answer, (0, 0), 200)[0], (0, 0)))
+    return rows if shown == len(readings) else [*rows, ("…", f"and {len(readings) - shown} more photos", (0, 0))]
+
+
+def _legend(page: Page, y: float, entries: dict[str, str]) -> float:
+    """One line of names in their colours; returns the y below it."""
+    pitch = min(1.0, INNER / len(entries))
+    x = (page.width - pitch * len(entries)) / 2
+    for i, (label, colour) in enumerate(entries.items()):
+        page.text(x + i * pitch, y, "●", SMALL, color=colour, family="DejaVu Sans")
+        page.text(x + i * pitch + 0.12, y, label, SMALL)
+    return y + SMALL * LINE + GAP
+
+
+def _curves(axes, rows: dict[str, np.ndarray], colours: dict[str, str]) -> None:
+    """Of each name the mean over photos (photos, K), and thin lines of each photo if there are several."""
+    for name, values in rows.items():
+        x = np.arange(values.shape[1])
+        if len(values) > 1:
+            axes.plot(x, values.T, color=colours[name], linewidth=0.4, alpha=0.5)
+        axes.plot(x, values.mean(0), color=colours[name], linewidth=1.3)
+
+
+def strips(page: Page, y: float, traced: list[Traced], layers: list[int], names: list[str]) -> float:
+    """A row for each photo: the photo, and its map at each layer; long rows are broken. Returns the y below."""
+    pitch = (INNER + GAP / 2) / STRIP
+    for name, part in zip(names, traced, strict=True):
+        photo = part.reading.photo
+        width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.3)
+        small = shrink(photo, width, height)
+        cells = [(excerpt(name, (0, 0), 14)[0] if len(traced) > 1 else "photo", np.asarray(small))]
+        cells += [(f"layer {layer}", functools.partial(draw_layer, small, part.maps, layer, True)) for layer in layers]
+        for i in range(0, len(cells), STRIP):
+            for j, (label, picture) in enumerate(cells[i : i + STRIP]):
+                middle = MARGIN + (j + 0.5) * pitch - GAP / 4
+                page.text(middle, y, label, SMALL, ha="center")
+                picture = picture() if callable(picture) else picture
+                page.picture(middle - width / 2, y + BAND, width, height, picture)
+            y += BAND + height + GAP / 2
+    return y
+
+
+def flow_lines(axes, attention: np.ndarray, groups: dict[str, slice], rows: int) -> None:
+    """Lines from the tokens (top to bottom: system, image, user, answer) to the answer on the right, as broad as their
+    attention (L,): of the image one for each row of its grid, of long texts one for several tokens.
+    """
+    parts = []
+    for name, part in groups.items():
+        values = attention[part]
+        count = min(rows if name == "image" else LINES, len(values))
+        parts += [(name, piece.sum()) for piece in np.array_split(values, max(count, 1))]
+        parts.append((None, 0.0))  # a gap
+    heights = np.linspace(1, 0, len(parts))
+    shown = [(height, name, value) for height, (name, value) in zip(heights, parts, strict=True) if name]
+    lines = LineCollection(
+        [[(0, height), (0.35, height), (1, 0.5)] for height, _, _ in shown],
+        linewidths=[BROADEST * value for _, _, value in shown],
+        colors=[COLOURS[name] for _, name, _ in shown],
+        alpha=0.75,
+    )
+    axes.add_collection(lines)
+    for height, name, _ in shown:
+        axes.plot([-0.03], [height], marker="s", markersize=1.6, color=COLOURS[name])
+    axes.set(xlim=(-0.08, 1.02), ylim=(-0.03, 1.03))
+    axes.spines[:].set_visible(False)
+
+
+def draw_flow(traced: list[Traced], names: list[str], layers: list[int]) -> np.ndarray:
+    """Maps by layer, the shares of attention and gradient under them, and flow lines; uint8 RGB."""
+    settings = traced[0].maps.settings
+    heads = text_rows(traced[0].maps) if len(traced) == 1 else _heads([part.reading for part in traced], names)
+    page = Page(WIDTH, "".join(text for _, text, _ in heads) + "".join(names))
+    y = header(page, MARGIN, MARGIN, "Information flow: what the answer reads, layer by layer", heads) + GAP
+    y = strips(page, y, traced, layers, names) + GAP
+
+    y = _legend(page, y, COLOURS)
+    shares, per_token, gradients = curves_by_layer(traced)
+    pitch = (INNER + 0.15) / 3
+    for i, (title, rows, style) in enumerate(
+        (
+            ("Attention, share of the group", shares, {"ylim": (-0.02, 1.02)}),
+            ("Attention, per token", per_token, {"yscale": "log"}),
+            ("|gradient × input|, share", gradients, {"ylim": (-0.02, 1.02)}),
+        )
+    ):
+        axes = page.plot(MARGIN + 0.35 + i * pitch, y, *PLOT, title, xlabel="layer")
+        _curves(axes, rows, COLOURS)
+        axes.set(**style)
+        if "yscale" in style:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+    y += BAND + PLOT[1] + 0.45
+
+    shown, first = spread(layers, 6), traced[0]
+    page.text(MARGIN, y, "Flow lines" if len(traced) == 1 else f"Flow lines of {names[0]}", TEXT, weight="bold")
+    y += TEXT * LINE + GAP / 2
+    width = (INNER + GAP) / 6
+    for i, layer in enumerate(shown):
+        page.text(MARGIN + i * width + (width - GAP) / 2, y, f"layer {layer}", SMALL, ha="center")
+        axes = page.axes(MARGIN + i * width, y + BAND, width - GAP, 1.5)
+        flow_lines(axes, first.attention[layer], token_groups(first.reading), first.reading.grid[0])
+    y += BAND + 1.5 + 2 * GAP
+    caption = (
+        "Left: attention of the positions that predict the explained tokens, mean over heads, renormalised over "
+        "system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). Middle: the same for each token of the "
+        "group, with the answer's own. Right: share of each group in the sum of |gradient × hidden state| at the layer. Flow "
+        "lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as their attention. "
+        "Maps are scaled by their own maximum (red). "
+        f"Maps and gradients: {method_title(settings)}. {settings_text(settings)}"
+    )
+    return page.finish(small_print(page, y, caption))
+
+
+def draw_attention_maps(reading: Reading, maps: TokenMaps, attention: dict[int, np.ndarray], edges) -> np.ndarray:
+    """Attention between stretches of positions at each layer, in logarithmic colours; uint8 RGB."""
+    heads, groups = text_rows(maps), token_groups(reading)
+    page = Page(WIDTH, "".join(text for _, text, _ in heads))
+    y = header(page, MARGIN, MARGIN, "Attention between prompt, image and answer", heads) + GAP
+    columns = min(3, len(attention))
+    pitch, side = (INNER - 0.3) / 3, (INNER - 0.3) / 3 - 0.35
+    low = max(-6, int(np.floor(np.log10(min(values[values > 0].min() for values in attention.values())))))
+    left = (WIDTH - columns * pitch) / 2 + 0.25
+    borders = [np.searchsorted(edges, part.start) for part in groups.values()] + [len(edges) - 1]
+    for i, (layer, values) in enumerate(attention.items()):
+        x, top = left + i % columns * pitch, y + i // columns * (BAND + side + 0.3)
+        page.text(x + side / 2, top, f"layer {layer}", SMALL, ha="center")
+        axes = page.axes(x, top + BAND, side, side)
+        logs = np.full(values.shape, np.nan)
+        np.log10(values, out=logs, where=values > 0)
+        logs[np.triu_indices(len(logs), 1)] = np.nan  # keys behind their queries
+        axes.set_facecolor("0.9")
+        axes.imshow(logs.clip(low), cmap="viridis", vmin=low, vmax=0, aspect="auto", interpolation="nearest")
+        for border in borders[1:-1]:
+            axes.axhline(border - 0.5, color="white", linewidth=0.6)
+            axes.axvline(border - 0.5, color="white", linewidth=0.6)
+        middles = [(a + b) / 2 - 0.5 for a, b in zip(borders, borders[1:], strict=False)]
+        axes.set_xticks(middles, [name[0].upper() for name in groups])
+        axes.set_yticks(middles, [name[0].upper() for name in groups])
+    y += -(-len(attention) // columns) * (BAND + side + 0.3) + GAP
+    ticks = np.arange(low, 1)
+    axes = page.axes((WIDTH - 3.2) / 2, y, 3.2, 0.11)
+    axes.imshow(colormaps["viridis"](np.linspace(0, 1, 256))[None], aspect="auto", extent=(low, 0, 0, 1))
+    axes.set_xticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
+    y += 0.11 + SMALL * LINE + 2 * GAP
+    caption = (
+        "Rows attend to columns: S system, I image, U user, A answer. Mean over heads, averaged over stretches of "
+        f"{int(np.diff(edges).max())} positions at most, keys behind a query counting as none; grey: only such keys."
+    )
+    return page.finish(small_print(page, y, caption))
+
+
+def tap_modules(model, layers: list[int]) -> dict[str, dict[int, object]]:
+    """{tap: {layer: what `explain` takes}} of figure 7 of "From Redundancy to Relevance"."""
+    decoder = get_model_layers(model)[0]
+    return {
+        tap: {layer: layer if tap == "input" else decoder[layer].get_submodule(tap) for layer in layers}
+        for tap in TAP_NAMES
+    }
+
+
+def draw_taps(reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, object]], merger: str) -> np.ndarray:
+    """The map at each tap (rows) of each layer (columns), and at the vision tower's merger; uint8 RGB."""
+    heads, photo = text_rows(maps), reading.photo
+    page = Page(WIDTH, "".join(text for _, text, _ in heads))
+    y = header(page, MARGIN, MARGIN, "One photo at every tap", heads) + GAP
+    layers = list(keys["input"])
+    pitch = (INNER - BAND + GAP / 2) / (len(layers) + 1)
+    width, height = fit_box(photo.width / photo.height, min(pitch, 1.6) - GAP / 2, 1.5)
+    small, x = shrink(photo, width, height), MARGIN + BAND
+    for row, (tap, found) in enumerate(keys.items()):
+        top = y + row * (BAND + height + GAP)
+        page.text(
+            MARGIN + 0.06, top + BAND + height / 2, TAP_NAMES[tap], SMALL - 1, rotation=90, ha="center", va="center"
+        )
+        for i, (layer, key) in enumerate(found.items(), 1):
+            page.text(x + i * pitch + width / 2, top, f"layer {layer}", SMALL, ha="center")
+            page.picture(x + i * pitch, top + BAND, width, height, draw_layer(small, maps, key, overlay=True))
+    for row, (label, picture) in enumerate(
+        (("photo", np.asarray(small)), ("merger", draw_layer(small, maps, merger, overlay=True)))
+    ):
+        top = y + row * (BAND + height + GAP)
+        page.text(x + width / 2, top, label, SMALL, ha="center")
+        page.picture(x, top + BAND, width, height, picture)
+    y += len(keys) * (BAND + height + GAP) + GAP
+    caption = (
+        "Rows: where the layer is read; merger: the image tokens before the decoder. Each map is scaled by its own "
+        f"maximum (red); grey: no gradient. {settings_text(maps.settings, 'the named places')}"
+    )
+    return page.finish(small_print(page, y, caption))
+
+
+def _severed_heads(severed: Severed) -> list[tuple]:
+    """Rows of the header of one photo: what was asked, answered and explained."""
+    reading, part = severed.reading, severed.explained
+    words = " ".join(f"“{reading.answer[slice(*reading.spans[i])].strip()}”" for i in part)
+    which = f"{len(part)} of {len(reading.tokens)} tokens: {excerpt(words, (0, 0), 200)[0]}"
+    rows = [("Prompt", reading.prompt), ("Answer", reading.answer), ("Explained", which)]
+    return [(label, excerpt(text, (0, 0), 300)[0], (0, 0)) for label, text in rows]
+
+
+def _legend_below(axes) -> None:
+    style = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "ncols": 2, "borderaxespad": 0}
+    axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.8, labelspacing=0.25, columnspacing=1, **style)
+
+
+def draw_knockout(
+    severed: list[Severed], names: list[str], curves: dict[str, np.ndarray], what: str, window: int | None, finding: str
+) -> np.ndarray:
+    """What is left when the image is hidden from a layer on, its cliff and, if windows were run, their effect."""
+    heads = _severed_heads(severed[0]) if len(severed) == 1 else _heads([part.reading for part in severed], names)
+    page = Page(WIDTH, "".join(text for _, text, _ in heads) + "".join(names))
+    y = MARGIN
+    if len(severed) == 1:
+        photo = severed[0].reading.photo
+        width, height = fit_box(photo.width / photo.height, 1.6, 1.2)
+        page.picture(MARGIN, y, width, height, np.asarray(shrink(photo, width, height)))
+        y = max(header(page, MARGIN + width + 2 * GAP, y, "Knockout: what the answer needs", heads), y + height)
+    else:
+        y = header(page, MARGIN, y, "Knockout: what the answers need", heads)
+    y += 2 * GAP
+    windows = list(severed[0].windows)
+    width, height = (INNER - 1.05) / 2 if windows else 4.2, 1.9
+    left = MARGIN + 0.45 if windows else (WIDTH - width) / 2
+    style = {"xlabel": "image hidden from layer … on", "ylabel": what, "ylim": (-0.02, 1.04)}
+    axes = page.plot(left, y, width, height, "Truncation", **style)
+    (main, values), *others = curves.items()
+    cliff = find_cliff(values.mean(0))
+    if cliff is not None:
+        axes.axvspan(find_onset(values.mean(0)), cliff, color="#fff3c4", linewidth=0)
+        axes.axvline(cliff, color="black", linewidth=0.8, linestyle="--")
+        side = "right" if cliff > values.shape[1] / 2 else "left"
+        shift = -0.012 if side == "right" else 0.012
+        axes.text(cliff + shift * values.shape[1], 0.02, f"cliff: {cliff}", size=SMALL, ha=side, va="bottom")
+    x = np.arange(values.shape[1])
+    if len(values) > 1 and what != "accuracy":
+        axes.plot(x, values.T, color="#d55e00", linewidth=0.4, alpha=0.4)
+    axes.plot(x, values.mean(0), color="#d55e00", linewidth=1.4, label=main)
+    for (name, other), colour in zip(others, ("#0072b2",), strict=False):
+        axes.plot(x, other.mean(0), color=colour, linewidth=1.2, linestyle="--", label=name)
+    if others:
+        _legend_below(axes)
+    if windows:
+        title = f"Attention blocked in {window} layers"
+        axes = page.plot(left + width + 0.55, y, width, height, title, xlabel="around layer …", ylabel="change of p, %")
+        axes.axhline(0, color="0.6", linewidth=0.6)
+        for name, (colour, line) in zip(windows, EDGE_STYLES, strict=False):
+            mean = np.mean([change(part, name) for part in severed], axis=0)
+            axes.plot(np.arange(len(mean)), mean, color=colour, linestyle=line, linewidth=1.2, label=name)
+        _legend_below(axes)
+    y += BAND + height + 0.45 + (0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if others else 0) + GAP
+    caption = (
+        f"{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the attention mask; "
+        f"positions stay. Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value is kept, wherever "
+        "hiding begins; yellow: the layers that read the image."
+    )
+    if windows:
+        caption += (
+            f" Right: in {window} layers around each, what stands behind the arrow cannot attend to what stands before "
+            "it; change of the probability of the explained tokens."
+        )
+    return page.finish(small_print(page, y, caption))
+
+
+def curves_by_layer(traced: list[Traced]) -> tuple[dict, dict, dict]:
+    """{group: (photos, K)} of attention shares after eq. 7, attention per token, and gradient shares."""
+    found = []
+    for part in traced:
+        groups = token_groups(part.reading)
+        sums = {name: part.attention[:, where].sum(-1) for name, where in groups.items()}
+        sizes = {name: where.stop - where.start for name, where in groups.items()}
+        found.append(
+            (
+                group_sums(part.attention, groups, ("system", "image", "user")),
+                {name: value / max(sizes[name], 1) for name, value in sums.items()},
+                group_sums(part.gradient, groups),
+            )
+        )
+    return tuple({name: np.stack([one[name] for one in kind]) for name in kind[0]} for kind in zip(*found, strict=True))
+
+
+# the modes
+
+
+def forecast(readings: list[Reading], forwards: float) -> str:
+    """How long so many forward passes of each photo will take, from one of the first."""
+    with borrowed(readings[0].model), memory_explained(len(readings[0].positions)):
+        start = time.monotonic()
+        embed(readings[0])
+    each = time.monotonic() - start
+    total = forwards * len(readings)
+    return f"expected: the time of about {total:.0f} forward passes, {each:.2f} s each: {each * total / 60:.1f} minutes"
+
+
+def trace(
+    readings: list[Reading], names: list[str], spans: list[tuple[int, int]], layers: list[int], settings: Settings, *,
+    attention_map=False, taps=False, quiet=False,
+) -> tuple[dict[str, object], list[str]]:  # fmt: skip
+    """({file name: content}, findings in lines) of the mode flow: see the module's table of figures.
+
+    `names` are those of the photos; `spans` are (start, end) in characters of each answer.
+    """
+    if not quiet:
+        passes = 2 + 2.2 * settings.num_samples * (1 + taps) + 2 * attention_map
+        print(forecast(readings, passes), flush=True)
+    bar = show_progress(quiet)
+    traced = [trace_photo(reading, span, settings, bar) for reading, span in zip(readings, spans, strict=True)]
+    files = {
+        "information_flow.png": functools.partial(draw_flow, traced, names, layers),
+        "information_flow.csv": to_csv(flow_rows(traced, names)),
+        "information_flow.npz": flow_arrays(traced, names),
+    }
+    shares, _, gradients = curves_by_layer(traced)
+    sizes = {name: np.mean([_size(part.reading, name) for part in traced]) for name in shares}
+    means = [{name: values.mean(0) for name, values in kind.items()} for kind in (shares, gradients)]
+    lines = flow_findings(means[0], sizes, means[1])
+    if attention_map:
+        shown = attention_maps(readings[0], layers)
+        files["attention_maps.png"] = functools.partial(draw_attention_maps, readings[0], traced[0].maps, *shown)
+    if taps:
+        files["taps.png"] = draw_tapped(readings[0], spans[0], layers, settings, bar)
+    return files, lines
+
+
+def _size(reading: Reading, name: str) -> int:
+    part = token_groups(reading)[name]
+    return max(part.stop - part.start, 1)
+
+
+def draw_tapped(reading: Reading, span, layers: list[int], settings: Settings, progress=None) -> Callable:
+    """What draws the map of every tap of the layers, six at most, from one pass for all."""
+    taken = tap_modules(reading.model, spread(layers, 6))
+    merger = reading.model.model.visual.merger
+    modules = [module for found in taken.values() for module in found.values()]
+    (maps,) = explain(reading, [span], [*modules, merger], replace(settings, tap="input"), progress)
+    names = {module: name for name, module in reading.model.named_modules()}
+    keys = {tap: {k: names.get(module, module) for k, module in found.items()} for tap, found in taken.items()}
+    return functools.partial(draw_taps, reading, maps, keys, names[merger])
+
+
+def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:
+    """Rows of information_flow.csv, one for each photo and layer."""
+    rows = []
+    for i, (name, part) in enumerate(zip(names, traced, strict=True)):
+        sums = {group: part.attention[:, where].sum(-1) for group, where in token_groups(part.reading).items()}
+        shares, per_token, gradients = ({g: v[0] for g, v in kind.items()} for kind in curves_by_layer([traced[i]]))
+        kinds = {"attention": sums, "share": shares, "per_token": per_token, "gradient": gradients}
+        for layer in range(len(part.attention)):
+            row = {"photo": name, "layer": layer}
+            row |= {f"{k}_{group}": f"{v[layer]:.4g}" for k, kind in kinds.items() for group, v in kind.items()}
+            rows.append(row)
+    return rows
+
+
+def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]:
+    """information_flow.npz: of each photo i attention_i and gradient_i (K, L), maps_i (K, H, W), groups_i (4, 2)."""
+    arrays = {"photos": np.array(names), "groups": np.array(list(COLOURS))}
+    arrays["settings"] = np.array(json.dumps(asdict(traced[0].maps.settings)))
+    for i, part in enumerate(traced):
+        where = token_groups(part.reading).values()
+        arrays |= {f"attention_{i}": part.attention, f"gradient_{i}": part.gradient}
+        arrays[f"maps_{i}"] = np.stack(list(part.maps.maps.values()))
+        arrays[f"groups_{i}"] = np.array([(piece.start, piece.stop) for piece in where])
+        arrays[f"answer_{i}"] = np.array(part.reading.answer)
+    return arrays
+
+
+def sever(
+    readings: list[Reading], names: list[str], spans: list, *, window=None, keep=None, mask=None, accuracy=False,
+    batch_size=8, quiet=False,
+) -> tuple[dict[str, object], list[str]]:  # fmt: skip
+    """({file name: content}, findings in lines) of the mode knockout.
+
+    `spans` are (start, end) of each answer, or None: the tokens that need the photo. With `accuracy`, the answers are
+    the right ones, and what counts is whether the model would give them. Other arguments are those of `sever_photo`.
+    """
+    total = get_model_layers(readings[0].model)[1]
+    if not quiet:
+        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else 3 if mask is None else 7)
+        length, groups = _length(readings[0]), token_groups(readings[0])
+        share = (length - groups["image"].stop) / length
+        print(f"{runs} runs of each photo; {forecast(readings, 2 + runs * share)}", flush=True)
+    options = {"window": window, "keep": keep, "mask": mask, "batch_size": batch_size}
+    severed = []
+    for reading, span in zip(readings, spans, strict=True):
+        bar = show_progress(quiet or len(readings) > 1, "blocked runs", "batch")
+        severed.append(sever_photo(reading, span, progress=bar, **options))
+    what = "accuracy" if accuracy else "probability of the explained tokens"
+    if accuracy:
+        curves = {"image hidden": np.array([part.right for part in severed], float)}
+    else:
+        curves = {"image hidden": np.array([truncated(part, part.removed) for part in severed])}
+        if keep is not None:
+            kept = np.array([truncated(part, part.kept) for part in severed])
+            curves[f"all but {keep} tokens hidden"] = kept
+    main = curves["image hidden"]
+    finding = truncation_finding(main, what)
+    lines = [finding]
+    if keep is not None and not accuracy:
+        lines.append(
+            f"but for the {keep} image tokens with most attention in the layer before: "
+            + truncation_finding(kept, what)
+        )
+    for edge in severed[0].windows:
+        mean = np.mean([change(part, edge) for part in severed], axis=0)
+        worst = int(np.abs(mean).argmax())
+        around = range(max(0, worst - window // 2), min(total, worst + -(-window // 2)))
+        most = f"{mean[worst]:+.1f} % at most, blocked in layers {around[0]}-{around[-1]}"
+        lines.append(f"{edge}: {most if abs(mean[worst]) >= 0.05 else 'no change in any window'}")
+    files = {
+        "knockout.png": functools.partial(draw_knockout, severed, names, curves, what, window, finding),
+        "knockout.csv": to_csv(knockout_rows(severed, names)),
+        "knockout.npz": knockout_arrays(severed, names),
+    }
+    return files, lines
+
+
+def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
+    """Rows of knockout.csv: what was blocked, of which photo, from or around which layer, and what is left."""
+    rows = []
+    for name, part in zip(names, severed, strict=True):
+        for kind, values in (("hidden from", part.removed), ("all but the kept hidden from", part.kept)):
+            for layer, value in enumerate(truncated(part, values) if values is not None else ()):
+                row = {"blocked": kind, "photo": name, "layer": layer, "probability": float(value)}
+                rows.append(row | ({"right": int(part.right[layer])} if kind == "hidden from" else {}))
+        for edge in part.windows:
+            left = part.windows[edge][:, part.explained].mean(1)
+            pairs = zip(left, change(part, edge), strict=True)
+            rows += [
+                {"blocked": edge, "photo": name, "layer": i, "probability": float(p), "change_percent": float(c)}
+                for i, (p, c) in enumerate(pairs)
+            ]
+    return rows
+
+
+def knockout_arrays(severed: list[Severed], names: list[str]) -> dict[str, np.ndarray]:
+    """knockout.npz: of each photo i removed_i (K + 1, A), windows_i (edges, K, A), explained_i (T,) and the tokens."""
+    arrays = {"photos": np.array(names), "edges": np.array(list(severed[0].windows))}
+    for i, part in enumerate(severed):
+        arrays |= {f"removed_{i}": part.removed, f"right_{i}": part.right, f"explained_{i}": np.array(part.explained)}
+        arrays |= {f"tokens_{i}": np.array(part.reading.tokens), f"answer_{i}": np.array(part.reading.answer)}
+        if part.kept is not None:
+            arrays[f"kept_{i}"] = part.kept
+        if part.windows:
+            arrays[f"windows_{i}"] = np.stack(list(part.windows.values()))
+    return arrays
