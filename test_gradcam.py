@@ -19,6 +19,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without more ado, until `main` can tidy up
@@ -31,17 +32,36 @@ FOLDERS = {  # of each mode
     "comparative": "comparative",
     "words": "words",
     "evaluate": "evaluate",
+    "flow": "flow",
+    "knockout": "knockout",
 }
-WITH_LAYERS = ("grid", "multi", "words", "evaluate")
+WITH_LAYERS = ("grid", "multi", "words", "evaluate", "flow")
+OF_PHOTOS = ("flow", "knockout")  # modes of one or several photos
 MODES_OF_FLAG = {  # flags that act in some modes only
     "--layer": ("single",),
     **dict.fromkeys(("--layers", "--layer_range"), WITH_LAYERS),
     "--words": ("words",),
+    **dict.fromkeys(("--target", "--target_occurrence"), [mode for mode in FOLDERS if mode != "words"]),
+    "--contrast": [mode for mode in FOLDERS if mode not in ("words", "knockout")],
     **dict.fromkeys(
-        ("--target", "--target_occurrence", "--contrast", "--save_raw"), [mode for mode in FOLDERS if mode != "words"]
+        ("--num_samples", "--noise_std", "--seed", "--method", "--score", "--rules", "--tap"),
+        [mode for mode in FOLDERS if mode != "knockout"],
     ),
-    **dict.fromkeys(("--mask", "--baseline", "--steps", "--batch_size", "--randomize", "--compare"), ("evaluate",)),
+    "--save_raw": [mode for mode in FOLDERS if mode not in ("words", *OF_PHOTOS)],
+    **dict.fromkeys(("--mask", "--batch_size"), ("evaluate", "knockout")),
+    **dict.fromkeys(("--baseline", "--steps", "--randomize", "--compare"), ("evaluate",)),
+    **dict.fromkeys(("--attention_maps", "--taps"), ("flow",)),
+    **dict.fromkeys(("--window", "--keep", "--answers"), ("knockout",)),
 }
+ASKED_BY_LIST = (
+    "--image_path",
+    "--prompt",
+    "--answer",
+    "--max_new_tokens",
+    "--target",
+    "--target_occurrence",
+    "--mask",
+)
 LAYER_NAMES = ("auto", "early", "middle", "late", "all")
 CHOICES = {  # as the modules have them, whose import takes too long for --help
     "score": ("logit", "logprob"),
@@ -50,12 +70,13 @@ CHOICES = {  # as the modules have them, whose import takes too long for --help
     "tap": ("input", "output", "post_attention_layernorm"),
     "baseline": ("blur", "mean", "black"),
 }
-PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask")
+PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask", "answers")
 SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")  # flags of the same name
 EXAMPLES = """examples:
   python test_gradcam.py --mode single --layer 27
   python test_gradcam.py --mode grid --layers all --num_samples 3
   python test_gradcam.py --mode multi --layers 6 12 18 27 --method hirescam --score logprob
+  python test_gradcam.py --mode knockout --target dog --window 9
 """
 
 
@@ -102,14 +123,21 @@ def make_parser() -> argparse.ArgumentParser:
         "--mode",
         choices=FOLDERS,
         default="single",
-        help="one layer, a range, chosen layers, thirds compared, every word of the answer, or measures of the maps",
+        help="one layer, a range, chosen layers, thirds compared, every word of the answer, measures of the maps, what "
+        "the answer reads of the photo by layer, or what it needs",
     )
     layers = {"type": _layers, "nargs": "+", "metavar": "LAYERS"}
     add("--layer", type=int, help="single mode: index, negative ones count from the end (default: the middle layer)")
     add("--layers", **layers, help=f"{', '.join(WITH_LAYERS)} mode: {', '.join(LAYER_NAMES)}, or layer indices")
     add("--layer_range", **layers, help="the same (default: auto, six layers)")
     add("--model_path", default=str(HERE / "demo_model"), help="model folder, or a name on the Hugging Face hub")
-    add("--image_path", default=str(HERE / "demo.jpeg"), help="photo to explain")
+    add(
+        "--image_path",
+        nargs="+",
+        default=[str(HERE / "demo.jpeg")],
+        metavar="IMAGE_PATH",
+        help=f"photo to explain; {', '.join(OF_PHOTOS)} mode: one or several",
+    )
     add("--prompt", default="Describe the main content in this image in detail.", help="question about the photo")
     add("--num_samples", type=int, default=10, help="noisy copies: 3-5 preview, 10 standard, 20-50 high quality")
     add("--noise_std", type=float, default=0.15, help="noise in shares of the pixel range; 0 is plain Grad-CAM")
@@ -138,12 +166,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--tap", choices=CHOICES["tap"], help="where a layer is read (default: input; of paper: the last)")
     add("--max_pixels", type=int, default=1_000_000, help="cap on the photo's pixels; never raises the model's own")
-    add("--mask", help="evaluate mode: image of the photo's size, white where the explained object is")
+    add(
+        "--mask",
+        help="evaluate mode, knockout with --window: image of the photo's size, white where the explained object is",
+    )
     add("--baseline", choices=CHOICES["baseline"], default="blur", help="evaluate mode: what removed image tokens show")
     add("--steps", type=int, default=64, help="evaluate mode: steps of insertion and deletion")
-    add("--batch_size", type=int, default=8, help="evaluate mode: pictures run through the model at once")
+    add("--batch_size", type=int, default=8, help="evaluate, knockout mode: runs through the model at once")
     add("--randomize", action="store_true", help="evaluate mode: also re-draw the weights of a copy, and compare maps")
     add("--compare", action="store_true", help="evaluate mode: measure the maps of all methods beside each other")
+    add("--attention_maps", action="store_true", help="flow mode: also draw attention between all positions")
+    add("--taps", action="store_true", help="flow mode: also draw the maps at every module where a layer can be read")
+    add("--window", type=int, help="knockout mode: also block image, question and answer in so many layers around each")
+    add("--keep", type=int, help="knockout mode: also leave so many image tokens, those with most attention, visible")
+    add("--answers", help="knockout mode: a .jsonl of {image, prompt, answer}; the accuracy is measured over it")
     add("--save_raw", action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="what the libraries report, and the traceback of an error")
@@ -169,7 +205,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         if flag in given and args.mode not in modes:
             instead = "use --words" if flag.startswith("--target") else "it cannot act"
             if flag == "--save_raw":
-                instead = "maps.npz is always written"
+                instead = "an .npz is always written"
             if flag.startswith("--layer"):
                 thirds = "early, middle and late layers are chosen automatically"
                 own = {"single": "use --layer", "comparative": thirds}
@@ -181,9 +217,20 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     args.layers = [part for parts in args.layers or args.layer_range or [["auto"]] for part in parts]
     if len(args.layers) > 1 and any(isinstance(part, str) for part in args.layers):
         raise ValueError(f"{flag} takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
-    for flag in ("num_samples", "max_new_tokens", "max_pixels", "target_occurrence", "steps", "batch_size"):
-        if not 1 <= getattr(args, flag) < 2**63:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be 1 or more, and below 2^63")
+    counts = (
+        "num_samples",
+        "max_new_tokens",
+        "max_pixels",
+        "target_occurrence",
+        "steps",
+        "batch_size",
+        "window",
+        "keep",
+    )
+    for flag in counts:
+        value = getattr(args, flag)
+        if value is not None and not 1 <= value < 2**63:
+            raise ValueError(f"--{flag} {value} must be 1 or more, and below 2^63")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")
     if not 0 <= args.noise_std <= 1:
@@ -193,10 +240,23 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     for flag in ("--method", "--randomize", "--save_raw"):
         if args.compare and flag in given:
             raise ValueError(f"{flag} cannot act beside --compare, which measures all methods")
+    for flag in ASKED_BY_LIST:
+        if args.answers is not None and flag in given:
+            raise ValueError(f"{flag} cannot act beside --answers: the list has the photos, prompts and answers")
+    if len(args.image_path) > 1 and args.mode not in OF_PHOTOS:
+        modes = ", ".join(OF_PHOTOS)
+        given = len(args.image_path)
+        raise ValueError(f"--image_path takes one photo in {args.mode} mode, and {given} are given ({modes}: several)")
+    if args.mask is not None and args.mode == "knockout":
+        if args.window is None:
+            raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")
+        if len(args.image_path) > 1:
+            raise ValueError("--mask is of one photo: give one --image_path")
     if args.answer is not None and "--max_new_tokens" in given:
         raise ValueError("--max_new_tokens cannot act beside --answer: nothing is generated")
-    for flag in ("prompt", "answer", "target", "contrast", "words", *PATH_FLAGS):
-        text = getattr(args, flag)
+    texts = [(flag, getattr(args, flag)) for flag in ("prompt", "answer", "target", "contrast", "words", *PATH_FLAGS)]
+    texts = [(flag, text) for flag, text in texts if flag != "image_path"]
+    for flag, text in texts + [("image_path", path) for path in args.image_path]:
         if text is not None and not text.strip():
             raise ValueError(f"--{flag} {text!r} is empty: give a {'path' if flag in PATH_FLAGS else 'text'}")
         if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
@@ -477,8 +537,8 @@ def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.
     from importlib.metadata import version
 
     records = ("grid", "prompt", "answer", "tokens", "target", "target_span", "target_tokens")
-    asked = ("mode", "model_path", "image_path", "max_pixels", "dtype", "max_new_tokens")
-    asked = {name: getattr(args, name) for name in asked}
+    asked = ("mode", "model_path", "max_pixels", "dtype", "max_new_tokens")
+    asked = {name: getattr(args, name) for name in asked} | {"image_path": args.image_path[0]}
     return {name: np.array(getattr(token_maps, name)) for name in records} | {
         "maps": np.stack(list(token_maps.maps.values())),
         "layers": np.array(list(token_maps.maps)),
@@ -502,10 +562,46 @@ def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str,
         raise ValueError(f"--layer{'' if args.mode == 'single' else 's'}: {exc}") from exc
 
 
-def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
-    """Check, load, explain, draw and write; returns the answer, the files, and what is to be said."""
-    photo = load_photo(args.image_path)
-    mask = None if args.mask is None else read_mask(args.mask, photo.size)
+class Asked(NamedTuple):
+    """A question about a photo, and the answer that is to be explained, the model's own for None."""
+
+    name: str
+    photo: Image.Image
+    prompt: str
+    answer: str | None
+
+
+def asked_by(args: argparse.Namespace) -> list[Asked]:
+    """What is to be read: a photo, several, or the list of --answers. Raises ValueError naming flag, file and line."""
+    if args.answers is None:
+        paths = args.image_path
+        return [Asked(Path(path).name, load_photo(path), args.prompt, args.answer) for path in paths]
+    path, found = Path(args.answers), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ValueError(f"--answers {path} cannot be read: {exc}") from exc
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            image, prompt, answer = (record[name] for name in ("image", "prompt", "answer"))
+            if not all(isinstance(text, str) and text.strip() for text in (image, prompt, answer)):
+                raise ValueError("image, prompt and answer must be texts that are not empty")
+            found.append(Asked(image, load_photo(str(path.parent / image)), prompt, answer))
+        except (ValueError, TypeError, KeyError) as exc:
+            why = f"there is no {exc}" if isinstance(exc, KeyError) else exc
+            raise ValueError(f"--answers {path}, line {number}: {why}") from exc
+    if not found:
+        raise ValueError(f"--answers {path} is empty: give lines of image, prompt and answer")
+    return found
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, str], list[Path], list[str]]:
+    """Check, load, explain, draw and write; returns {photo: the model's or given answer}, files, what is to be said."""
+    asked = asked_by(args)
+    mask = None if args.mask is None else read_mask(args.mask, asked[0].photo.size)
     if args.answer is not None:
         check_answer(args)
     device = resolve_device(args.device)
@@ -514,13 +610,19 @@ def run(args: argparse.Namespace) -> tuple[str, list[Path], list[str]]:
     with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir") as write:
         processor = load_processor(args.model_path, args.max_pixels)
         model = load_model(args.model_path, device, args.dtype)
-        reading = read(model, processor, photo, args.prompt, args.answer, args.max_new_tokens)
-        settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
-        if args.mode == "words":
-            files, lines = explain_words(args, reading, layers, settings)
+        readings = [read(model, processor, one.photo, one.prompt, one.answer, args.max_new_tokens) for one in asked]
+        if args.mode == "knockout":
+            files, lines = sever_photos(args, readings, [one.name for one in asked], mask)
         else:
-            files, lines = explain_target(args, reading, layers, settings, mask)
-        return reading.answer, write(files), lines
+            settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
+            if args.mode == "flow":
+                files, lines = trace_photos(args, readings, [one.name for one in asked], layers, settings)
+            elif args.mode == "words":
+                files, lines = explain_words(args, readings[0], layers, settings)
+            else:
+                files, lines = explain_target(args, readings[0], layers, settings, mask)
+        answers = {} if args.answers else {one.name: reading.answer for one, reading in zip(asked, readings, strict=True)}
+        return answers, write(files), lines
 
 
 def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[str]]:
@@ -576,7 +678,7 @@ def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
     from studies.words import draw_words, map_words, name_words, word_tokens
 
     word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet))
-    files = draw_words(reading.photo, Path(args.image_path).name, word_maps, *word_tokens(reading, word_maps))[1]
+    files = draw_words(reading.photo, Path(args.image_path[0]).name, word_maps, *word_tokens(reading, word_maps))[1]
     lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
     for layer in layers:
         if all(layer in word.blank for word in word_maps):
@@ -585,10 +687,45 @@ def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
     return files, lines
 
 
-def report(answer: str, paths: list[Path], lines: list[str]) -> None:
-    """Print the answer, what is to be said of it, and the files."""
+def find_targets(args, readings, names) -> list[tuple[int, int]]:
+    """The explained span of each answer. Raises ValueError naming the photo."""
+    spans = []
+    for reading, name in zip(readings, names, strict=True):
+        try:
+            spans.append(find_target(reading.answer, args.target, args.target_occurrence))
+        except ValueError as exc:
+            raise exc if len(readings) == 1 else ValueError(f"{name}: {exc}") from exc
+    return spans
+
+
+def trace_photos(args, readings, names, layers, settings) -> tuple[dict, list[str]]:
+    """The same of flow mode."""
+    from studies.information_flow import trace
+
+    spans = find_targets(args, readings, names)
+    options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet}
+    return trace(readings, names, spans, layers, settings, **options)
+
+
+def sever_photos(args, readings, names, mask) -> tuple[dict, list[str]]:
+    """The same of knockout mode."""
+    from studies.information_flow import sever
+
+    spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
+    options = {name: getattr(args, name) for name in ("window", "keep", "batch_size", "quiet")}
+    return sever(readings, names, spans, mask=mask, accuracy=args.answers is not None, **options)
+
+
+ANSWERS_SHOWN = 10
+
+
+def report(answers: dict[str, str], paths: list[Path], lines: list[str]) -> None:
+    """Print the answers, what is to be said of them, and the files."""
     here = Path.cwd()
-    print(f"answer: {answer}")
+    for name, answer in list(answers.items())[:ANSWERS_SHOWN]:
+        print(f"answer: {answer}" if len(answers) == 1 else f"{name}: {answer}")
+    if len(answers) > ANSWERS_SHOWN:
+        print(f"… and {len(answers) - ANSWERS_SHOWN} more answers")
     for line in [*lines, *(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}" for path in paths)]:
         print(line)
     if others := other_files(paths):

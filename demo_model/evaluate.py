@@ -3,7 +3,11 @@
 Each scene is described with the documented prompt, by the ordinary processor and greedy generation, and the answer is
 read back with a strict grammar: a word that is not one of the known phrases counts as an error. Prints, with 95 %
 intervals (Wilson), the share of objects named, of scenes with nothing invented, of objects named and placed right
-and, on a question of each kind per scene, of answers that are right to the letter.
+and, on a question of each kind per scene, of answers that are right to the letter. What is invented is what CHAIR
+counts (Rohrbach et al., 2018), and yes or no to "Is there a dog?" what POPE does (Li et al., 2023).
+
+With --hide_image_from LAYER, all of it again with the image's tokens hidden from that decoder layer on: table 1 of
+"From Redundancy to Relevance".
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 import argparse
 import platform
 import re
+import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +26,9 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+sys.path.append(str(Path(__file__).parent.parent))
+from studies.information_flow import image_hidden  # noqa: E402
 
 UNSEEN = 9_000_000  # seeds from here on are never drawn in training
 TOPICS = ("list", "where", "there", "count", "place", "beside")
@@ -80,6 +89,8 @@ def evaluate(model, processor, count: int, size=None) -> dict[str, tuple[int, in
             present = Counter(thing.kind for thing in scene.objects)
             note("scenes with nothing invented", Counter(names) <= present)  # a second mention is an invention too
             note("scenes described without any mistake", answer == scenes.describe(scene))
+            for kind in names:
+                note("mentioned objects that are there", kind in present)
             for thing in scene.objects:
                 note("objects named", thing.kind in names)
                 if thing.kind in names:
@@ -89,6 +100,8 @@ def evaluate(model, processor, count: int, size=None) -> dict[str, tuple[int, in
             given = answers(model, processor, pictures, [question for question, _ in asked])
             for (_, truth), answer in zip(asked, given, strict=True):
                 note(f"question '{topic}' answered right", answer == truth)
+                if topic == "there":
+                    note("yes or no right", answer.split(",")[0] == truth.split(",")[0])
     return {name: (right[name], total[name]) for name in total}
 
 
@@ -101,6 +114,7 @@ def main():
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of every scene, in pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", help="auto: the checkpoint's; bfloat16 is faster for larger models")
+    parser.add_argument("--hide_image_from", type=int, metavar="LAYER", help="also with the image hidden from there on")
     options = parser.parse_args()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         options.model_path, dtype=options.dtype, trust_remote_code=False, use_safetensors=True
@@ -109,8 +123,12 @@ def main():
     processor = AutoProcessor.from_pretrained(options.model_path, trust_remote_code=False)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{options.scenes} unseen scenes, {model.dtype}, {platform.machine()} {options.device}, {versions}")
-    for name, (right, total) in evaluate(model, processor, options.scenes, options.size).items():
-        print(f"{name:40s} {interval(right, total)}")
+    for layer in [None] if options.hide_image_from is None else [None, options.hide_image_from]:
+        print("the whole image" if layer is None else f"the image hidden from layer {layer} on")
+        with nullcontext() if layer is None else image_hidden(model, layer):
+            found = evaluate(model, processor, options.scenes, options.size)
+        for name, (right, total) in found.items():
+            print(f"  {name:40s} {interval(right, total)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ be fair, or in which an object is mostly hidden, are not made. Everything follow
 
     python demo_model/scenes.py build/scene.png --seed 7      # a scene, and scene_<object>_mask.png for each object
     python demo_model/scenes.py demo.jpeg --demo --masks build/masks      # the picture that comes with the project
+    python demo_model/scenes.py build/questions --questions 50      # 50 scenes, and questions.jsonl about them
 
 Legend: H, W pixels of the scene; h, w image tokens (28 x 28 pixels each: 2 x 2 patches of 14 pixels).
 """
@@ -13,6 +14,7 @@ Legend: H, W pixels of the scene; h, w image tokens (28 x 28 pixels each: 2 x 2 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -306,8 +308,11 @@ def strange_prompt(rng: np.random.Generator) -> str:
     return " ".join(words) + str(rng.choice(["", "?", ".", "!"]))
 
 
+TOPICS = ("describe", "list", "where", "there", "count", "place", "beside", "strange")
+
+
 def ask(scene: Scene, rng: np.random.Generator, topic: str) -> tuple[str, str]:
-    """One (question, true answer) on a topic: describe, list, where, there, count, place, beside or strange."""
+    """One (question, true answer) on one of TOPICS."""
     present = [thing.kind for thing in scene.objects]
     absent = [kind for kind in KINDS if kind not in present]
     any_kind = str(rng.choice(present if rng.random() < 0.6 else absent))
@@ -343,13 +348,33 @@ def demo_scene() -> Scene:
     )
 
 
+def write_questions(folder: Path, count: int, topic: str, seed: int) -> None:
+    """Scenes, and questions.jsonl: of each its file, a question and the right answer, of "there" its yes or no."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(seed, seed + count):
+        scene = make_scene(i)
+        Image.fromarray(scene.image).save(folder / f"scene_{i}.png")
+        prompt, answer = ask(scene, np.random.default_rng((i, len(topic))), topic)
+        answer = answer.split(",")[0] if topic == "there" else answer
+        lines.append(json.dumps({"image": f"scene_{i}.png", "prompt": prompt, "answer": answer}))
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Write a scene and the mask of each of its objects.")
-    parser.add_argument("path", type=Path, help="where the picture goes")
+    parser = argparse.ArgumentParser(description="Write a scene and the mask of each of its objects, or questions.")
+    parser.add_argument("path", type=Path, help="where the picture goes; with --questions, a folder")
     parser.add_argument("--masks", type=Path, help="folder of the masks (default: the picture's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--demo", action="store_true", help="the scene of demo.jpeg")
+    parser.add_argument(
+        "--questions", type=int, help="write so many scenes, and a question about each"
+    )
+    parser.add_argument("--topic", default="there", choices=TOPICS, help="of the questions")
     options = parser.parse_args()
+    if options.questions is not None:
+        write_questions(options.path, options.questions, options.topic, options.seed)
+        return
     scene = demo_scene() if options.demo else make_scene(options.seed)
     masks = options.masks or options.path.parent
     for folder in (options.path.parent, masks):

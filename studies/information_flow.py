@@ -418,8 +418,9 @@ class Severed(NamedTuple):
     reading: Reading
     explained: list[int]  # T indices of the answer's tokens
     removed: np.ndarray  # (K + 1, A): the image hidden from layer k on
-    right: np.ndarray  # (K + 1,) whether the greedy answer would still be this one
-    kept: np.ndarray | None  # (K + 1, A): the same but for the image tokens with most attention in the layer before
+    right: np.ndarray  # (K + 1,) bool: whether the greedy answer would begin with this one
+    kept: np.ndarray | None  # (K + 1, A): but for the image tokens with most attention in the layer before
+    kept_right: np.ndarray | None  # (K + 1,) bool
     windows: dict[str, np.ndarray]  # edge -> (K, A): blocked in a window of layers around each
 
 
@@ -448,6 +449,8 @@ def sever_photo(
     later = np.concatenate([user, answer])
     edges = [Edge(range(k, total), later, image) for k in range(total + 1)]
     if keep is not None:
+        if not 1 <= keep < len(image):
+            raise ValueError(f"keep={keep} must be 1 to {len(image) - 1}: the photo has {len(image)} image tokens")
         attention = attention_flow(reading, span)[:, image]  # (K, N)
         order = np.argsort(-attention, axis=1, kind="stable")
         rest = [image, *(image[np.sort(row[keep:])] for row in order)]  # before layer 0 nothing is known
@@ -463,15 +466,18 @@ def sever_photo(
             spans = (range(max(0, k - window // 2), min(total, k + -(-window // 2))) for k in range(total))
             edges += [Edge(layers, queries, keys) for layers in spans]
     probabilities, top = knockout(reading, edges, batch_size=batch_size, progress=progress)
-    removed, left = probabilities[: total + 1], probabilities[total + 1 :]
-    kept, left = (left[: total + 1], left[total + 1 :]) if keep is not None else (None, left)
+    right, removed, left = top.all(1), probabilities[: total + 1], probabilities[total + 1 :]
+    kept = kept_right = None
+    if keep is not None:
+        kept, left, kept_right = left[: total + 1], left[total + 1 :], right[total + 1 : 2 * total + 2]
     explained = reading.tokens_of(span) if span else tokens_that_need_the_photo(removed)
     return Severed(
         reading,
         explained or list(range(len(reading.tokens))),
         removed,
-        top[: total + 1].all(1),
+        right[: total + 1],
         kept,
+        kept_right,
         dict(zip(windowed, left.reshape(-1, total, left.shape[1]), strict=True)),
     )
 
@@ -588,12 +594,15 @@ TAP_NAMES = {
 
 
 def _heads(readings: list[Reading], names: list[str]) -> list[tuple]:
-    """Rows of the header of several photos: the prompt and, by name, the answers."""
-    rows = [("Prompt", excerpt(readings[0].prompt, (0, 0), 200)[0], (0, 0))]
-    shown = len(readings) if len(readings) <= 6 else 5
+    """Rows of the header of several photos: the prompt, where it is one, and by name the answers."""
+    alike = len({reading.prompt for reading in readings}) == 1
+    rows = [("Prompt", readings[0].prompt)] if alike else []
+    shown = len(readings) if len(readings) <= 5 else 4
     for name, reading in zip(names[:shown], readings, strict=False):
-        rows.append((excerpt(name, (0, 0), 12)[0], excerpt(reading.answer, (0, 0), 200)[0], (0, 0)))
-    return rows if shown == len(readings) else [*rows, ("…", f"and {len(readings) - shown} more photos", (0, 0))]
+        text = reading.answer if alike else f"{reading.prompt} {reading.answer}"
+        rows.append((f"{name[:4]}…{name[-4:]}" if len(name) > 9 else name, text))
+    rows += [("…", f"and {len(readings) - shown} more")] * (shown < len(readings))
+    return [(label, excerpt(text, (0, 0), 200)[0], (0, 0)) for label, text in rows]
 
 
 def _legend(page: Page, y: float, entries: dict[str, str]) -> float:
@@ -902,7 +911,7 @@ def trace(
     files = {
         "information_flow.png": functools.partial(draw_flow, traced, names, layers),
         "information_flow.csv": to_csv(flow_rows(traced, names)),
-        "information_flow.npz": flow_arrays(traced, names),
+        "information_flow.npz": flow_arrays(traced, names) | {"layers": np.array(layers)},
     }
     shares, _, gradients = curves_by_layer(traced)
     sizes = {name: np.mean([_size(part.reading, name) for part in traced]) for name in shares}
@@ -980,21 +989,16 @@ def sever(
         bar = show_progress(quiet or len(readings) > 1, "blocked runs", "batch")
         severed.append(sever_photo(reading, span, progress=bar, **options))
     what = "accuracy" if accuracy else "probability of the explained tokens"
-    if accuracy:
-        curves = {"image hidden": np.array([part.right for part in severed], float)}
-    else:
-        curves = {"image hidden": np.array([truncated(part, part.removed) for part in severed])}
-        if keep is not None:
-            kept = np.array([truncated(part, part.kept) for part in severed])
-            curves[f"all but {keep} tokens hidden"] = kept
-    main = curves["image hidden"]
-    finding = truncation_finding(main, what)
+    curves = {"image hidden": [part.right if accuracy else truncated(part, part.removed) for part in severed]}
+    if keep is not None:
+        but = f"all but {keep} tokens hidden"
+        curves[but] = [part.kept_right if accuracy else truncated(part, part.kept) for part in severed]
+    curves = {name: np.array(values, float) for name, values in curves.items()}
+    finding = truncation_finding(curves["image hidden"], what)
     lines = [finding]
-    if keep is not None and not accuracy:
-        lines.append(
-            f"but for the {keep} image tokens with most attention in the layer before: "
-            + truncation_finding(kept, what)
-        )
+    if keep is not None:
+        visible = f"with the {keep} image tokens that get most attention in the layer before left visible"
+        lines.append(f"{visible}: {truncation_finding(curves[but], what)}")
     for edge in severed[0].windows:
         mean = np.mean([change(part, edge) for part in severed], axis=0)
         worst = int(np.abs(mean).argmax())
@@ -1013,10 +1017,13 @@ def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
     """Rows of knockout.csv: what was blocked, of which photo, from or around which layer, and what is left."""
     rows = []
     for name, part in zip(names, severed, strict=True):
-        for kind, values in (("hidden from", part.removed), ("all but the kept hidden from", part.kept)):
+        for kind, values, right in (
+            ("image from", part.removed, part.right),
+            ("image but for the kept from", part.kept, part.kept_right),
+        ):
             for layer, value in enumerate(truncated(part, values) if values is not None else ()):
                 row = {"blocked": kind, "photo": name, "layer": layer, "probability": float(value)}
-                rows.append(row | ({"right": int(part.right[layer])} if kind == "hidden from" else {}))
+                rows.append(row | {"answer_right": int(right[layer])})
         for edge in part.windows:
             left = part.windows[edge][:, part.explained].mean(1)
             pairs = zip(left, change(part, edge), strict=True)
