@@ -621,7 +621,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, str], list[Path], list[str]
                 files, lines = explain_words(args, readings[0], layers, settings)
             else:
                 files, lines = explain_target(args, readings[0], layers, settings, mask)
-        answers = {} if args.answers else {one.name: reading.answer for one, reading in zip(asked, readings, strict=True)}
+        answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return answers, write(files), lines
 
 

@@ -367,9 +367,7 @@ def main():
     parser.add_argument("--masks", type=Path, help="folder of the masks (default: the picture's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--demo", action="store_true", help="the scene of demo.jpeg")
-    parser.add_argument(
-        "--questions", type=int, help="write so many scenes, and a question about each"
-    )
+    parser.add_argument("--questions", type=int, help="write so many scenes, and a question about each")
     parser.add_argument("--topic", default="there", choices=TOPICS, help="of the questions")
     options = parser.parse_args()
     if options.questions is not None:

@@ -245,7 +245,7 @@ def gradient_flow(reading: Reading, span: tuple[int, int] | None = None, setting
     """What every position contributes to the score of the span, |g_i . A_i|, (K, L) float32.
 
     A_i are the hidden states at position i where the layer is read (as `settings`, a `Settings`, has it; without noise
-    for None), g_i the gradient of the score there, mean over the noisy copies. By AttnLRP's rules, g_i . A_i is relevance.
+    for None), g_i the gradient of the score there, mean over noisy copies. By AttnLRP's rules, g_i . A_i is relevance.
     """
     return maps_and_gradients(reading, span, settings or Settings(use_smooth=False))[1]
 
@@ -398,6 +398,7 @@ def image_hidden(model, layer: int):
 # the two studies
 
 KEPT = 0.95  # of the full value: what counts as no loss
+EXPLAINED = 5  # photos whose explained tokens are told
 UNLIKELY = 0.01  # probability below which there is nothing that could be lost
 NEEDED = 0.2  # fall in probability from which on a token needs the photo (EAGLE's sensitive tokens)
 COVERED = 0.25  # share of an image token from which on it belongs to the object
@@ -593,14 +594,13 @@ TAP_NAMES = {
 }
 
 
-def _heads(readings: list[Reading], names: list[str]) -> list[tuple]:
-    """Rows of the header of several photos: the prompt, where it is one, and by name the answers."""
+def _heads(readings: list[Reading]) -> list[tuple]:
+    """Rows of the header of several photos: the prompt, where it is one, and the answers."""
     alike = len({reading.prompt for reading in readings}) == 1
     rows = [("Prompt", readings[0].prompt)] if alike else []
     shown = len(readings) if len(readings) <= 5 else 4
-    for name, reading in zip(names[:shown], readings, strict=False):
-        text = reading.answer if alike else f"{reading.prompt} {reading.answer}"
-        rows.append((f"{name[:4]}…{name[-4:]}" if len(name) > 9 else name, text))
+    for i, reading in enumerate(readings[:shown], 1):
+        rows.append((f"Photo {i}", reading.answer if alike else f"{reading.prompt} {reading.answer}"))
     rows += [("…", f"and {len(readings) - shown} more")] * (shown < len(readings))
     return [(label, excerpt(text, (0, 0), 200)[0], (0, 0)) for label, text in rows]
 
@@ -624,14 +624,14 @@ def _curves(axes, rows: dict[str, np.ndarray], colours: dict[str, str]) -> None:
         axes.plot(x, values.mean(0), color=colours[name], linewidth=1.3)
 
 
-def strips(page: Page, y: float, traced: list[Traced], layers: list[int], names: list[str]) -> float:
+def strips(page: Page, y: float, traced: list[Traced], layers: list[int]) -> float:
     """A row for each photo: the photo, and its map at each layer; long rows are broken. Returns the y below."""
     pitch = (INNER + GAP / 2) / STRIP
-    for name, part in zip(names, traced, strict=True):
+    for number, part in enumerate(traced, 1):
         photo = part.reading.photo
         width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.3)
         small = shrink(photo, width, height)
-        cells = [(excerpt(name, (0, 0), 14)[0] if len(traced) > 1 else "photo", np.asarray(small))]
+        cells = [("photo" if len(traced) == 1 else f"photo {number}", np.asarray(small))]
         cells += [(f"layer {layer}", functools.partial(draw_layer, small, part.maps, layer, True)) for layer in layers]
         for i in range(0, len(cells), STRIP):
             for j, (label, picture) in enumerate(cells[i : i + STRIP]):
@@ -668,13 +668,13 @@ def flow_lines(axes, attention: np.ndarray, groups: dict[str, slice], rows: int)
     axes.spines[:].set_visible(False)
 
 
-def draw_flow(traced: list[Traced], names: list[str], layers: list[int]) -> np.ndarray:
+def draw_flow(traced: list[Traced], layers: list[int]) -> np.ndarray:
     """Maps by layer, the shares of attention and gradient under them, and flow lines; uint8 RGB."""
     settings = traced[0].maps.settings
-    heads = text_rows(traced[0].maps) if len(traced) == 1 else _heads([part.reading for part in traced], names)
-    page = Page(WIDTH, "".join(text for _, text, _ in heads) + "".join(names))
+    heads = text_rows(traced[0].maps) if len(traced) == 1 else _heads([part.reading for part in traced])
+    page = Page(WIDTH, "".join(text for _, text, _ in heads))
     y = header(page, MARGIN, MARGIN, "Information flow: what the answer reads, layer by layer", heads) + GAP
-    y = strips(page, y, traced, layers, names) + GAP
+    y = strips(page, y, traced, layers) + GAP
 
     y = _legend(page, y, COLOURS)
     shares, per_token, gradients = curves_by_layer(traced)
@@ -696,7 +696,7 @@ def draw_flow(traced: list[Traced], names: list[str], layers: list[int]) -> np.n
     y += BAND + PLOT[1] + 0.45
 
     shown, first = spread(layers, 6), traced[0]
-    page.text(MARGIN, y, "Flow lines" if len(traced) == 1 else f"Flow lines of {names[0]}", TEXT, weight="bold")
+    page.text(MARGIN, y, "Flow lines" if len(traced) == 1 else "Flow lines of photo 1", TEXT, weight="bold")
     y += TEXT * LINE + GAP / 2
     width = (INNER + GAP) / 6
     for i, layer in enumerate(shown):
@@ -706,10 +706,10 @@ def draw_flow(traced: list[Traced], names: list[str], layers: list[int]) -> np.n
     y += BAND + 1.5 + 2 * GAP
     caption = (
         "Left: attention of the positions that predict the explained tokens, mean over heads, renormalised over "
-        "system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). Middle: the same for each token of the "
-        "group, with the answer's own. Right: share of each group in the sum of |gradient × hidden state| at the layer. Flow "
-        "lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as their attention. "
-        "Maps are scaled by their own maximum (red). "
+        "system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). Middle: the same for each token of "
+        "the group, with the answer's own. Right: share of each group in the sum of |gradient × hidden state| at the "
+        "layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as their "
+        "attention. Maps are scaled by their own maximum (red). "
         f"Maps and gradients: {method_title(settings)}. {settings_text(settings)}"
     )
     return page.finish(small_print(page, y, caption))
@@ -808,11 +808,11 @@ def _legend_below(axes) -> None:
 
 
 def draw_knockout(
-    severed: list[Severed], names: list[str], curves: dict[str, np.ndarray], what: str, window: int | None, finding: str
+    severed: list[Severed], curves: dict[str, np.ndarray], what: str, window: int | None, finding: str
 ) -> np.ndarray:
     """What is left when the image is hidden from a layer on, its cliff and, if windows were run, their effect."""
-    heads = _severed_heads(severed[0]) if len(severed) == 1 else _heads([part.reading for part in severed], names)
-    page = Page(WIDTH, "".join(text for _, text, _ in heads) + "".join(names))
+    heads = _severed_heads(severed[0]) if len(severed) == 1 else _heads([part.reading for part in severed])
+    page = Page(WIDTH, "".join(text for _, text, _ in heads))
     y = MARGIN
     if len(severed) == 1:
         photo = severed[0].reading.photo
@@ -892,7 +892,7 @@ def forecast(readings: list[Reading], forwards: float) -> str:
         embed(readings[0])
     each = time.monotonic() - start
     total = forwards * len(readings)
-    return f"expected: the time of about {total:.0f} forward passes, {each:.2f} s each: {each * total / 60:.1f} minutes"
+    return f"expected: the time of about {total:.0f} forward passes, {each:.2f} s each: {each * total:.0f} seconds"
 
 
 def trace(
@@ -909,14 +909,17 @@ def trace(
     bar = show_progress(quiet)
     traced = [trace_photo(reading, span, settings, bar) for reading, span in zip(readings, spans, strict=True)]
     files = {
-        "information_flow.png": functools.partial(draw_flow, traced, names, layers),
+        "information_flow.png": functools.partial(draw_flow, traced, layers),
         "information_flow.csv": to_csv(flow_rows(traced, names)),
         "information_flow.npz": flow_arrays(traced, names) | {"layers": np.array(layers)},
     }
     shares, _, gradients = curves_by_layer(traced)
     sizes = {name: np.mean([_size(part.reading, name) for part in traced]) for name in shares}
     means = [{name: values.mean(0) for name, values in kind.items()} for kind in (shares, gradients)]
-    lines = flow_findings(means[0], sizes, means[1])
+    explained = traced[0].maps.target
+    what = "the whole answer" if explained == readings[0].answer else repr(explained)
+    lines = [f"explained: {what}; maps at layer {', '.join(map(str, layers))}"]
+    lines += flow_findings(means[0], sizes, means[1])
     if attention_map:
         shown = attention_maps(readings[0], layers)
         files["attention_maps.png"] = functools.partial(draw_attention_maps, readings[0], traced[0].maps, *shown)
@@ -995,7 +998,11 @@ def sever(
         curves[but] = [part.kept_right if accuracy else truncated(part, part.kept) for part in severed]
     curves = {name: np.array(values, float) for name, values in curves.items()}
     finding = truncation_finding(curves["image hidden"], what)
-    lines = [finding]
+    lines = [explained_line(part, name, span) for part, name, span in zip(severed, names, spans, strict=True)][
+        :EXPLAINED
+    ]
+    lines = [] if accuracy else lines
+    lines.append(finding)
     if keep is not None:
         visible = f"with the {keep} image tokens that get most attention in the layer before left visible"
         lines.append(f"{visible}: {truncation_finding(curves[but], what)}")
@@ -1006,11 +1013,21 @@ def sever(
         most = f"{mean[worst]:+.1f} % at most, blocked in layers {around[0]}-{around[-1]}"
         lines.append(f"{edge}: {most if abs(mean[worst]) >= 0.05 else 'no change in any window'}")
     files = {
-        "knockout.png": functools.partial(draw_knockout, severed, names, curves, what, window, finding),
+        "knockout.png": functools.partial(draw_knockout, severed, curves, what, window, finding),
         "knockout.csv": to_csv(knockout_rows(severed, names)),
         "knockout.npz": knockout_arrays(severed, names),
     }
     return files, lines
+
+
+def explained_line(severed: Severed, name: str, span) -> str:
+    """Which tokens of a photo's answer are explained, and why these."""
+    reading = severed.reading
+    tokens = " ".join(repr(reading.answer[slice(*reading.spans[i])].strip()) for i in severed.explained)
+    why = "as asked" if span else "those that need the photo"
+    if not span and len(severed.explained) == len(reading.tokens) != len(tokens_that_need_the_photo(severed.removed)):
+        why = "all, as none needs the photo"
+    return f"explained of {name}, {len(severed.explained)} of {len(reading.tokens)} tokens, {why}: {tokens}"
 
 
 def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
