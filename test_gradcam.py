@@ -575,7 +575,10 @@ def asked_by(args: argparse.Namespace) -> list[Asked]:
     """What is to be read: a photo, several, or the list of --answers. Raises ValueError naming flag, file and line."""
     if args.answers is None:
         paths = args.image_path
-        return [Asked(Path(path).name, load_photo(path), args.prompt, args.answer) for path in paths]
+        names = [Path(path).name for path in paths]
+        names = names if len(set(names)) == len(names) else paths
+        photos = map(load_photo, paths)
+        return [Asked(name, photo, args.prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
     path, found = Path(args.answers), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -769,7 +772,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.verbose:
             traceback.print_exc()
         message = " ".join(str(exc).split()) or type(exc).__name__
-        message = re.sub(r"^(prompt|answer|target|target_occurrence|contrast|words)=", r"--\1 ", message)  # its flag
+        message = re.sub(
+            r"^(prompt|answer|target|target_occurrence|contrast|words|keep)=", r"--\1 ", message
+        )  # its flag
         print(f"test_gradcam.py: error: {message}", file=sys.stderr)
         return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
     try:

@@ -317,14 +317,9 @@ def knockout(
         shape = embeddings.shape[1], start + embeddings.shape[1]  # (S, T)
         for i in (progress or iter)(range(0, len(edges), batch_size)):
             part = edges[i : i + batch_size]
-            hidden = torch.zeros(len(part), *shape, dtype=torch.bool)
-            for run, edge in zip(hidden, part, strict=True):
-                inside = edge.queries[edge.queries < shape[1]] - start
-                run[np.ix_(inside, edge.keys[edge.keys < shape[1]])] = True
-            active = torch.tensor([[layer in edge.layers for layer in range(total)] for edge in part])  # (B, K)
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(len(part))
-            with blocked(model, lambda i, S, T: hidden & active[:, i, None, None]):  # noqa: B023, N803  (used at once)
+            with blocked(model, hidden_in(part, start, shape, total)):
                 batch = embeddings.expand(len(part), -1, -1), positions.expand(-1, len(part), -1)
                 states = run_decoder(model, *batch, cache)[:, before - start :]  # (B, A, C)
             states = states.flatten(0, 1)  # (B * A, C): a batch of slices would be copied with the weights
@@ -336,9 +331,19 @@ def knockout(
     return np.concatenate(probabilities), np.concatenate(likeliest)
 
 
+def hidden_in(edges: list[Edge], start: int, shape: tuple[int, int], total: int) -> Callable:
+    """What `blocked` takes, of a batch of edges; queries of the pass are `shape`[0] from position `start` on."""
+    hidden = torch.zeros(len(edges), *shape, dtype=torch.bool)  # (B, S, T)
+    for run, edge in zip(hidden, edges, strict=True):
+        queries, keys = (positions[positions < shape[1]] for positions in (edge.queries, edge.keys))
+        run[np.ix_(queries - start, keys)] = True
+    active = torch.tensor([[layer in edge.layers for layer in range(total)] for edge in edges])  # (B, K)
+    return lambda i, S, T: hidden & active[:, i, None, None] if active[:, i].any() else None  # noqa: N803
+
+
 @contextmanager
-def blocked(model, hidden: Callable[[int, int, int], Tensor]):
-    """Inside, queries do not see the keys where hidden(layer, S, T), bool (B or 1, S, T), is true.
+def blocked(model, hidden: Callable[[int, int, int], Tensor | None]):
+    """Inside, queries do not see the keys where hidden(layer, S, T), bool (B, S, T), is true; None hides nothing.
 
     S are the queries of this pass, the last ones of T positions.
     """
@@ -347,7 +352,7 @@ def blocked(model, hidden: Callable[[int, int, int], Tensor]):
         def hook(module, args, kwargs):
             mask = kwargs["attention_mask"]  # (B or 1, 1, S, T), added to the scores
             block = hidden(i, *mask.shape[-2:])
-            if block.any():
+            if block is not None:
                 lowest = torch.finfo(mask.dtype).min
                 kwargs = kwargs | {"attention_mask": mask.masked_fill(block[:, None].to(mask.device), lowest)}
             return args, kwargs
@@ -371,7 +376,7 @@ def image_hidden(model, layer: int):
     check_whole("layer", layer, 0)
     if layer > total:
         raise ValueError(f"layer {layer} does not exist: the image can be hidden from layer 0 to {total} (nowhere) on")
-    image = torch.zeros(1, 0, dtype=torch.bool)
+    image, block = torch.zeros(1, 1, dtype=torch.bool), None
 
     def note(module, args, kwargs):
         nonlocal image
@@ -380,12 +385,13 @@ def image_hidden(model, layer: int):
             image = ids == model.config.image_token_id  # (B, P)
 
     def hidden(i, S, T):  # noqa: N803
-        keys = torch.zeros(len(image), T, dtype=torch.bool)
-        if i >= layer:
-            keys[:, : image.shape[1]] = image[:, :T]
-        behind = image.shape[1] - 1 - image.flip(1).int().argmax(1)  # (B,): the last image token
-        queries = torch.arange(T - S, T) > behind.cpu()[:, None]
-        return queries[..., None] & keys[:, None]
+        nonlocal block
+        if i == layer:  # the later ones of the pass hide the same
+            keys = torch.nn.functional.pad(image, (0, T - image.shape[1]))  # (B, T)
+            last = image.shape[1] - 1 - image.flip(1).int().argmax(1)  # (B,): of the image's positions
+            queries = torch.arange(T - S, T, device=image.device) > last[:, None]  # (B, S)
+            block = queries[..., None] & keys[:, None]
+        return block if i >= layer else None
 
     handle = model.model.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -1039,15 +1045,14 @@ def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
             ("image but for the kept from", part.kept, part.kept_right),
         ):
             for layer, value in enumerate(truncated(part, values) if values is not None else ()):
-                row = {"blocked": kind, "photo": name, "layer": layer, "probability": float(value)}
+                row = {"blocked": kind, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
                 rows.append(row | {"answer_right": int(right[layer])})
         for edge in part.windows:
             left = part.windows[edge][:, part.explained].mean(1)
             pairs = zip(left, change(part, edge), strict=True)
-            rows += [
-                {"blocked": edge, "photo": name, "layer": i, "probability": float(p), "change_percent": float(c)}
-                for i, (p, c) in enumerate(pairs)
-            ]
+            for layer, (value, percent) in enumerate(pairs):
+                row = {"blocked": edge, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
+                rows.append(row | {"change_percent": f"{percent:.4g}"})
     return rows
 
 

@@ -87,9 +87,8 @@ def main():
     words = np.array([row for rows in found for row in rows])
     photos = np.array([np.mean(rows, 0) for rows in found if rows])
     versions = f"{model.dtype}, torch {torch.__version__}, transformers {transformers.__version__}"
-    print(
-        f"{len(words)} object words with a cliff in {len(photos)} of {options.scenes} scenes, {options.method}, {versions}"
-    )
+    count = f"{len(words)} object words with a cliff in {len(photos)} of {options.scenes} scenes"
+    print(f"{count}, {options.method}, {versions}")
     for i, name in enumerate(MEASURES if len(words) else ()):
         quartiles = np.percentile(words[:, i], (25, 50, 75))
         line = f"{name:22s} quartiles of the words at layer " + ", ".join(f"{value:.0f}" for value in quartiles)

@@ -77,8 +77,9 @@ def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(visualization_utils, "DPI", 40)  # quicker
 
     def drive(*flags):
-        usual = ["--model_path", model_folder, "--image_path", photo_path, "--output_dir", tmp_path / "out"]
-        usual += ["--num_samples", 2, "--device", "cpu"]
+        usual = ["--model_path", model_folder, "--output_dir", tmp_path / "out", "--device", "cpu"]
+        usual += ["--image_path", photo_path] if "--answers" not in flags else []
+        usual += ["--num_samples", 2] if "knockout" not in flags else []
         try:
             code = test_gradcam.main([str(word) for word in (*usual, *flags)])
         except SystemExit as exc:
@@ -275,7 +276,7 @@ def test_examples_of_the_help_can_be_parsed(capsys):
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     lines = [line.strip() for line in EXAMPLES.splitlines()[1:]]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         assert line in text
         assert shlex.split(line)[:2] == ["python", "test_gradcam.py"]
@@ -608,6 +609,9 @@ def test_words_mode_says_where_no_gradient_is(drive):
 OUTSIDE = {"--layer": "1", "--layer_range": "late", "--layers": "1", "--save_raw": None, "--randomize": None}
 OUTSIDE |= {"--words": "cat", "--target": "red", "--target_occurrence": "2", "--contrast": "dog", "--mask": "{mask}"}
 OUTSIDE |= {"--baseline": "mean", "--steps": "3", "--batch_size": "1", "--compare": None}
+OUTSIDE |= {"--num_samples": "3", "--noise_std": "0.3", "--seed": "1", "--method": "hirescam", "--score": "logprob"}
+OUTSIDE |= {"--rules": "plain", "--tap": "output", "--attention_maps": None, "--taps": None}
+OUTSIDE |= {"--window": "2", "--keep": "3", "--answers": "list.jsonl"}
 PAIRS = [(flag, mode) for flag in MODES_OF_FLAG for mode in FOLDERS]
 
 
@@ -628,11 +632,13 @@ def test_every_flag_of_some_modes_is_known_to_the_parser():
         if mode in MODES_OF_FLAG[flag]:
             value = [] if OUTSIDE[flag] is None else [OUTSIDE[flag]]
             value += ["--target", "cat"] if flag in ("--target_occurrence", "--contrast") else []
+            value += ["--window", "2"] if (flag, mode) == ("--mask", "knockout") else []
             assert parse_args(["--mode", mode, flag, *value]).mode == mode
 
 
 USUAL = ["--answer", "red cat, red dog", "--num_samples", "1", "--target", "red", "--steps", "4"]
 IN_MODE = {mode: USUAL[:6] if mode != "evaluate" else USUAL for mode in FOLDERS} | {"words": USUAL[:4]}
+IN_MODE["knockout"] = [*USUAL[:2], *USUAL[4:6], "--window", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -643,6 +649,8 @@ def usual():
 
 ACTING = [(flag, mode) for flag, mode in PAIRS if mode in MODES_OF_FLAG[flag]]
 ACTING.remove(("--batch_size", "evaluate"))  # changes how much is computed at once: see above
+ACTING.remove(("--batch_size", "knockout"))
+ACTING.remove(("--answers", "knockout"))  # stands in the place of the others: see below
 
 
 @pytest.mark.parametrize(("flag", "mode"), ACTING)
@@ -651,7 +659,12 @@ def test_flag_changes_what_is_written_where_it_is_accepted(drive, tmp_path, mask
     def outcome(*flags):
         code, _, err = drive("--mode", mode, *IN_MODE[mode], *flags)
         assert code == 0, err
-        return {name: (tmp_path / "out" / name).read_bytes() for name in written(tmp_path / "out")}
+        files = {name: (tmp_path / "out" / name).read_bytes() for name in written(tmp_path / "out")}
+        if mode == "flow":
+            arrays = np.load(tmp_path / "out/flow/information_flow.npz")
+            files["flow/arrays"] = b"".join(arrays[f"{name}_0"].tobytes() for name in ("maps", "attention", "gradient"))
+            del files["flow/information_flow.csv"]  # knows no method
+        return files
 
     if mode not in usual:
         usual[mode] = outcome()
@@ -659,14 +672,142 @@ def test_flag_changes_what_is_written_where_it_is_accepted(drive, tmp_path, mask
     value = [] if OUTSIDE[flag] is None else [OUTSIDE[flag].format(mask=mask_path)]
     value = ["dog"] if flag == "--target" else value
     before, files = usual[mode], outcome(flag, *value)
-    if flag in ("--save_raw", "--randomize"):
+    if flag in ("--save_raw", "--randomize", "--attention_maps", "--taps"):
         assert set(files) > set(before)
     elif flag in ("--layer_range", "--layers"):
         assert files != before
     else:  # what is known of the maps, beside a figure's text
-        watched = [name for name in before if "heatmap" in name or name.endswith((".csv", "words.json"))]
+        watched = [name for name in before if "heatmap" in name or name.endswith((".csv", "words.json", "arrays"))]
         assert watched
         assert all(files.get(name) != before[name] for name in watched)
+
+
+# flow and knockout
+
+FLOW = {"information_flow.png", "information_flow.csv", "information_flow.npz"}
+KNOCKOUT = {"knockout.png", "knockout.csv", "knockout.npz"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["flow"], FLOW),
+        (["flow", "--attention_maps", "--taps", "--layers", 0, -1], FLOW | {"attention_maps.png", "taps.png"}),
+        (["knockout"], KNOCKOUT),
+        (["knockout", "--window", 3, "--keep", 2, "--target", "red"], KNOCKOUT),
+    ],
+)
+def test_studies_of_the_flow_write_their_files_and_tell_cost_and_finding(drive, tmp_path, flags, names):
+    mode = flags[0]
+    code, out, err = drive("--mode", *flags, "--answer", ANSWER)
+    assert (code, err) == (0, "")
+    assert written(tmp_path / "out") == {f"{mode}/{name}" for name in names}
+    lines = out.splitlines()
+    assert "forward passes" in lines[0]
+    assert lines[1] == f"answer: {ANSWER}"
+    assert lines[2].startswith("explained")
+    assert lines[3].startswith("attention: the image gets" if mode == "flow" else ("no cliff", "the image is read"))
+    assert out.count("\nwrote ") == len(names)
+    assert "→" not in out or "--window" in flags
+
+
+@pytest.mark.parametrize("mode", ["flow", "knockout"])
+def test_several_photos_are_one_study(drive, tmp_path, image, mode):
+    paths = [tmp_path / name for name in ("landscape.png", "portrait.png")]
+    image.save(paths[0])
+    image.transpose(Image.Transpose.ROTATE_90).save(paths[1])
+    code, out, err = drive("--mode", mode, "--answer", ANSWER, "--image_path", *paths)
+    assert (code, err) == (0, "")
+    assert f"landscape.png: {ANSWER}\nportrait.png: {ANSWER}\n" in out
+    name = "information_flow" if mode == "flow" else mode
+    rows = list(csv.DictReader((tmp_path / "out" / mode / f"{name}.csv").open()))
+    alone = tmp_path / "alone"
+    drive("--mode", mode, "--answer", ANSWER, "--image_path", paths[1], "--output_dir", alone)
+    assert [row for row in rows if row["photo"] == "portrait.png"] == list(
+        csv.DictReader((alone / mode / f"{name}.csv").open())
+    )
+    assert {row["photo"] for row in rows} == {"landscape.png", "portrait.png"}
+
+
+def test_photos_of_one_name_are_told_apart(drive, tmp_path, image):
+    paths = [tmp_path / name / "photo.png" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        image.save(path)
+    code, out, _ = drive("--mode", "knockout", "--answer", ANSWER, "--image_path", *paths)
+    assert code == 0
+    assert all(f"{path}: {ANSWER}" in out for path in paths)
+
+
+def test_a_target_that_one_photo_lacks_names_the_photo(drive, tmp_path, image, monkeypatch):
+    image.save(tmp_path / "other.png")
+    answers = iter(["red cat", "red dog"])
+    usual = test_gradcam.read
+    monkeypatch.setattr(test_gradcam, "read", lambda *given: usual(*given[:4], next(answers), given[5]))
+    paths = [tmp_path / "other.png"] * 2
+    code, _, err = drive("--mode", "flow", "--target", "cat", "--image_path", *paths)
+    assert code == 2
+    assert "other.png: " in err
+    assert "'cat' is not in the answer 'red dog'" in err
+
+
+@pytest.fixture
+def answers_list(tmp_path, image):
+    """Writes a list of questions about two photos that stand beside it; returns its path."""
+
+    def write(*records):
+        for name in ("one.png", "two.png"):
+            image.save(tmp_path / name)
+        path = tmp_path / "list.jsonl"
+        path.write_text("\n".join(json.dumps(record) if isinstance(record, dict) else record for record in records))
+        return path
+
+    return write
+
+
+def test_accuracy_over_a_list_is_what_the_model_would_answer(drive, tmp_path):
+    record = {"image": str(ROOT / "demo.jpeg"), "prompt": "Is there a dog?", "answer": "Yes"}
+    records = [
+        record,
+        record | {"answer": "No"},
+        record | {"prompt": "Is there a cat?", "answer": "No, there is no cat."},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n\n".join(map(json.dumps, records)))
+    flags = ["--model_path", ROOT / "demo_model", "--answers", tmp_path / "list.jsonl", "--keep", 5]
+    code, out, err = drive("--mode", "knockout", *flags)
+    assert (code, err) == (0, "")
+    rows = list(csv.DictReader((tmp_path / "out/knockout/knockout.csv").open()))
+    assert [row["answer_right"] for row in rows if row["layer"] == "28"] == ["1", "1", "0", "0", "1", "1"]
+    assert "accuracy 0.667 of 0.667" in out
+    assert "answer: " not in out
+
+
+LISTS = {
+    "": "is empty: give lines of image, prompt and answer",
+    "nonsense": "line 1: Expecting value",
+    '["a"]': "line 1: list indices must be integers",
+    '{"image": "one.png", "prompt": "red?"}': "line 1: there is no 'answer'",
+    '{"image": "one.png", "prompt": "red?", "answer": " "}': "line 1: image, prompt and answer must be texts",
+    '{"image": "one.png", "prompt": 3, "answer": "red"}': "line 1: image, prompt and answer must be texts",
+    '\n{"image": "none.png", "prompt": "red?", "answer": "red"}': "none.png does not exist",
+}
+
+
+@pytest.mark.parametrize("text", LISTS)
+@pytest.mark.usefixtures("no_model")
+def test_a_bad_list_names_file_line_and_reason(drive, tmp_path, answers_list, text):
+    path = answers_list(text)
+    code, out, err = drive("--mode", "knockout", "--answers", path)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"test_gradcam.py: error: --answers {path}")
+    assert LISTS[text] in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_tokens_to_keep_than_there_are_is_refused(drive):
+    code, _, err = drive("--mode", "knockout", "--answer", ANSWER, "--keep", 24)
+    assert code == 2
+    assert "--keep 24 must be 1 to 23: the photo has 24 image tokens" in err
 
 
 # bad input
@@ -733,8 +874,8 @@ BAD = {  # flags: what the message says
     "--mode multi --layers 2-5": "layer 4 does not exist: the model has 0 to 3",
     "--mode multi --layers 1 --layer_range all": "--layers and --layer_range say the same",
     "--mode multi --layers 0 4": "layer 4 does not exist",
-    "--mode single --layers 1 2": "--layers acts in grid, multi, words, evaluate mode only; in single mode use --layer",
-    "--mode single --layer_range all": "--layer_range acts in grid, multi, words, evaluate mode only",
+    "--mode single --layers 1 2": "words, evaluate, flow mode only; in single mode use --layer",
+    "--mode single --layer_range all": "--layer_range acts in grid, multi, words, evaluate, flow mode only",
     "--mode grid --layer 1": "--layer acts in single mode only; in grid mode use --layers",
     "--mode multi --layer=1": "--layer acts in single mode only; in multi mode use --layers",
     "--mode comparative --layers 1": "mode only; in comparative mode early, middle and late",
@@ -785,6 +926,15 @@ BAD = {  # flags: what the message says
     "--model_path {bad}/llama": "is of type llama, no vision-language model",
     "--model_path {bad}/broken": "is unreadable",
     "--model_path {bad}/list": "list is unreadable",
+    "--mode grid --image_path a.png b.png": "--image_path takes one photo in grid mode, and 2 are given (flow, knock",
+    "--mode knockout --mask {bad}/black.png": "--mask needs --window in knockout mode",
+    "--mode knockout --window 3 --mask m.png --image_path a.png b.png": "--mask is of one photo",
+    "--mode knockout --answers {bad}/none.jsonl": "none.jsonl cannot be read",
+    "--mode knockout --answers list.jsonl --image_path a.png": "--image_path cannot act beside --answers",
+    "--mode knockout --answers list.jsonl --target cat": "--target cannot act beside --answers",
+    "--mode knockout --window 0": "--window 0 must be 1 or more",
+    "--mode knockout --keep -1": "--keep -1 must be 1 or more",
+    "--mode flow --image_path {bad}/whole.png {bad}/cut.png": "truncated",
     "--model_path {bad}/null": "null is unreadable",
     "--model_path {bad}/deep": "deep is unreadable",
     "--model_path {bad}/odd": "odd is unreadable: its config.json holds no record where one should be",

@@ -1,0 +1,694 @@
+"""What reads the photo and what needs it: against full attention, full gradients, and masks made by hand."""
+
+import copy
+import csv
+import dataclasses
+import io
+import itertools
+
+import numpy as np
+import pytest
+import scenes
+import torch
+from conftest import make_image
+from PIL import Image, ImageOps
+from test_core import ANSWER, PROMPT, decoder, forced_by_hand, state_of, unruly
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from smooth_gradcam import (
+    ExplanationError,
+    Settings,
+    add_noise,
+    explain,
+    find_target,
+    read,
+    score_parts,
+    token_probabilities,
+)
+from studies import information_flow
+from studies.faithfulness import randomize_weights
+from studies.information_flow import (
+    Edge,
+    attention_flow,
+    attention_maps,
+    cliff_interval,
+    covered_tokens,
+    find_cliff,
+    find_onset,
+    flow_findings,
+    flow_rows,
+    gradient_flow,
+    group_sums,
+    image_hidden,
+    knockout,
+    sever,
+    sever_photo,
+    token_groups,
+    trace,
+    trace_photo,
+    truncation_finding,
+)
+
+LAYERS = 3  # of the model
+PLAIN = Settings(use_smooth=False, rules="plain")
+GROUPS = ["system", "image", "user", "answer"]
+
+
+@pytest.fixture(scope="module")
+def reading(model, processor, image):
+    return read(model, processor, image, PROMPT, ANSWER)
+
+
+@pytest.fixture(scope="module")
+def own(model, processor, image):
+    """The model's own, greedy answer."""
+    return read(model, processor, image, PROMPT, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def full(reading):
+    """Attention (K, heads, L, L) as transformers gives it of one plain forward of the whole."""
+    model = copy.deepcopy(reading.model)
+    model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        found = model(**forced_by_hand(reading.inputs, reading.tokens), output_attentions=True)
+    return torch.cat(found.attentions).numpy()
+
+
+def prompt_length(reading):
+    return reading.inputs["input_ids"].shape[1]
+
+
+def chosen(reading, word):
+    """The span of the word, None for all, and the positions that predict its tokens."""
+    span = word and find_target(reading.answer, word)
+    part = reading.tokens_of(span) if span else range(len(reading.tokens))
+    return span, [prompt_length(reading) - 1 + i for i in part]
+
+
+# attention
+
+
+@pytest.mark.parametrize("word", [None, "cat"])
+@pytest.mark.parametrize("chunk", [3, 64, 1000])
+def test_attention_flow_is_the_mean_of_full_attention_however_it_is_cut(reading, full, monkeypatch, word, chunk):
+    monkeypatch.setattr(information_flow, "CHUNK", chunk)
+    span, rows = chosen(reading, word)
+    found = attention_flow(reading, span)
+    np.testing.assert_allclose(found, full[:, :, rows].mean((1, 2)), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(sum(found[:, part].sum(1) for part in token_groups(reading).values()), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("pool", "chunk"), [(None, 64), (1, 5), (7, 1000), (500, 3)])
+def test_attention_maps_are_full_attention_averaged_over_stretches_of_one_group(
+    reading, full, monkeypatch, pool, chunk
+):
+    monkeypatch.setattr(information_flow, "CHUNK", chunk)
+    maps, edges = attention_maps(reading, [2, 0], pool)
+    stretches = list(itertools.pairwise(edges.tolist()))
+    groups = names_by_hand(reading)[:-1]  # the last token predicts nothing
+    assert [name for a, b in stretches for name in groups[a:b]] == groups
+    assert all(len(set(groups[a:b])) == 1 and b - a <= (pool or 10) for a, b in stretches)
+    assert list(maps) == [2, 0]
+    for layer, found in maps.items():
+        mean = full[layer].mean(0)
+        expected = [[mean[a:b, c:d].mean() for c, d in stretches] for a, b in stretches]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_attention_is_not_read_where_the_model_gives_no_weights(model, reading, monkeypatch):
+    attention = decoder(model)[1].self_attn
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: (forward(*args, **kwargs)[0], None))
+    for look in (attention_flow, lambda reading: attention_maps(reading, [0])):
+        with pytest.raises(ExplanationError, match="gives no attention weights"):
+            look(reading)
+
+
+# groups
+
+
+def names_by_hand(reading):
+    """The group of each of the L positions."""
+    ids = reading.inputs["input_ids"][0].tolist()
+    seen = [token == reading.model.config.image_token_id for token in ids]
+    first, count = seen.index(True), sum(seen)
+    user = len(ids) - first - count - 1
+    return ["system"] * first + ["image"] * count + ["user"] * user + ["answer"] * (1 + len(reading.tokens))
+
+
+def test_groups_cover_all_positions_in_their_order(reading):
+    groups = token_groups(reading)
+    assert list(groups) == GROUPS
+    positions = range(prompt_length(reading) + len(reading.tokens))
+    assert [i for part in groups.values() for i in positions[part]] == list(positions)
+    assert [name for name, part in groups.items() for _ in positions[part]] == names_by_hand(reading)
+    assert list(positions[groups["image"]]) == reading.positions.tolist()
+
+
+def test_answers_group_begins_where_its_first_token_is_predicted(model, own):
+    with torch.no_grad():
+        logits = model(**own.inputs).logits[0]
+    assert logits[token_groups(own)["answer"].start].argmax() == own.tokens[0]
+
+
+def test_pictures_that_stand_apart_are_refused(reading):
+    apart = dataclasses.replace(reading, positions=reading.positions[[0, 1, 3]])
+    with pytest.raises(ValueError, match="do not stand side by side"):
+        token_groups(apart)
+
+
+def test_shares_of_groups_by_hand():
+    groups = {"system": slice(0, 1), "image": slice(1, 3), "user": slice(3, 4), "answer": slice(4, 5)}
+    flow = np.array([[1.0, 2, 3, 2, 8], [0, 0, 0, 0, 7]])
+    found = group_sums(flow, groups, only=("system", "image", "user"))
+    assert {name: values[0] for name, values in found.items()} == {"system": 1 / 8, "image": 5 / 8, "user": 2 / 8}
+    assert all(np.isnan(values[1]) for values in found.values())  # nothing there
+    assert group_sums(flow, groups)["image"].tolist() == [5 / 16, 0]
+    assert group_sums(flow[0], groups)["answer"] == 0.5
+
+
+# gradients
+
+
+@pytest.mark.parametrize("word", [None, "cat"])
+def test_gradient_flow_is_gradient_times_hidden_state_of_full_autograd(model, reading, word):
+    span, rows = chosen(reading, word)
+    hidden, forced = {}, forced_by_hand(reading.inputs, reading.tokens)
+
+    def keep(module, args, kwargs):
+        hidden[module] = args[0] if args else kwargs["hidden_states"]
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in decoder(model)]
+    logits = model(**forced).logits[0]
+    for handle in handles:
+        handle.remove()
+    score = sum(logits[row, forced["input_ids"][0, row + 1]] for row in rows)
+    gradients = torch.autograd.grad(score, list(hidden.values()))
+    expected = [(a * g)[0].sum(-1).abs().detach().numpy() for a, g in zip(hidden.values(), gradients, strict=True)]
+    np.testing.assert_allclose(gradient_flow(reading, span, PLAIN), expected, rtol=1e-5, atol=1e-6 * np.max(expected))
+
+
+def test_gradient_flow_is_the_mean_of_the_noisy_copies(reading):
+    settings = Settings(num_samples=2, noise_std=0.2, seed=3, rules="plain")
+    generator, alone = torch.Generator().manual_seed(3), []
+    for _ in range(2):
+        pixels = add_noise(reading.inputs["pixel_values"], 0.2, reading.processor.image_processor, generator)
+        noisy = dataclasses.replace(reading, inputs=reading.inputs | {"pixel_values": pixels})
+        alone.append(gradient_flow(noisy, None, PLAIN))
+    assert not np.allclose(*alone, rtol=1e-2)
+    np.testing.assert_allclose(gradient_flow(reading, None, settings), np.mean(alone, axis=0), rtol=1e-5)
+
+
+# the tables of attention and gradients
+
+
+def test_trace_keeps_attention_gradients_and_maps_as_they_are_alone(reading):
+    span, settings = find_target(reading.answer, "red"), Settings(num_samples=2, noise_std=0.2)
+    files, lines = trace([reading], ["photo"], [span], [0, 2], settings, quiet=True)
+    arrays = files["information_flow.npz"]
+    (alone,) = explain(reading, [span], range(LAYERS), settings)
+    np.testing.assert_array_equal(arrays["maps_0"], np.stack([alone.maps[i] for i in range(LAYERS)]))
+    np.testing.assert_array_equal(arrays["attention_0"], attention_flow(reading, span))
+    np.testing.assert_array_equal(arrays["gradient_0"], gradient_flow(reading, span, settings))
+    assert arrays["maps_0"].max() > 0
+    assert any("the image gets" in line for line in lines)
+
+
+def test_rows_of_each_photo_and_layer_have_the_groups_shares(reading, own, full):
+    span, rows = chosen(reading, "cat")
+    traced = [trace_photo(own, (0, len(own.answer)), PLAIN), trace_photo(reading, span, PLAIN)]
+    table = flow_rows(traced, ["own", "given"])
+    assert [(row["photo"], row["layer"]) for row in table] == list(itertools.product(["own", "given"], range(LAYERS)))
+    names = np.array(names_by_hand(reading))
+    for layer, row in enumerate(table[LAYERS:]):
+        mean = full[layer][:, rows].mean((0, 1))
+        sums = {name: mean[names == name].sum() for name in GROUPS}
+        seen = sums["system"] + sums["image"] + sums["user"]
+        for name, value in sums.items():
+            assert float(row[f"attention_{name}"]) == pytest.approx(value, rel=1e-3)
+            assert float(row[f"per_token_{name}"]) == pytest.approx(mean[names == name].mean(), rel=1e-3)
+            if name != "answer":
+                assert float(row[f"share_{name}"]) == pytest.approx(value / seen, rel=1e-3)
+        assert sum(float(row[f"gradient_{name}"]) for name in GROUPS) == pytest.approx(1, abs=1e-3)
+
+
+def test_findings_on_the_flow_by_hand():
+    shares = {
+        "system": np.array([0.4, 0.6, 0.6]),
+        "image": np.array([0.5, 0.2, 0.1]),
+        "user": np.array([0.1, 0.2, 0.3]),
+    }
+    sizes = {"system": 2, "image": 4, "user": 1}  # per token, in the mean of the layers: 0.267, 0.067, 0.2
+    gradient = {"image": np.array([0.8, 0.3, 0.5, 0.39, 0.1])}
+    attention, carried = flow_findings(shares, sizes, gradient)
+    assert "0.10 (layer 2) to 0.50 (layer 0)" in attention
+    assert "a system token 4.0 and a user token 3.0 times as much as an image token" in attention
+    assert "0.80 of the score at the first layer, less than half of that from layer 3 on" in carried
+    gradient["image"] = np.array([np.nan, 0.4, 0.3, np.nan])
+    assert (
+        "0.40 of the score at the first layer, less than half of that from layer 3 on"
+        in flow_findings(shares, sizes, gradient)[1]
+    )
+    gradient["image"] = np.array([0.4, 0.1, 0.3])
+    assert "half of that or more" in flow_findings(shares, sizes, gradient)[1]
+    gradient["image"] = np.full(3, np.nan)
+    assert flow_findings(shares, sizes, gradient)[1].startswith("gradient: none reaches")
+
+
+# knockout
+
+
+def truncation(reading, layer):
+    """The image hidden from this layer on from all behind it, however long the answer."""
+    first, last = int(reading.positions[0]), int(reading.positions[-1])
+    return Edge(range(layer, LAYERS), np.arange(last + 1, 1000), np.arange(first, last + 1))
+
+
+def positions_by_hand(reading, length):
+    """(3, 1, L): the image's tokens stand at their row and column, the text behind goes on from its longer side."""
+    (height, width), first = reading.grid, int(reading.positions[0])
+    rows, columns = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    behind = torch.arange(length - first - height * width) + max(height, width)
+    text = torch.arange(-first, 0)
+    places = [torch.cat([text, part, behind]) for part in (0 * rows, rows, columns)]
+    return first + torch.stack(places)[:, None]
+
+
+def logits_by_hand(reading, edge, tokens):
+    """(L, V) of one plain forward of prompt and tokens, each layer with a mask of its own; no eager attention."""
+    forced = forced_by_hand(reading.inputs, tokens)
+    length = forced["input_ids"].shape[1]
+    causal = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
+    masked = causal.clone()
+    for query in edge.queries[edge.queries < length]:
+        masked[query, edge.keys[edge.keys < length]] = -torch.inf
+
+    def mask(module, args, kwargs):
+        return args, kwargs | {"attention_mask": masked[None, None]}
+
+    layers = [decoder(reading.model)[i].self_attn for i in edge.layers]
+    handles = [layer.register_forward_pre_hook(mask, with_kwargs=True) for layer in layers]
+    forced |= {"attention_mask": causal[None, None], "position_ids": positions_by_hand(reading, length)}
+    try:
+        with torch.no_grad():
+            return reading.model(**forced, use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def probabilities_by_hand(reading, edge):
+    before, count = prompt_length(reading) - 1, len(reading.tokens)
+    logits = logits_by_hand(reading, edge, reading.tokens)[before : before + count]
+    return logits.softmax(-1)[range(count), reading.tokens].numpy()
+
+
+def random_edges(reading, first, seed=0):
+    """Of each stretch of layers one; the first position is always seen, so that no query sees nothing."""
+    rng = np.random.default_rng(seed)
+    length = prompt_length(reading) + len(reading.tokens)
+    stretches = [range(LAYERS), range(1), range(1, 2), range(2, LAYERS), range(1, LAYERS)]
+    places = [(rng.permutation(np.arange(first, length))[:50], rng.permutation(length - 1)[:50] + 1) for _ in stretches]
+    return [Edge(layers, *where) for layers, where in zip(stretches, places, strict=True)]
+
+
+@pytest.mark.parametrize("first", [0, 1, 50, 95])
+def test_blocked_edge_is_a_mask_in_its_layers(reading, first):
+    edges = random_edges(reading, first, seed=first)
+    probabilities, _ = knockout(reading, edges, batch_size=2)
+    expected = np.stack([probabilities_by_hand(reading, edge) for edge in edges])
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
+    assert all(not np.allclose(row, expected[0], rtol=1e-2) for row in expected[1:])  # or there is nothing to tell
+
+
+def test_edge_blocked_in_all_layers_is_the_mask_of_the_whole_model(model, reading):
+    edge, forced = random_edges(reading, 50)[0], forced_by_hand(reading.inputs, reading.tokens)
+    length, before = forced["input_ids"].shape[1], prompt_length(reading) - 1
+    hidden = torch.ones(length, length).triu(1).bool()
+    hidden[np.ix_(edge.queries, edge.keys)] = True
+    mask = torch.zeros(1, 1, length, length, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    forced |= {"attention_mask": mask, "position_ids": positions_by_hand(reading, length)}
+    with torch.no_grad():
+        logits = model(**forced).logits[0, before:-1]
+    expected = logits.softmax(-1)[range(len(reading.tokens)), reading.tokens]
+    np.testing.assert_allclose(knockout(reading, [edge])[0][0], expected, rtol=1e-5)
+
+
+def test_edge_that_hides_nothing_changes_no_bit_and_gives_the_plain_forwards_probabilities(reading):
+    _, queries, keys = truncation(reading, 0)
+    nowhere = Edge(range(LAYERS, LAYERS), queries, keys)
+    no_key = Edge(range(LAYERS), queries, keys[:0])
+    future = Edge(range(LAYERS), queries[:1], queries[1:])  # causality hides it anyway
+    found = [knockout(reading, [edge])[0] for edge in (nowhere, no_key, future)]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    forced, (scored,) = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
+    expected = token_probabilities(reading.model, forced, reading.inputs["pixel_values"][None], scored)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+
+
+def test_runs_of_a_batch_do_not_mix(reading):
+    edges = [*random_edges(reading, 50), *(truncation(reading, i) for i in range(LAYERS + 1))]
+    alone = [knockout(reading, [edge]) for edge in edges]
+    for size in (1, 4, 100):
+        probabilities, top = knockout(reading, edges, batch_size=size)
+        np.testing.assert_allclose(probabilities, np.concatenate([found for found, _ in alone]), rtol=1e-6)
+        np.testing.assert_array_equal(top, np.concatenate([found for _, found in alone]))
+
+
+def test_progress_wraps_the_batches(reading):
+    seen = []
+
+    def progress(items):
+        for item in items:
+            seen.append(item)
+            yield item
+
+    knockout(reading, [truncation(reading, 0)] * 5, batch_size=2, progress=progress)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("size", [0, 1.5])
+def test_bad_batch_size_is_named(reading, size):
+    with pytest.raises(ValueError, match=f"^batch_size={size} must be"):
+        knockout(reading, [truncation(reading, 0)], batch_size=size)
+
+
+def test_answer_without_the_image_is_the_same_for_any_photo(model, processor, image, reading):
+    other = read(model, processor, ImageOps.invert(image), PROMPT, ANSWER)
+    edges = [truncation(reading, i) for i in range(LAYERS + 1)]
+    (one, _), (another, _) = knockout(reading, edges), knockout(other, edges)
+    np.testing.assert_allclose(one[0], another[0], rtol=0, atol=1e-8)
+    for i in range(1, LAYERS + 1):
+        assert np.abs(one[i] / another[i] - 1).max() > 0.05
+
+
+def test_most_likely_tokens_are_those_of_greedy_generation(own):
+    nothing = truncation(own, LAYERS)
+    assert knockout(own, [nothing])[1].all()
+    tokens = [*own.tokens[:3], own.tokens[3] - 1, *own.tokens[4:]]
+    assert knockout(dataclasses.replace(own, tokens=tokens), [nothing])[1][0, :4].tolist() == [True] * 3 + [False]
+
+
+# generation without the image
+
+
+def generated(model, inputs, count=5):
+    output = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("layer", range(LAYERS + 1))
+def test_generation_without_the_image_is_greedy_search_with_masks_by_hand(model, reading, layer):
+    with image_hidden(model, layer):
+        (found,) = generated(model, reading.inputs)
+    tokens = []
+    for _ in found:
+        tokens.append(logits_by_hand(reading, truncation(reading, layer), tokens)[-1].argmax().item())
+    assert found == tokens
+    assert (found == generated(model, reading.inputs)[0]) == (layer == LAYERS)  # hidden nowhere
+    _, top = knockout(dataclasses.replace(reading, tokens=tokens), [truncation(reading, layer)])
+    assert top.all()
+
+
+def test_logits_without_the_image_are_those_of_the_mask_by_hand(model, reading):
+    for layer in range(LAYERS + 1):
+        with image_hidden(model, layer), torch.no_grad():
+            found = model(**reading.inputs).logits[0]
+        torch.testing.assert_close(found, logits_by_hand(reading, truncation(reading, layer), []), rtol=1e-5, atol=1e-5)
+
+
+def test_image_is_hidden_from_each_prompt_of_a_padded_batch(make_model, processor, image, reading):
+    model = make_model(torch.float32)  # eager attention gives nan for padding in float64, whatever is hidden
+    photos, prompts = [image, make_image(112, 168), make_image(168, 168)], [PROMPT, "What is it, and where?", "What?"]
+    alone = [read(model, processor, *pair, ANSWER).inputs for pair in zip(photos, prompts, strict=True)]
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}],
+            add_generation_prompt=True,
+        )
+        for prompt in prompts
+    ]
+    options = {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True, "return_tensors": "pt"}
+    batch = processor(text=texts, images=photos, **options)
+    assert (batch["attention_mask"] == 0).any(1).sum() == 2
+    batch = {name: batch[name] for name in reading.inputs}
+    for layer in (0, 1, LAYERS):
+        with image_hidden(model, layer):
+            assert generated(model, batch) == [generated(model, inputs)[0] for inputs in alone]
+
+
+@pytest.mark.parametrize("layer", [-1, LAYERS + 1, 0.5])
+def test_image_cannot_be_hidden_from_layers_that_do_not_exist(model, layer):
+    with pytest.raises(ValueError, match=str(layer)), image_hidden(model, layer):
+        pass
+
+
+# the model stays as it is
+
+
+def generate_hidden(reading):
+    with image_hidden(reading.model, 1):
+        generated(reading.model, reading.inputs, 2)
+
+
+USES = {
+    "attention_flow": attention_flow,
+    "attention_maps": lambda reading: attention_maps(reading, [0, 2]),
+    "gradient_flow": gradient_flow,
+    "knockout": lambda reading: knockout(reading, random_edges(reading, 50)),
+    "sever_photo": lambda reading: sever_photo(reading, window=2, keep=3),
+    "image_hidden": generate_hidden,
+}
+
+
+def whole_state(model, image, name):
+    config, text = model.config, model.model.language_model.config
+    state = state_of(model, image) | {"attention": (config._attn_implementation, text._attn_implementation)}
+    state |= {"bits": [p.detach().numpy().tobytes() for p in model.parameters()]}
+    return {key: value for key, value in state.items() if (key, name) != ("positions", "image_hidden")}  # generate's
+
+
+@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("stumbling", ["nowhere", "at once", "inside"])
+def test_model_is_as_before_whatever_happens(make_model, processor, image, name, stumbling):
+    model = unruly(make_model)
+    reading = read(model, processor, image, PROMPT, ANSWER)
+    config = model.model.language_model.config
+    plain, reached = config._attn_implementation, []
+
+    def stumble(*_):
+        reached.append(config._attn_implementation)
+        if stumbling == "at once" or stumbling == "inside" and reached[-1] != plain:
+            raise KeyError("stumble")
+
+    decoder(model)[2].register_forward_pre_hook(stumble)
+    before = whole_state(model, image, name)
+    if stumbling == "nowhere" or stumbling == "inside" and name == "gradient_flow":  # which computes as the model does
+        USES[name](reading)
+    else:
+        with pytest.raises(KeyError, match="stumble"):
+            USES[name](reading)
+    assert reached
+    assert whole_state(model, image, name) == before
+
+
+# cliff and onset
+
+
+CURVES = {
+    "a rise": ([0.1, 0.1, 0.5, 0.97, 1], 3),
+    "a dip behind the rise": ([0.1, 0.96, 1, 0.9, 1, 1], 4),
+    "a rise beyond the full value": ([0.1, 0.5, 1.0, 0.9, 0.8], 2),
+    "needed to the end": ([0.1, 0.2, 0.3, 0.94, 1], 4),
+    "exactly as much as counts": ([0.5, 1.9, 2], 1),
+    "flat": ([0.5] * 5, None),
+    "next to flat": ([0.96, 0.99, 0.97, 1], None),
+    "better without": ([1, 0.9, 0.8], None),
+    "nothing to lose": ([0, 0, 0.0099], None),
+    "a little to lose": ([0, 0, 0.0101], 2),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_cliff_by_hand(name):
+    curve, expected = CURVES[name]
+    assert find_cliff(np.array(curve)) == expected
+
+
+def test_cliff_follows_what_counts_as_kept():
+    curve = np.array([0.1, 0.3, 0.6, 0.8, 1])
+    assert [find_cliff(curve, kept) for kept in (0.05, 0.25, 0.5, 0.7, 0.9)] == [None, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("curve", "onset"),
+    [([0, 0, 0, 1, 1], 2), ([0, 0.04, 0.05, 0.06, 1], 2), ([0, 0.5, 1], 0), ([0.5, 0.52, 0.6, 1], 1), ([0, 0, 1], 1)],
+)
+def test_onset_by_hand(curve, onset):
+    assert find_onset(np.array(curve)) == onset
+
+
+def test_photos_that_agree_have_one_cliff():
+    curves = np.tile(CURVES["a rise"][0], (7, 1))
+    assert cliff_interval(curves) == (3, 3)
+    assert cliff_interval(np.full((7, 5), 0.5)) is None
+
+
+def test_cliffs_of_resampled_photos_lie_around_that_of_all():
+    layers, rng = np.arange(29), np.random.default_rng(1)
+    curves = 1 / (1 + np.exp(rng.normal(14, 3, (12, 1)) - layers))
+    low, high = cliff_interval(curves)
+    cliffs = [find_cliff(curve) for curve in curves]
+    assert min(cliffs) <= low <= find_cliff(curves.mean(0)) <= high <= max(cliffs)
+    assert low < high
+
+
+def test_few_cliffs_among_resampled_photos_are_none():
+    curves = np.tile([0.5] * 5, (10, 1))
+    curves[0] = [0, 0, 1, 1, 1]  # 0.55 of 0.5 to 0.45: a third of the draws leave it out
+    assert find_cliff(curves.mean(0)) is not None
+    assert cliff_interval(curves) is None
+
+
+def test_finding_names_the_layers_that_read_the_image():
+    found = truncation_finding(np.array([CURVES["a rise"][0]]), "p")
+    assert found.startswith("the image is read at layers 1-2; from layer 3 on it can be removed: p 0.970 of 1.000")
+    assert "cliff at" not in found  # of one photo
+    found = truncation_finding(np.tile(CURVES["a rise"][0], (5, 1)), "p")
+    assert "(cliff at 3 to 3 in 95 % of resampled photos)" in found
+    found = truncation_finding(np.array([[0, 0, 1, 1]]), "accuracy")
+    assert found.startswith("the image is read at layer 1; from layer 2 on it can be removed: accuracy 1.000 of 1.000")
+    assert "layers 1-3; needed to the last layer" in truncation_finding(np.array([[0, 0, 0.2, 0.3, 1]]), "p")
+
+
+def test_finding_says_where_there_is_no_cliff(reading):
+    chance = np.random.default_rng(0).normal(0.25, 0.02, (50, 29))
+    assert truncation_finding(chance, "p").endswith("so the answer does not need the photo")
+    nothing = truncation_finding(np.array([[0, 0, 0.005]]), "p")
+    assert nothing == "no cliff: p is 0.0050 with the whole image, so there is nothing to lose"
+    untrained = sever_photo(reading)  # no answer of such a model's own
+    assert truncation_finding(untrained.removed.mean(1)[None], "p").startswith("no cliff")
+
+
+# the sweep of one photo
+
+
+def test_covered_tokens_by_hand():
+    mask = np.zeros((112, 168), bool)  # 4 x 6 image tokens of 28 pixels
+    mask[28:56, 56:84] = True
+    assert np.flatnonzero(covered_tokens(mask, (4, 6))).tolist() == [1 * 6 + 2]
+    mask[84:98, :14] = True  # a quarter
+    mask[84:98, 28:41] = True  # less
+    assert np.flatnonzero(covered_tokens(mask, (4, 6))).tolist() == [1 * 6 + 2, 3 * 6]
+
+
+def test_object_too_small_for_any_token_is_in_the_one_that_it_covers_most():
+    mask = np.zeros((112, 168), bool)
+    mask[50:60, 60:65] = True  # 6 rows above the border, 4 below
+    assert np.flatnonzero(covered_tokens(mask, (4, 6))).tolist() == [1 * 6 + 2]
+
+
+def test_truncation_keeps_the_tokens_with_most_attention_in_the_layer_before(reading, full):
+    span, rows = chosen(reading, "cat")
+    found = sever_photo(reading, span, keep=3)
+    assert found.explained == reading.tokens_of(span)
+    image = reading.positions.numpy()
+    for layer in range(LAYERS + 1):
+        edge = truncation(reading, layer)
+        np.testing.assert_allclose(found.removed[layer], probabilities_by_hand(reading, edge), rtol=1e-5)
+        attention = full[layer - 1][:, rows].mean((0, 1))[image]
+        hidden = image[np.argsort(attention)[:-3]] if layer else image  # before the first layer nothing is known
+        expected = probabilities_by_hand(reading, edge._replace(keys=hidden))
+        np.testing.assert_allclose(found.kept[layer], expected, rtol=1e-5)
+
+
+def test_windows_block_each_edge_in_the_layers_around(reading):
+    mask = np.zeros((112, 168), bool)
+    mask[:28, :56] = True
+    found = sever_photo(reading, window=2, mask=mask)
+    names = np.array(names_by_hand(reading))
+    places = {name: np.flatnonzero(names == name) for name in GROUPS}
+    places |= {"object": places["image"][:2], "other patches": places["image"][2:]}
+    pairs = [(a, b) for a in ("image", "object", "other patches") for b in ("user", "answer")] + [("user", "answer")]
+    assert set(found.windows) == {f"{a} → {b}" for a, b in pairs}
+    for a, b in pairs:
+        for layer in range(LAYERS):
+            edge = Edge(range(max(layer - 1, 0), layer + 1), places[b], places[a])
+            expected = probabilities_by_hand(reading, edge)
+            np.testing.assert_allclose(found.windows[f"{a} → {b}"][layer], expected, rtol=1e-5)
+
+
+def test_severing_keeps_what_each_photos_sweep_gives(reading, own):
+    files, lines = sever([reading, own], ["given", "own"], [None, None], quiet=True)
+    arrays, swept = files["knockout.npz"], [sever_photo(part) for part in (reading, own)]
+    curves = []
+    for i, part in enumerate(swept):
+        np.testing.assert_array_equal(arrays[f"removed_{i}"], part.removed)
+        np.testing.assert_array_equal(arrays[f"right_{i}"], part.right)
+        curves.append(part.removed[:, part.explained].mean(1))
+    table = list(csv.DictReader(io.StringIO(files["knockout.csv"])))
+    assert [float(row["probability"]) for row in table] == pytest.approx(np.concatenate(curves), abs=1e-4)
+    finding = truncation_finding(np.array(curves), "")
+    assert any(line.split()[:3] == finding.split()[:3] for line in lines)
+    assert [part.right[-1] for part in swept] == [False, True]
+
+
+# a model that sees
+
+
+DEMO = scenes.OBJECTS.parent
+DESCRIBE = "Describe the main content in this image in detail."
+WORDS = ["plane", "house", "dog", "bicycle"]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, local_files_only=True).eval()
+    processor = AutoProcessor.from_pretrained(DEMO, local_files_only=True)
+    return read(model, processor, DEMO.parent / "demo.jpeg", DESCRIBE)
+
+
+@pytest.fixture(scope="module")
+def swept(demo):
+    return sever_photo(demo)
+
+
+def word_tokens(reading):
+    return [i for word in WORDS for i in reading.tokens_of(find_target(reading.answer, word))]
+
+
+def test_words_for_objects_are_read_off_the_photo_in_the_middle_layers(demo, swept):
+    removed = swept.removed[:, word_tokens(demo)]
+    assert set(word_tokens(demo)) <= set(swept.explained)  # they need the photo
+    assert removed[-1].min() > 0.9
+    assert removed[0].max() < 0.3
+    for curve in (*removed.T, removed.mean(1)):
+        assert 0 < find_cliff(curve) < len(curve) - 1
+    assert truncation_finding(removed.mean(1)[None], "p").startswith("the image is read at layers")
+
+
+def test_words_of_a_hidden_photo_are_as_unlikely_as_those_of_an_empty_one(demo, swept):
+    grey = Image.new("RGB", demo.photo.size, "#808080")
+    empty = sever_photo(read(demo.model, demo.processor, grey, DESCRIBE, demo.answer)).removed[:, word_tokens(demo)]
+    assert empty[-1].max() < 0.3
+    np.testing.assert_allclose(swept.removed[0, word_tokens(demo)], empty[0], rtol=1e-3)
+
+
+def test_photo_is_not_needed_behind_the_cliff_and_is_before(demo, swept):
+    wrong = np.flatnonzero(~swept.right)
+    assert 0 < wrong[-1] < len(swept.right) - 2
+    for layer in (0, wrong[-1], wrong[-1] + 1):
+        with image_hidden(demo.model, int(layer)):
+            again = read(demo.model, demo.processor, demo.photo, DESCRIBE, max_new_tokens=len(demo.tokens))
+        assert (again.answer == demo.answer) == swept.right[layer] == (layer > wrong[-1])
+
+
+def test_without_what_it_has_learned_the_model_has_no_cliff(demo):
+    model = copy.deepcopy(demo.model)
+    randomize_weights([model.model.language_model, model.lm_head], torch.Generator().manual_seed(0))
+    removed = sever_photo(dataclasses.replace(demo, model=model)).removed[:, word_tokens(demo)]
+    assert find_cliff(removed.mean(1)) is None
+    assert truncation_finding(removed.mean(1)[None], "p").startswith("no cliff")
