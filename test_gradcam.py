@@ -196,6 +196,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_flags(args, {word.split("=")[0] for word in argv})
     except ValueError as exc:
         parser.error(str(exc))
+    args.image_path, args.photos = args.image_path[0], args.image_path
     return args
 
 
@@ -537,8 +538,8 @@ def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.
     from importlib.metadata import version
 
     records = ("grid", "prompt", "answer", "tokens", "target", "target_span", "target_tokens")
-    asked = ("mode", "model_path", "max_pixels", "dtype", "max_new_tokens")
-    asked = {name: getattr(args, name) for name in asked} | {"image_path": args.image_path[0]}
+    asked = ("mode", "model_path", "image_path", "max_pixels", "dtype", "max_new_tokens")
+    asked = {name: getattr(args, name) for name in asked}
     return {name: np.array(getattr(token_maps, name)) for name in records} | {
         "maps": np.stack(list(token_maps.maps.values())),
         "layers": np.array(list(token_maps.maps)),
@@ -574,7 +575,7 @@ class Asked(NamedTuple):
 def asked_by(args: argparse.Namespace) -> list[Asked]:
     """What is to be read: a photo, several, or the list of --answers. Raises ValueError naming flag, file and line."""
     if args.answers is None:
-        paths = args.image_path
+        paths = args.photos
         names = [Path(path).name for path in paths]
         names = names if len(set(names)) == len(names) else paths
         photos = map(load_photo, paths)
@@ -681,7 +682,7 @@ def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
     from studies.words import draw_words, map_words, name_words, word_tokens
 
     word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet))
-    files = draw_words(reading.photo, Path(args.image_path[0]).name, word_maps, *word_tokens(reading, word_maps))[1]
+    files = draw_words(reading.photo, Path(args.image_path).name, word_maps, *word_tokens(reading, word_maps))[1]
     lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
     for layer in layers:
         if all(layer in word.blank for word in word_maps):

@@ -114,7 +114,14 @@ def main():
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of every scene, in pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", help="auto: the checkpoint's; bfloat16 is faster for larger models")
-    parser.add_argument("--hide_image_from", type=int, metavar="LAYER", help="also with the image hidden from there on")
+    parser.add_argument(
+        "--hide_image_from",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="also with the image hidden from there",
+    )
     options = parser.parse_args()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         options.model_path, dtype=options.dtype, trust_remote_code=False, use_safetensors=True
@@ -123,7 +130,7 @@ def main():
     processor = AutoProcessor.from_pretrained(options.model_path, trust_remote_code=False)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{options.scenes} unseen scenes, {model.dtype}, {platform.machine()} {options.device}, {versions}")
-    for layer in [None] if options.hide_image_from is None else [None, options.hide_image_from]:
+    for layer in [None, *options.hide_image_from]:
         print("the whole image" if layer is None else f"the image hidden from layer {layer} on")
         with nullcontext() if layer is None else image_hidden(model, layer):
             found = evaluate(model, processor, options.scenes, options.size)
