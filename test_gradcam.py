@@ -246,8 +246,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             raise ValueError(f"{flag} cannot act beside --answers: the list has the photos, prompts and answers")
     if len(args.image_path) > 1 and args.mode not in OF_PHOTOS:
         modes = ", ".join(OF_PHOTOS)
-        given = len(args.image_path)
-        raise ValueError(f"--image_path takes one photo in {args.mode} mode, and {given} are given ({modes}: several)")
+        count = len(args.image_path)
+        raise ValueError(f"--image_path takes one photo in {args.mode} mode, and {count} are given ({modes}: several)")
     if args.mask is not None and args.mode == "knockout":
         if args.window is None:
             raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")
