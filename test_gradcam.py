@@ -209,7 +209,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
                 instead = "an .npz is always written"
             if flag.startswith("--layer"):
                 thirds = "early, middle and late layers are chosen automatically"
-                own = {"single": "use --layer", "comparative": thirds}
+                own = {"single": "use --layer", "comparative": thirds, "knockout": "every layer is tried"}
                 instead = own.get(args.mode, "use --layers")
             raise ValueError(f"{flag} acts in {', '.join(modes)} mode only; in {args.mode} mode {instead}")
     if args.layers and args.layer_range:
@@ -248,6 +248,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         modes = ", ".join(OF_PHOTOS)
         count = len(args.image_path)
         raise ValueError(f"--image_path takes one photo in {args.mode} mode, and {count} are given ({modes}: several)")
+    if len(set(args.image_path)) < len(args.image_path):
+        raise ValueError(f"--image_path has a photo twice: {max(args.image_path, key=args.image_path.count)}")
     if args.mask is not None and args.mode == "knockout":
         if args.window is None:
             raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")
@@ -298,6 +300,7 @@ from transformers.utils import cached_file  # noqa: E402
 from smooth_gradcam import (  # noqa: E402
     ExplanationError,
     ExplanationWarning,
+    Reading,
     Settings,
     SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
     TokenMaps,
@@ -570,6 +573,7 @@ class Asked(NamedTuple):
     photo: Image.Image
     prompt: str
     answer: str | None
+    where: str = ""  # in a list
 
 
 def asked_by(args: argparse.Namespace) -> list[Asked]:
@@ -582,24 +586,48 @@ def asked_by(args: argparse.Namespace) -> list[Asked]:
         return [Asked(name, photo, args.prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
     path, found = Path(args.answers), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise ValueError(f"--answers {path} cannot be read: {exc}") from exc
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            image, prompt, answer = (record[name] for name in ("image", "prompt", "answer"))
-            if not all(isinstance(text, str) and text.strip() for text in (image, prompt, answer)):
-                raise ValueError("image, prompt and answer must be texts that are not empty")
-            found.append(Asked(image, load_photo(str(path.parent / image)), prompt, answer))
-        except (ValueError, TypeError, KeyError) as exc:
-            why = f"there is no {exc}" if isinstance(exc, KeyError) else exc
-            raise ValueError(f"--answers {path}, line {number}: {why}") from exc
+        if line.strip():
+            where = f"--answers {path}, line {number}"
+            record = read_record(line, where)
+            try:
+                photo = load_photo(str(path.parent / record["image"]))
+            except ValueError as exc:
+                raise ValueError(f"{where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
+            found.append(Asked(record["image"], photo, record["prompt"], record["answer"], where))
     if not found:
-        raise ValueError(f"--answers {path} is empty: give lines of image, prompt and answer")
+        raise ValueError(f"--answers {path} is empty: give lines of {RECORD}")
     return found
+
+
+RECORD = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
+
+
+def read_record(line: str, where: str) -> dict[str, str]:
+    """Image, prompt and answer of a line. Raises ValueError saying where it stands and what would be valid."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"{where} is no JSON ({exc}): give {RECORD}") from exc
+    for name in ("image", "prompt", "answer"):
+        text = record.get(name) if isinstance(record, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where} has no text for {name!r}: give {RECORD}")
+    return record
+
+
+def read_all(args: argparse.Namespace, model, processor, asked: list[Asked]) -> list[Reading]:
+    """A reading of each. Raises ValueError, for a list with the line."""
+    readings = []
+    for one in asked:
+        try:
+            readings.append(read(model, processor, one.photo, one.prompt, one.answer, args.max_new_tokens))
+        except ValueError as exc:
+            raise ValueError(f"{one.where}: {exc}" if one.where else str(exc)) from exc
+    return readings
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, str], list[Path], list[str]]:
@@ -614,7 +642,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, str], list[Path], list[str]
     with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir") as write:
         processor = load_processor(args.model_path, args.max_pixels)
         model = load_model(args.model_path, device, args.dtype)
-        readings = [read(model, processor, one.photo, one.prompt, one.answer, args.max_new_tokens) for one in asked]
+        readings = read_all(args, model, processor, asked)
         if args.mode == "knockout":
             files, lines = sever_photos(args, readings, [one.name for one in asked], mask)
         else:
@@ -773,9 +801,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.verbose:
             traceback.print_exc()
         message = " ".join(str(exc).split()) or type(exc).__name__
-        message = re.sub(
-            r"^(prompt|answer|target|target_occurrence|contrast|words|keep)=", r"--\1 ", message
-        )  # its flag
+        flags = "prompt|answer|target|target_occurrence|contrast|words|keep|window"
+        message = re.sub(rf"(^|: )({flags})=", r"\1--\2 ", message)
         print(f"test_gradcam.py: error: {message}", file=sys.stderr)
         return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
     try:

@@ -128,6 +128,9 @@ def main():
     )
     model = model.to(options.device).eval()
     processor = AutoProcessor.from_pretrained(options.model_path, trust_remote_code=False)
+    layers = model.config.text_config.num_hidden_layers
+    if wrong := [layer for layer in options.hide_image_from if not 0 <= layer <= layers]:
+        parser.error(f"--hide_image_from {wrong[0]}: the image can be hidden from layer 0 to {layers} (nowhere) on")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{options.scenes} unseen scenes, {model.dtype}, {platform.machine()} {options.device}, {versions}")
     for layer in [None, *options.hide_image_from]:

@@ -370,6 +370,8 @@ def main():
     parser.add_argument("--questions", type=int, help="write so many scenes, and a question about each")
     parser.add_argument("--topic", default="there", choices=TOPICS, help="of the questions")
     options = parser.parse_args()
+    if options.questions is not None and options.questions < 1:
+        parser.error(f"--questions {options.questions}: give 1 or more")
     if options.questions is not None:
         write_questions(options.path, options.questions, options.topic, options.seed)
         return

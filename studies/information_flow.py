@@ -20,6 +20,7 @@ that predicts the answer's first token on.
 import copy
 import functools
 import inspect
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +33,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -43,7 +45,9 @@ from smooth_gradcam import (
     at_least_float32,
     borrowed,
     check_whole,
+    decode,
     explain,
+    generate,
     get_model_layers,
     memory_explained,
     score_parts,
@@ -185,8 +189,10 @@ def attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tenso
 def predicting(reading: Reading, span: tuple[int, int] | None) -> list[int]:
     """The positions that predict the tokens of this part of the answer, all of it for None."""
     before = reading.inputs["input_ids"].shape[1] - 1
-    span = span or (0, len(reading.answer))
-    return [before + i for i in reading.tokens_of(span)]
+    tokens = reading.tokens_of(span or (0, len(reading.answer)))
+    if not tokens:
+        raise ValueError(f"the span {span} has no token in the answer {reading.answer!r}")
+    return [before + i for i in tokens]
 
 
 def attention_flow(reading: Reading, span: tuple[int, int] | None = None) -> np.ndarray:
@@ -211,22 +217,26 @@ def attention_flow(reading: Reading, span: tuple[int, int] | None = None) -> np.
 def attention_maps(reading: Reading, layers: Iterable[int], pool: int | None = None) -> tuple[dict, np.ndarray]:
     """({layer: (bins, bins) float32}, edges (bins + 1,)): attention between stretches of positions, mean over heads.
 
-    A stretch has at most `pool` positions (10 to 20 by the length for None) of one group; keys behind a query count as
-    zero. Figure 2B of "From Redundancy to Relevance".
+    A stretch has at most `pool` positions (10 to 20 by the length for None) of one group; the mean is over the pairs of
+    a query and a key that it may see, nan where there is none. Figure 2B of "From Redundancy to Relevance".
     """
     edges = pooled_edges(reading, pool)
-    size = torch.as_tensor(np.diff(edges), dtype=torch.float32)
-    where = torch.as_tensor(np.repeat(np.arange(len(size)), np.diff(edges)))
-    maps = {layer: torch.zeros(len(size), len(size)) for layer in layers}
+    where = torch.as_tensor(np.repeat(np.arange(len(edges) - 1), np.diff(edges)))
+    bins = len(edges) - 1
+    maps = {layer: torch.zeros(bins, bins) for layer in layers}
+
+    def pooled(rows, start):  # (S, T) -> (bins, bins): sums over stretches
+        columns = torch.zeros(len(rows), bins).index_add_(1, where[: rows.shape[1]], rows)
+        return torch.zeros(bins, bins).index_add_(0, where[start : start + len(rows)], columns)
 
     def note(layer, start, weights):
         if layer in maps:
-            mean = at_least_float32(weights).mean(0).cpu().float()  # (S, T)
-            columns = torch.zeros(len(mean), len(size)).index_add_(1, where[: mean.shape[1]], mean)
-            maps[layer].index_add_(0, where[start : start + len(mean)], columns)
+            maps[layer] += pooled(at_least_float32(weights).mean(0).cpu().float(), start)
 
     attention_rows(reading, 0, note)
-    return {layer: (cam / size[:, None] / size).numpy() for layer, cam in maps.items()}, edges
+    seen = np.add.reduceat(np.tri(len(where)), edges[:-1], 0)
+    seen = torch.as_tensor(np.add.reduceat(seen, edges[:-1], 1))  # pairs that may see each other
+    return {layer: torch.where(seen > 0, cam / seen, torch.nan).numpy() for layer, cam in maps.items()}, edges
 
 
 def pooled_edges(reading: Reading, pool: int | None = None) -> np.ndarray:
@@ -464,6 +474,8 @@ def sever_photo(
         edges += [Edge(range(k, total), later, keys) for k, keys in enumerate(rest)]
     windowed = {}
     if window is not None:
+        if not 1 <= window <= total:
+            raise ValueError(f"window={window} must be 1 to {total}: the model has {total} layers")
         windowed = {"image → user": (user, image), "image → answer": (answer, image), "user → answer": (answer, user)}
         if mask is not None:
             on = covered_tokens(mask, reading.grid)
@@ -497,9 +509,19 @@ def covered_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def change(severed: Severed, edge: str) -> np.ndarray:
-    """100 (p' - p) / p by layer, (K,), mean over the explained tokens: of one token, as the paper has it."""
+    """100 (p' - p) / p by layer, (K,), mean over the explained tokens whose p is 0.01 or more; nan without any."""
     full = severed.removed[-1, severed.explained]
-    return (100 * (severed.windows[edge][:, severed.explained] - full) / full).mean(1)
+    likely = np.array(severed.explained)[full >= UNLIKELY]
+    if not len(likely):
+        return np.full(len(severed.windows[edge]), np.nan)
+    full = severed.removed[-1, likely]
+    return (100 * (severed.windows[edge][:, likely] - full) / full).mean(1)
+
+
+def mean_change(severed: list[Severed], edge: str) -> np.ndarray:
+    """Mean of `change` over the photos that have one."""
+    found = [values for values in (change(part, edge) for part in severed) if np.isfinite(values).all()]
+    return np.mean(found, axis=0) if found else change(severed[0], edge)
 
 
 def truncated(severed: Severed, values: np.ndarray) -> np.ndarray:
@@ -521,7 +543,7 @@ def find_cliff(curve: np.ndarray, kept: float = KEPT) -> int | None:
 
 
 def find_onset(curve: np.ndarray) -> int:
-    """The first layer that reads the image: hidden from there on, 5 % of what the photo gives is left or less."""
+    """The last layer such that hidden from there on, or from any earlier one, 5 % of what the photo gives is left."""
     risen = np.flatnonzero(curve > curve[0] + (1 - KEPT) * (curve[-1] - curve[0]))
     return max(int(risen[0]) - 1, 0)
 
@@ -537,22 +559,37 @@ def cliff_interval(curves: np.ndarray, draws: int = 1000) -> tuple[int, int] | N
 
 
 def truncation_finding(curves: np.ndarray, what: str) -> str:
-    """In one line where the image is read, and from where on it can be removed."""
+    """In one line from where on the image can be removed, of curves (photos, K + 1)."""
     curve = curves.mean(0)
-    cliff = find_cliff(curve)
+    cliff, total = find_cliff(curve), len(curve) - 1
     if curve[-1] < UNLIKELY:
         return f"no cliff: {what} is {curve[-1]:.4f} with the whole image, so there is nothing to lose"
     if cliff is None:
         kept = f"{what} is {decimal(curve[0])} if the image is hidden from layer 0 on, {decimal(curve[-1])} with it"
         return f"no cliff: {kept}, so the answer does not need the photo"
-    first, last = find_onset(curve), cliff - 1
-    line = f"the image is read at layer{f's {first}-' if first < last else ' '}{last}; "
-    line += "needed to the last layer" if cliff == len(curve) - 1 else f"from layer {cliff} on it can be removed"
-    left, full = decimal(curve[cliff], 3), decimal(curve[-1], 3)
-    line += f": {what} {left} of {full} then, {decimal(curve[0], 3)} if it is hidden from layer 0 on"
+    half = find_cliff(curve, 0.5)
+    where = "the image is needed to the last layer" if cliff == total else f"from layer {cliff} on it can be removed"
+    line = (
+        f"hidden from layer {find_onset(curve)} or earlier, the image might as well not be there; {where}: {what} "
+        f"{decimal(curve[0], 3)} without it, {decimal(curve[-1], 3)} with it"
+    )
+    line += f", {decimal(curve[cliff], 3)} if hidden from {cliff} on" if cliff < total else ""
+    line += f", half of it or more from layer {half} on" if half is not None else ""
     if len(curves) > 1 and (interval := cliff_interval(curves)):
         line += f" (cliff at {interval[0]} to {interval[1]} in 95 % of resampled photos)"
     return line
+
+
+def strongest(changes: np.ndarray, window: int) -> str:
+    """In words the largest of the changes (K,) and where it is."""
+    if not np.isfinite(changes).any():
+        return f"nothing to lose, the probability is below {UNLIKELY}"
+    worst = int(np.abs(changes).argmax())
+    if abs(changes[worst]) < 0.05:
+        return "no change in any window"
+    first, last = max(0, worst - window // 2), min(len(changes), worst + -(-window // 2)) - 1
+    layers = f"layer {first}" if first == last else f"layers {first}-{last}"
+    return f"{changes[worst]:+.1f} % at most, blocked in {layers}"
 
 
 def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradient: dict[str, np.ndarray]) -> list[str]:
@@ -589,15 +626,11 @@ EDGE_STYLES = (
     ("#e69f00", ":"),
 )  # fmt: skip
 PLOT = 1.9, 1.35  # inches of one plot
-STRIP = 7  # pictures side by side
+STRIP = 7  # pictures side by side, at most
 LINES = 24  # of one group in a panel of flow lines, at most
 BROADEST = 22  # points: a flow line that has all of the attention
-TAP_NAMES = {
-    "input": "layer input",
-    "input_layernorm": "input_layernorm",
-    "self_attn.v_proj": "v_proj",
-    "post_attention_layernorm": "post_attention_\nlayernorm",
-}
+TAPS = ("input", "input_layernorm", "self_attn.v_proj", "post_attention_layernorm")
+TAP_NAMES = {"input": "layer input", "self_attn.v_proj": "v_proj"}  # where it is not the module's
 
 
 def _heads(readings: list[Reading]) -> list[tuple]:
@@ -606,9 +639,15 @@ def _heads(readings: list[Reading]) -> list[tuple]:
     rows = [("Prompt", readings[0].prompt)] if alike else []
     shown = len(readings) if len(readings) <= 5 else 4
     for i, reading in enumerate(readings[:shown], 1):
-        rows.append((f"Photo {i}", reading.answer if alike else f"{reading.prompt} {reading.answer}"))
+        rows.append((f"Photo {i}", reading.answer if alike else f"{reading.prompt} → {reading.answer}"))
     rows += [("…", f"and {len(readings) - shown} more")] * (shown < len(readings))
     return [(label, excerpt(text, (0, 0), 200)[0], (0, 0)) for label, text in rows]
+
+
+def numbered(names: list[str]) -> str:
+    """Which photo is which, of the first ones."""
+    shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:6], 1))
+    return f"Photos: {shown}{f' and {len(names) - 6} more' if len(names) > 6 else ''}."
 
 
 def _legend(page: Page, y: float, entries: dict[str, str]) -> float:
@@ -630,17 +669,24 @@ def _curves(axes, rows: dict[str, np.ndarray], colours: dict[str, str]) -> None:
         axes.plot(x, values.mean(0), color=colours[name], linewidth=1.3)
 
 
+def strip_columns(photo: Image.Image) -> int:
+    """How many pictures stand side by side: fewer of wide photos."""
+    aspect = photo.width / photo.height
+    return STRIP if aspect < 2 else 4 if aspect < 5 else 3
+
+
 def strips(page: Page, y: float, traced: list[Traced], layers: list[int]) -> float:
     """A row for each photo: the photo, and its map at each layer; long rows are broken. Returns the y below."""
-    pitch = (INNER + GAP / 2) / STRIP
     for number, part in enumerate(traced, 1):
         photo = part.reading.photo
+        columns = strip_columns(photo)
+        pitch = (INNER + GAP / 2) / columns
         width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.3)
         small = shrink(photo, width, height)
         cells = [("photo" if len(traced) == 1 else f"photo {number}", np.asarray(small))]
         cells += [(f"layer {layer}", functools.partial(draw_layer, small, part.maps, layer, True)) for layer in layers]
-        for i in range(0, len(cells), STRIP):
-            for j, (label, picture) in enumerate(cells[i : i + STRIP]):
+        for i in range(0, len(cells), columns):
+            for j, (label, picture) in enumerate(cells[i : i + columns]):
                 middle = MARGIN + (j + 0.5) * pitch - GAP / 4
                 page.text(middle, y, label, SMALL, ha="center")
                 picture = picture() if callable(picture) else picture
@@ -674,7 +720,7 @@ def flow_lines(axes, attention: np.ndarray, groups: dict[str, slice], rows: int)
     axes.spines[:].set_visible(False)
 
 
-def draw_flow(traced: list[Traced], layers: list[int]) -> np.ndarray:
+def draw_flow(traced: list[Traced], names: list[str], layers: list[int]) -> np.ndarray:
     """Maps by layer, the shares of attention and gradient under them, and flow lines; uint8 RGB."""
     settings = traced[0].maps.settings
     heads = text_rows(traced[0].maps) if len(traced) == 1 else _heads([part.reading for part in traced])
@@ -689,14 +735,15 @@ def draw_flow(traced: list[Traced], layers: list[int]) -> np.ndarray:
         (
             ("Attention, share of the group", shares, {"ylim": (-0.02, 1.02)}),
             ("Attention, per token", per_token, {"yscale": "log"}),
-            ("|gradient × input|, share", gradients, {"ylim": (-0.02, 1.02)}),
+            ("|gradient × hidden state|", gradients, {"ylim": (-0.02, 1.02)}),
         )
     ):
         axes = page.plot(MARGIN + 0.35 + i * pitch, y, *PLOT, title, xlabel="layer")
         _curves(axes, rows, COLOURS)
         axes.set(**style)
         if "yscale" in style:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
     y += BAND + PLOT[1] + 0.45
@@ -717,6 +764,7 @@ def draw_flow(traced: list[Traced], layers: list[int]) -> np.ndarray:
         "layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as their "
         "attention. Maps are scaled by their own maximum (red). "
         f"Maps and gradients: {method_title(settings)}. {settings_text(settings)}"
+        f"{' ' + numbered(names) if len(traced) > 1 else ''}"
     )
     return page.finish(small_print(page, y, caption))
 
@@ -728,7 +776,8 @@ def draw_attention_maps(reading: Reading, maps: TokenMaps, attention: dict[int, 
     y = header(page, MARGIN, MARGIN, "Attention between prompt, image and answer", heads) + GAP
     columns = min(3, len(attention))
     pitch, side = (INNER - 0.3) / 3, (INNER - 0.3) / 3 - 0.35
-    low = max(-6, int(np.floor(np.log10(min(values[values > 0].min() for values in attention.values())))))
+    positive = np.concatenate([values[values > 0] for values in attention.values()])
+    low, high = np.floor(np.log10(np.percentile(positive, 1))), np.ceil(np.log10(positive.max()))
     left = (WIDTH - columns * pitch) / 2 + 0.25
     borders = [np.searchsorted(edges, part.start) for part in groups.values()] + [len(edges) - 1]
     for i, (layer, values) in enumerate(attention.items()):
@@ -737,9 +786,8 @@ def draw_attention_maps(reading: Reading, maps: TokenMaps, attention: dict[int, 
         axes = page.axes(x, top + BAND, side, side)
         logs = np.full(values.shape, np.nan)
         np.log10(values, out=logs, where=values > 0)
-        logs[np.triu_indices(len(logs), 1)] = np.nan  # keys behind their queries
         axes.set_facecolor("0.9")
-        axes.imshow(logs.clip(low), cmap="viridis", vmin=low, vmax=0, aspect="auto", interpolation="nearest")
+        axes.imshow(logs.clip(low), cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
         for border in borders[1:-1]:
             axes.axhline(border - 0.5, color="white", linewidth=0.6)
             axes.axvline(border - 0.5, color="white", linewidth=0.6)
@@ -747,14 +795,14 @@ def draw_attention_maps(reading: Reading, maps: TokenMaps, attention: dict[int, 
         axes.set_xticks(middles, [name[0].upper() for name in groups])
         axes.set_yticks(middles, [name[0].upper() for name in groups])
     y += -(-len(attention) // columns) * (BAND + side + 0.3) + GAP
-    ticks = np.arange(low, 1)
+    ticks = np.arange(low, high + 1).astype(int)
     axes = page.axes((WIDTH - 3.2) / 2, y, 3.2, 0.11)
-    axes.imshow(colormaps["viridis"](np.linspace(0, 1, 256))[None], aspect="auto", extent=(low, 0, 0, 1))
+    axes.imshow(colormaps["viridis"](np.linspace(0, 1, 256))[None], aspect="auto", extent=(low, high, 0, 1))
     axes.set_xticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
     y += 0.11 + SMALL * LINE + 2 * GAP
     caption = (
-        "Rows attend to columns: S system, I image, U user, A answer. Mean over heads, averaged over stretches of "
-        f"{int(np.diff(edges).max())} positions at most, keys behind a query counting as none; grey: only such keys."
+        "Rows attend to columns: S system, I image, U user, A answer. Mean over heads and over the pairs that may see "
+        f"each other in stretches of {int(np.diff(edges).max())} positions at most; grey: keys behind their queries."
     )
     return page.finish(small_print(page, y, caption))
 
@@ -763,8 +811,7 @@ def tap_modules(model, layers: list[int]) -> dict[str, dict[int, object]]:
     """{tap: {layer: what `explain` takes}} of figure 7 of "From Redundancy to Relevance"."""
     decoder = get_model_layers(model)[0]
     return {
-        tap: {layer: layer if tap == "input" else decoder[layer].get_submodule(tap) for layer in layers}
-        for tap in TAP_NAMES
+        tap: {layer: layer if tap == "input" else decoder[layer].get_submodule(tap) for layer in layers} for tap in TAPS
     }
 
 
@@ -773,25 +820,20 @@ def draw_taps(reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, objec
     heads, photo = text_rows(maps), reading.photo
     page = Page(WIDTH, "".join(text for _, text, _ in heads))
     y = header(page, MARGIN, MARGIN, "One photo at every tap", heads) + GAP
-    layers = list(keys["input"])
-    pitch = (INNER - BAND + GAP / 2) / (len(layers) + 1)
-    width, height = fit_box(photo.width / photo.height, min(pitch, 1.6) - GAP / 2, 1.5)
-    small, x = shrink(photo, width, height), MARGIN + BAND
-    for row, (tap, found) in enumerate(keys.items()):
-        top = y + row * (BAND + height + GAP)
-        page.text(
-            MARGIN + 0.06, top + BAND + height / 2, TAP_NAMES[tap], SMALL - 1, rotation=90, ha="center", va="center"
-        )
-        for i, (layer, key) in enumerate(found.items(), 1):
-            page.text(x + i * pitch + width / 2, top, f"layer {layer}", SMALL, ha="center")
-            page.picture(x + i * pitch, top + BAND, width, height, draw_layer(small, maps, key, overlay=True))
-    for row, (label, picture) in enumerate(
-        (("photo", np.asarray(small)), ("merger", draw_layer(small, maps, merger, overlay=True)))
-    ):
-        top = y + row * (BAND + height + GAP)
-        page.text(x + width / 2, top, label, SMALL, ha="center")
-        page.picture(x, top + BAND, width, height, picture)
-    y += len(keys) * (BAND + height + GAP) + GAP
+    pitch = (INNER + GAP / 2) / (len(keys["input"]) + 1)
+    width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.5)
+    small = shrink(photo, width, height)
+    first = {"photo": np.asarray(small), "merger": draw_layer(small, maps, merger, overlay=True)}
+    for name, (tap, found) in itertools.zip_longest(first, keys.items()):
+        cells = {name: first[name]} if name else {}
+        cells |= {f"layer {layer}": draw_layer(small, maps, key, overlay=True) for layer, key in found.items()}
+        page.text(MARGIN + pitch, y, TAP_NAMES.get(tap, tap), SMALL, weight="bold")
+        y += SMALL * LINE
+        for i, (label, picture) in enumerate(cells.items(), start=0 if name else 1):
+            page.text(MARGIN + i * pitch + width / 2, y, label, SMALL, ha="center")
+            page.picture(MARGIN + i * pitch, y + BAND, width, height, picture)
+        y += BAND + height + GAP
+    y += GAP
     caption = (
         "Rows: where the layer is read; merger: the image tokens before the decoder. Each map is scaled by its own "
         f"maximum (red); grey: no gradient. {settings_text(maps.settings, 'the named places')}"
@@ -799,11 +841,16 @@ def draw_taps(reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, objec
     return page.finish(small_print(page, y, caption))
 
 
+def _words(severed: Severed) -> str:
+    """What the explained tokens say, each character once."""
+    spans = dict.fromkeys(severed.reading.spans[i] for i in severed.explained)
+    return " ".join(f"“{severed.reading.answer[slice(*span)].strip()}”" for span in spans)
+
+
 def _severed_heads(severed: Severed) -> list[tuple]:
     """Rows of the header of one photo: what was asked, answered and explained."""
     reading, part = severed.reading, severed.explained
-    words = " ".join(f"“{reading.answer[slice(*reading.spans[i])].strip()}”" for i in part)
-    which = f"{len(part)} of {len(reading.tokens)} tokens: {excerpt(words, (0, 0), 200)[0]}"
+    which = f"{len(part)} of {len(reading.tokens)} tokens: {excerpt(_words(severed), (0, 0), 200)[0]}"
     rows = [("Prompt", reading.prompt), ("Answer", reading.answer), ("Explained", which)]
     return [(label, excerpt(text, (0, 0), 300)[0], (0, 0)) for label, text in rows]
 
@@ -814,7 +861,7 @@ def _legend_below(axes) -> None:
 
 
 def draw_knockout(
-    severed: list[Severed], curves: dict[str, np.ndarray], what: str, window: int | None, finding: str
+    severed: list[Severed], names: list[str], curves: dict[str, np.ndarray], what: str, window: int | None, finding: str
 ) -> np.ndarray:
     """What is left when the image is hidden from a layer on, its cliff and, if windows were run, their effect."""
     heads = _severed_heads(severed[0]) if len(severed) == 1 else _heads([part.reading for part in severed])
@@ -831,7 +878,8 @@ def draw_knockout(
     windows = list(severed[0].windows)
     width, height = (INNER - 1.05) / 2 if windows else 4.2, 1.9
     left = MARGIN + 0.45 if windows else (WIDTH - width) / 2
-    style = {"xlabel": "image hidden from layer … on", "ylabel": what, "ylim": (-0.02, 1.04)}
+    total = severed[0].removed.shape[0] - 1
+    style = {"xlabel": f"image hidden from layer … on ({total}: nothing)", "ylabel": what, "ylim": (-0.02, 1.04)}
     axes = page.plot(left, y, width, height, "Truncation", **style)
     (main, values), *others = curves.items()
     cliff = find_cliff(values.mean(0))
@@ -850,24 +898,28 @@ def draw_knockout(
     if others:
         _legend_below(axes)
     if windows:
-        title = f"Attention blocked in {window} layers"
+        title = f"Attention blocked in {window} layer{'s' * (window > 1)}"
         axes = page.plot(left + width + 0.55, y, width, height, title, xlabel="around layer …", ylabel="change of p, %")
         axes.axhline(0, color="0.6", linewidth=0.6)
         for name, (colour, line) in zip(windows, EDGE_STYLES, strict=False):
-            mean = np.mean([change(part, name) for part in severed], axis=0)
+            mean = mean_change(severed, name)
             axes.plot(np.arange(len(mean)), mean, color=colour, linestyle=line, linewidth=1.2, label=name)
         _legend_below(axes)
     y += BAND + height + 0.45 + (0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if others else 0) + GAP
     caption = (
         f"{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the attention mask; "
         f"positions stay. Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value is kept, wherever "
-        "hiding begins; yellow: the layers that read the image."
+        "hiding begins; yellow: from where all is lost to where all is kept. What these layers read may also be read "
+        "elsewhere."
     )
     if windows:
         caption += (
-            f" Right: in {window} layers around each, what stands behind the arrow cannot attend to what stands before "
-            "it; change of the probability of the explained tokens."
+            f" Right: in {window} layers around each (fewer at the ends), what stands behind the arrow cannot attend "
+            "to what stands before it; change of the probability of the explained tokens. Where one part of the image "
+            "is blocked, attention moves to the rest; it may cost more than blocking all."
         )
+    if len(severed) > 1:
+        caption += " " + numbered(names)
     return page.finish(small_print(page, y, caption))
 
 
@@ -878,6 +930,7 @@ def curves_by_layer(traced: list[Traced]) -> tuple[dict, dict, dict]:
         groups = token_groups(part.reading)
         sums = {name: part.attention[:, where].sum(-1) for name, where in groups.items()}
         sizes = {name: where.stop - where.start for name, where in groups.items()}
+        sizes["answer"] = np.mean(part.maps.target_tokens) + 1  # those that the explained positions see
         found.append(
             (
                 group_sums(part.attention, groups, ("system", "image", "user")),
@@ -915,7 +968,7 @@ def trace(
     bar = show_progress(quiet)
     traced = [trace_photo(reading, span, settings, bar) for reading, span in zip(readings, spans, strict=True)]
     files = {
-        "information_flow.png": functools.partial(draw_flow, traced, layers),
+        "information_flow.png": functools.partial(draw_flow, traced, names, layers),
         "information_flow.csv": to_csv(flow_rows(traced, names)),
         "information_flow.npz": flow_arrays(traced, names) | {"layers": np.array(layers)},
     }
@@ -924,7 +977,11 @@ def trace(
     means = [{name: values.mean(0) for name, values in kind.items()} for kind in (shares, gradients)]
     explained = traced[0].maps.target
     what = "the whole answer" if explained == readings[0].answer else repr(explained)
+    what += "" if settings.contrast is None else f" rather than {settings.contrast!r}"
     lines = [f"explained: {what}; maps at layer {', '.join(map(str, layers))}"]
+    for name, part in zip(names, traced, strict=True):
+        blank = [f"{layer} ({part.maps.blank[layer]})" for layer in layers if layer in part.maps.blank]
+        lines += [f"{name} has no map at layer {', '.join(blank)}: its pictures are grey panels"] if blank else []
     lines += flow_findings(means[0], sizes, means[1])
     if attention_map:
         shown = attention_maps(readings[0], layers)
@@ -941,7 +998,7 @@ def _size(reading: Reading, name: str) -> int:
 
 def draw_tapped(reading: Reading, span, layers: list[int], settings: Settings, progress=None) -> Callable:
     """What draws the map of every tap of the layers, six at most, from one pass for all."""
-    taken = tap_modules(reading.model, spread(layers, 6))
+    taken = tap_modules(reading.model, spread(layers, strip_columns(reading.photo) - 1))
     merger = reading.model.model.visual.merger
     modules = [module for found in taken.values() for module in found.values()]
     (maps,) = explain(reading, [span], [*modules, merger], replace(settings, tap="input"), progress)
@@ -1010,16 +1067,17 @@ def sever(
     lines = [] if accuracy else lines
     lines.append(finding)
     if keep is not None:
-        visible = f"with the {keep} image tokens that get most attention in the layer before left visible"
-        lines.append(f"{visible}: {truncation_finding(curves[but], what)}")
+        cliff = find_cliff(curves[but].mean(0))
+        kept = "no cliff" if cliff is None else f"cliff {cliff}, {decimal(curves[but].mean(0)[cliff], 3)}"
+        lines.append(
+            f"but for the {keep} image tokens that the explained tokens attend to most in the layer before: {kept}"
+        )
     for edge in severed[0].windows:
-        mean = np.mean([change(part, edge) for part in severed], axis=0)
-        worst = int(np.abs(mean).argmax())
-        around = range(max(0, worst - window // 2), min(total, worst + -(-window // 2)))
-        most = f"{mean[worst]:+.1f} % at most, blocked in layers {around[0]}-{around[-1]}"
-        lines.append(f"{edge}: {most if abs(mean[worst]) >= 0.05 else 'no change in any window'}")
+        lines.append(f"{edge}: {strongest(mean_change(severed, edge), window)}")
+    if accuracy:
+        lines += said_instead(severed, names)
     files = {
-        "knockout.png": functools.partial(draw_knockout, severed, curves, what, window, finding),
+        "knockout.png": functools.partial(draw_knockout, severed, names, curves, what, window, finding),
         "knockout.csv": to_csv(knockout_rows(severed, names)),
         "knockout.npz": knockout_arrays(severed, names),
     }
@@ -1029,11 +1087,21 @@ def sever(
 def explained_line(severed: Severed, name: str, span) -> str:
     """Which tokens of a photo's answer are explained, and why these."""
     reading = severed.reading
-    tokens = " ".join(repr(reading.answer[slice(*reading.spans[i])].strip()) for i in severed.explained)
     why = "as asked" if span else "those that need the photo"
     if not span and len(severed.explained) == len(reading.tokens) != len(tokens_that_need_the_photo(severed.removed)):
         why = "all, as none needs the photo"
-    return f"explained of {name}, {len(severed.explained)} of {len(reading.tokens)} tokens, {why}: {tokens}"
+    return f"explained of {name}, {len(severed.explained)} of {len(reading.tokens)} tokens, {why}: {_words(severed)}"
+
+
+def said_instead(severed: list[Severed], names: list[str]) -> list[str]:
+    """What the model says where it does not give the right answer, of the first such photos."""
+    lines = []
+    for part, name in [pair for pair in zip(severed, names, strict=True) if not pair[0].right[-1]][:EXPLAINED]:
+        reading, tokenizer = part.reading, part.reading.processor.tokenizer
+        with borrowed(reading.model):
+            said = decode(tokenizer, generate(reading.model, tokenizer, reading.inputs, 32))
+        lines.append(f"{name}, {reading.prompt!r}: right would be {reading.answer!r}, the model says {said!r}")
+    return lines
 
 
 def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:

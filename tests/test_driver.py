@@ -706,7 +706,7 @@ def test_studies_of_the_flow_write_their_files_and_tell_cost_and_finding(drive, 
     assert "forward passes" in lines[0]
     assert lines[1] == f"answer: {ANSWER}"
     assert lines[2].startswith("explained")
-    assert lines[3].startswith("attention: the image gets" if mode == "flow" else ("no cliff", "the image is read"))
+    assert lines[3].startswith("attention: the image gets" if mode == "flow" else ("no cliff", "hidden from layer"))
     assert out.count("\nwrote ") == len(names)
     assert "→" not in out or "--window" in flags
 
@@ -740,11 +740,12 @@ def test_photos_of_one_name_are_told_apart(drive, tmp_path, image):
 
 
 def test_a_target_that_one_photo_lacks_names_the_photo(drive, tmp_path, image, monkeypatch):
-    image.save(tmp_path / "other.png")
+    paths = [tmp_path / name for name in ("one.png", "other.png")]
+    for path in paths:
+        image.save(path)
     answers = iter(["red cat", "red dog"])
     usual = test_gradcam.read
     monkeypatch.setattr(test_gradcam, "read", lambda *given: usual(*given[:4], next(answers), given[5]))
-    paths = [tmp_path / "other.png"] * 2
     code, _, err = drive("--mode", "flow", "--target", "cat", "--image_path", *paths)
     assert code == 2
     assert "other.png: " in err
@@ -778,36 +779,49 @@ def test_accuracy_over_a_list_is_what_the_model_would_answer(drive, tmp_path):
     assert (code, err) == (0, "")
     rows = list(csv.DictReader((tmp_path / "out/knockout/knockout.csv").open()))
     assert [row["answer_right"] for row in rows if row["layer"] == "28"] == ["1", "1", "0", "0", "1", "1"]
-    assert "accuracy 0.667 of 0.667" in out
+    assert "accuracy 0.333 without it, 0.667 with it" in out
+    assert (
+        "demo.jpeg, 'Is there a dog?': right would be 'No', the model says 'Yes, there is a dog at the bottom left.'"
+        in out
+    )
     assert "answer: " not in out
 
 
 LISTS = {
-    "": "is empty: give lines of image, prompt and answer",
-    "nonsense": "line 1: Expecting value",
-    '["a"]': "line 1: list indices must be integers",
-    '{"image": "one.png", "prompt": "red?"}': "line 1: there is no 'answer'",
-    '{"image": "one.png", "prompt": "red?", "answer": " "}': "line 1: image, prompt and answer must be texts",
-    '{"image": "one.png", "prompt": 3, "answer": "red"}': "line 1: image, prompt and answer must be texts",
-    '\n{"image": "none.png", "prompt": "red?", "answer": "red"}': "none.png does not exist",
+    "": " is empty: give lines of {",
+    "nonsense": ", line 1 is no JSON (Expecting value",
+    "[1, 2]": ", line 1 has no text for 'image': give {",
+    '{"image": "one.png", "prompt": "red?"}': ", line 1 has no text for 'answer': give {",
+    '{"image": "one.png", "prompt": "red?", "answer": " "}': ", line 1 has no text for 'answer': give {",
+    '{"image": "one.png", "prompt": 3, "answer": "red"}': ", line 1 has no text for 'prompt': give {",
+    '\n{"image": "none.png", "prompt": "red?", "answer": "red"}': ", line 2: the image ",
 }
 
 
 @pytest.mark.parametrize("text", LISTS)
 @pytest.mark.usefixtures("no_model")
-def test_a_bad_list_names_file_line_and_reason(drive, tmp_path, answers_list, text):
+def test_a_bad_list_names_file_line_and_what_is_valid(drive, tmp_path, answers_list, text):
     path = answers_list(text)
     code, out, err = drive("--mode", "knockout", "--answers", path)
     assert (code, out) == (2, "")
-    assert err.startswith(f"test_gradcam.py: error: --answers {path}")
-    assert LISTS[text] in err
+    assert err.startswith(f"test_gradcam.py: error: --answers {path}{LISTS[text]}")
+    assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_more_tokens_to_keep_than_there_are_is_refused(drive):
-    code, _, err = drive("--mode", "knockout", "--answer", ANSWER, "--keep", 24)
+def test_a_special_token_in_a_list_is_told_with_its_line(drive, answers_list):
+    record = {"image": "one.png", "prompt": "red?", "answer": "red"}
+    path = answers_list("\ufeff" + json.dumps(record), json.dumps(record | {"prompt": "a\u2028b <|image_pad|>"}))
+    code, _, err = drive("--mode", "knockout", "--answers", path)
     assert code == 2
-    assert "--keep 24 must be 1 to 23: the photo has 24 image tokens" in err
+    assert f"--answers {path}, line 2: --prompt " in err
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--keep", 24), ("--window", 5)])
+def test_what_a_photo_or_model_does_not_have_is_refused(drive, flag, value):
+    code, _, err = drive("--mode", "knockout", "--answer", ANSWER, flag, value)
+    assert code == 2
+    assert f"{flag} {value} must be 1 to {value - 1}: the " in err
 
 
 # bad input
@@ -932,6 +946,8 @@ BAD = {  # flags: what the message says
     "--mode knockout --answers {bad}/none.jsonl": "none.jsonl cannot be read",
     "--mode knockout --answers list.jsonl --image_path a.png": "--image_path cannot act beside --answers",
     "--mode knockout --answers list.jsonl --target cat": "--target cannot act beside --answers",
+    "--mode knockout --image_path a.png b.png a.png": "--image_path has a photo twice: a.png",
+    "--mode knockout --layers 3": "in knockout mode every layer is tried",
     "--mode knockout --window 0": "--window 0 must be 1 or more",
     "--mode knockout --keep -1": "--keep -1 must be 1 or more",
     "--mode flow --image_path {bad}/whole.png {bad}/cut.png": "truncated",

@@ -113,8 +113,11 @@ def test_attention_maps_are_full_attention_averaged_over_stretches_of_one_group(
     assert list(maps) == [2, 0]
     for layer, found in maps.items():
         mean = full[layer].mean(0)
-        expected = [[mean[a:b, c:d].mean() for c, d in stretches] for a, b in stretches]
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+        visible = [
+            (mean[a:b, c:d], np.tri(len(mean), dtype=bool)[a:b, c:d]) for a, b in stretches for c, d in stretches
+        ]
+        expected = [part[seen].mean() if seen.any() else np.nan for part, seen in visible]
+        np.testing.assert_allclose(found.ravel(), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_attention_is_not_read_where_the_model_gives_no_weights(model, reading, monkeypatch):
@@ -222,16 +225,17 @@ def test_rows_of_each_photo_and_layer_have_the_groups_shares(reading, own, full)
     table = flow_rows(traced, ["own", "given"])
     assert [(row["photo"], row["layer"]) for row in table] == list(itertools.product(["own", "given"], range(LAYERS)))
     names = np.array(names_by_hand(reading))
-    for layer, row in enumerate(table[LAYERS:]):
+    for layer, row_of in enumerate(table[LAYERS:]):
         mean = full[layer][:, rows].mean((0, 1))
         sums = {name: mean[names == name].sum() for name in GROUPS}
         seen = sums["system"] + sums["image"] + sums["user"]
         for name, value in sums.items():
-            assert float(row[f"attention_{name}"]) == pytest.approx(value, rel=1e-3)
-            assert float(row[f"per_token_{name}"]) == pytest.approx(mean[names == name].mean(), rel=1e-3)
+            assert float(row_of[f"attention_{name}"]) == pytest.approx(value, rel=1e-3)
+            visible = np.mean([(names[: row + 1] == name).sum() for row in rows])  # of those that explain, each
+            assert float(row_of[f"per_token_{name}"]) == pytest.approx(value / visible, rel=1e-3)
             if name != "answer":
-                assert float(row[f"share_{name}"]) == pytest.approx(value / seen, rel=1e-3)
-        assert sum(float(row[f"gradient_{name}"]) for name in GROUPS) == pytest.approx(1, abs=1e-3)
+                assert float(row_of[f"share_{name}"]) == pytest.approx(value / seen, rel=1e-3)
+        assert sum(float(row_of[f"gradient_{name}"]) for name in GROUPS) == pytest.approx(1, abs=1e-3)
 
 
 def test_findings_on_the_flow_by_hand():
@@ -553,15 +557,19 @@ def test_few_cliffs_among_resampled_photos_are_none():
     assert cliff_interval(curves) is None
 
 
-def test_finding_names_the_layers_that_read_the_image():
+def test_finding_names_the_cliff_and_what_is_left_there():
     found = truncation_finding(np.array([CURVES["a rise"][0]]), "p")
-    assert found.startswith("the image is read at layers 1-2; from layer 3 on it can be removed: p 0.970 of 1.000")
+    assert found.startswith(
+        "hidden from layer 1 or earlier, the image might as well not be there; from layer 3 on it can"
+    )
+    assert "be removed: p 0.100 without it, 1.000 with it, 0.970 if hidden from 3 on, half of it or more from " in found
     assert "cliff at" not in found  # of one photo
     found = truncation_finding(np.tile(CURVES["a rise"][0], (5, 1)), "p")
     assert "(cliff at 3 to 3 in 95 % of resampled photos)" in found
     found = truncation_finding(np.array([[0, 0, 1, 1]]), "accuracy")
-    assert found.startswith("the image is read at layer 1; from layer 2 on it can be removed: accuracy 1.000 of 1.000")
-    assert "layers 1-3; needed to the last layer" in truncation_finding(np.array([[0, 0, 0.2, 0.3, 1]]), "p")
+    assert "layer 1 or earlier" in found
+    assert "from layer 2 on it can be removed: accuracy 0.000 without it, 1.000 with it" in found
+    assert "; the image is needed to the last layer: p" in truncation_finding(np.array([[0, 0, 0.2, 0.3, 1]]), "p")
 
 
 def test_finding_says_where_there_is_no_cliff(reading):
@@ -667,7 +675,7 @@ def test_words_for_objects_are_read_off_the_photo_in_the_middle_layers(demo, swe
     assert removed[0].max() < 0.3
     for curve in (*removed.T, removed.mean(1)):
         assert 0 < find_cliff(curve) < len(curve) - 1
-    assert truncation_finding(removed.mean(1)[None], "p").startswith("the image is read at layers")
+    assert "on it can be removed: p 0.0" in truncation_finding(removed.mean(1)[None], "p")
 
 
 def test_words_of_a_hidden_photo_are_as_unlikely_as_those_of_an_empty_one(demo, swept):
