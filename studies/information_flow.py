@@ -860,6 +860,34 @@ def _legend_below(axes) -> None:
     axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.8, labelspacing=0.25, columnspacing=1, **style)
 
 
+def plot_truncation(axes, curves: dict[str, np.ndarray], each: bool) -> None:
+    """The means of {name: (photos, K + 1)} and the cliff of the first; `each`: thin lines of its photos, too."""
+    (main, values), *others = curves.items()
+    mean, layers = values.mean(0), np.arange(values.shape[1])
+    cliff = find_cliff(mean)
+    if cliff is not None:
+        axes.axvspan(find_onset(mean), cliff, color="#fff3c4", linewidth=0)
+        axes.axvline(cliff, color="black", linewidth=0.8, linestyle="--")
+        side, shift = ("right", -0.012) if cliff > len(mean) / 2 else ("left", 0.012)
+        axes.text(cliff + shift * len(mean), 0.02, f"cliff: {cliff}", size=SMALL, ha=side, va="bottom")
+    if each and len(values) > 1:
+        axes.plot(layers, values.T, color=COLOURS["image"], linewidth=0.4, alpha=0.4)
+    axes.plot(layers, mean, color=COLOURS["image"], linewidth=1.4, label=main)
+    for name, other in others:
+        axes.plot(layers, other.mean(0), color=COLOURS["user"], linewidth=1.2, linestyle="--", label=name)
+    if others:
+        _legend_below(axes)
+
+
+def plot_windows(axes, severed: list[Severed]) -> None:
+    """The mean change by layer of each edge that was blocked in windows."""
+    axes.axhline(0, color="0.6", linewidth=0.6)
+    for name, (colour, line) in zip(severed[0].windows, EDGE_STYLES, strict=False):
+        mean = mean_change(severed, name)
+        axes.plot(np.arange(len(mean)), mean, color=colour, linestyle=line, linewidth=1.2, label=name)
+    _legend_below(axes)
+
+
 def draw_knockout(
     severed: list[Severed], names: list[str], curves: dict[str, np.ndarray], what: str, window: int | None, finding: str
 ) -> np.ndarray:
@@ -878,33 +906,13 @@ def draw_knockout(
     windows = list(severed[0].windows)
     width, height = (INNER - 1.05) / 2 if windows else 4.2, 1.9
     left = MARGIN + 0.45 if windows else (WIDTH - width) / 2
-    total = severed[0].removed.shape[0] - 1
-    style = {"xlabel": f"image hidden from layer … on ({total}: nothing)", "ylabel": what, "ylim": (-0.02, 1.04)}
-    axes = page.plot(left, y, width, height, "Truncation", **style)
-    (main, values), *others = curves.items()
-    cliff = find_cliff(values.mean(0))
-    if cliff is not None:
-        axes.axvspan(find_onset(values.mean(0)), cliff, color="#fff3c4", linewidth=0)
-        axes.axvline(cliff, color="black", linewidth=0.8, linestyle="--")
-        side = "right" if cliff > values.shape[1] / 2 else "left"
-        shift = -0.012 if side == "right" else 0.012
-        axes.text(cliff + shift * values.shape[1], 0.02, f"cliff: {cliff}", size=SMALL, ha=side, va="bottom")
-    x = np.arange(values.shape[1])
-    if len(values) > 1 and what != "accuracy":
-        axes.plot(x, values.T, color="#d55e00", linewidth=0.4, alpha=0.4)
-    axes.plot(x, values.mean(0), color="#d55e00", linewidth=1.4, label=main)
-    for (name, other), colour in zip(others, ("#0072b2",), strict=False):
-        axes.plot(x, other.mean(0), color=colour, linewidth=1.2, linestyle="--", label=name)
-    if others:
-        _legend_below(axes)
+    style = {"xlabel": f"image hidden from layer … on ({len(severed[0].removed) - 1}: nothing)", "ylabel": what}
+    axes = page.plot(left, y, width, height, "Truncation", ylim=(-0.02, 1.04), **style)
+    plot_truncation(axes, curves, each=what != "accuracy")
     if windows:
+        style = {"xlabel": "around layer …", "ylabel": "change of p, %"}
         title = f"Attention blocked in {window} layer{'s' * (window > 1)}"
-        axes = page.plot(left + width + 0.55, y, width, height, title, xlabel="around layer …", ylabel="change of p, %")
-        axes.axhline(0, color="0.6", linewidth=0.6)
-        for name, (colour, line) in zip(windows, EDGE_STYLES, strict=False):
-            mean = mean_change(severed, name)
-            axes.plot(np.arange(len(mean)), mean, color=colour, linestyle=line, linewidth=1.2, label=name)
-        _legend_below(axes)
+        plot_windows(page.plot(left + width + 0.55, y, width, height, title, **style), severed)
     y += BAND + height + 0.45 + (0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if others else 0) + GAP
     caption = (
         f"{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the attention mask; "
