@@ -913,7 +913,7 @@ def draw_knockout(
         style = {"xlabel": "around layer …", "ylabel": "change of p, %"}
         title = f"Attention blocked in {window} layer{'s' * (window > 1)}"
         plot_windows(page.plot(left + width + 0.55, y, width, height, title, **style), severed)
-    y += BAND + height + 0.45 + (0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if others else 0) + GAP
+    y += BAND + height + 0.45 + (0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if len(curves) > 1 else 0) + GAP
     caption = (
         f"{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the attention mask; "
         f"positions stay. Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value is kept, wherever "
