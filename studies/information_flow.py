@@ -50,6 +50,7 @@ from smooth_gradcam import (
     generate,
     get_model_layers,
     memory_explained,
+    resolve_layers,
     score_parts,
 )
 from visualization_utils import (
@@ -223,7 +224,7 @@ def attention_maps(reading: Reading, layers: Iterable[int], pool: int | None = N
     edges = pooled_edges(reading, pool)
     where = torch.as_tensor(np.repeat(np.arange(len(edges) - 1), np.diff(edges)))
     bins = len(edges) - 1
-    maps = {layer: torch.zeros(bins, bins) for layer in layers}
+    maps = {layer: torch.zeros(bins, bins) for layer in resolve_layers(layers, get_model_layers(reading.model)[1])}
 
     def pooled(rows, start):  # (S, T) -> (bins, bins): sums over stretches
         columns = torch.zeros(len(rows), bins).index_add_(1, where[: rows.shape[1]], rows)
@@ -313,6 +314,8 @@ def knockout(
     the batches.
     """
     check_whole("batch_size", batch_size, 1)
+    if not edges:
+        raise ValueError("edges=[] is no run: give one Edge or more")
     model, total = reading.model, get_model_layers(reading.model)[1]
     before = reading.inputs["input_ids"].shape[1] - 1
     start = int(min([before, *(edge.queries.min() for edge in edges if len(edge.queries))]))
@@ -391,7 +394,7 @@ def image_hidden(model, layer: int):
     def note(module, args, kwargs):
         nonlocal image
         ids = kwargs.get("input_ids")
-        if ids is not None and (ids == model.config.image_token_id).any():
+        if ids is not None and ids.shape[1] > 1:  # a prompt, and no single token of an answer
             image = ids == model.config.image_token_id  # (B, P)
 
     def hidden(i, S, T):  # noqa: N803
@@ -539,12 +542,13 @@ def find_cliff(curve: np.ndarray, kept: float = KEPT) -> int | None:
     cliff: the full value is below 0.01, or as much is left if the image is hidden from the first layer on.
     """
     short = np.flatnonzero(curve < kept * curve[-1])
-    return int(short[-1]) + 1 if len(short) and curve[-1] >= UNLIKELY else None
+    needed = curve[-1] >= UNLIKELY and curve[0] < kept * curve[-1]
+    return int(short[-1]) + 1 if needed else None
 
 
 def find_onset(curve: np.ndarray) -> int:
     """The last layer such that hidden from there on, or from any earlier one, 5 % of what the photo gives is left."""
-    risen = np.flatnonzero(curve > curve[0] + (1 - KEPT) * (curve[-1] - curve[0]))
+    risen = np.flatnonzero(curve >= curve[0] + (1 - KEPT) * (curve[-1] - curve[0]))
     return max(int(risen[0]) - 1, 0)
 
 
@@ -608,13 +612,10 @@ def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradie
     if not np.isfinite(carried).any():
         return [*lines, "gradient: none reaches the layers where they are read"]
     first = carried[np.isfinite(carried)][0]
-    fallen = np.flatnonzero(~(carried > first / 2))
-    fallen = fallen[fallen > np.flatnonzero(carried > first / 2)[-1]]
-    where = (
-        f"less than half of that from layer {fallen[0]} on"
-        if len(fallen)
-        else "and half of that or more at every layer"
-    )
+    kept = np.flatnonzero(carried >= first / 2)[-1]  # the last layer with half of it
+    where = "and half of that or more at every layer"
+    if kept + 1 < len(carried):
+        where = f"less than half of that from layer {kept + 1} on"
     return [*lines, f"gradient: the image carries {decimal(first)} of the score at the first layer, {where}"]
 
 

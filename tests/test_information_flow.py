@@ -562,7 +562,8 @@ def test_finding_names_the_cliff_and_what_is_left_there():
     assert found.startswith(
         "hidden from layer 1 or earlier, the image might as well not be there; from layer 3 on it can"
     )
-    assert "be removed: p 0.100 without it, 1.000 with it, 0.970 if hidden from 3 on, half of it or more from " in found
+    assert "be removed: p 0.100 without it, 1.000 with it, 0.970 if hidden from 3 on" in found
+    assert "half of it or more from layer 2 on" in found
     assert "cliff at" not in found  # of one photo
     found = truncation_finding(np.tile(CURVES["a rise"][0], (5, 1)), "p")
     assert "(cliff at 3 to 3 in 95 % of resampled photos)" in found
@@ -570,6 +571,35 @@ def test_finding_names_the_cliff_and_what_is_left_there():
     assert "layer 1 or earlier" in found
     assert "from layer 2 on it can be removed: accuracy 0.000 without it, 1.000 with it" in found
     assert "; the image is needed to the last layer: p" in truncation_finding(np.array([[0, 0, 0.2, 0.3, 1]]), "p")
+
+
+@pytest.mark.parametrize("curve", [[0.8, 0.1, 0.8], [0.5, 0.4, 0.5, 0.5], [0.9, 0.1, 0.8]])
+def test_a_dip_is_no_cliff_where_the_photo_does_not_help(curve):
+    assert find_cliff(np.array(curve)) is None
+    assert "does not need the photo" in truncation_finding(np.array([curve]), "p")
+
+
+def test_share_of_the_gradient_that_is_zero_everywhere_is_told():
+    zero = np.zeros(3)
+    shares = {"system": zero + 0.5, "image": zero + 0.25, "user": zero + 0.25}
+    assert "carries 0.00 of the score" in flow_findings(shares, dict.fromkeys(shares, 2), {"image": zero})[1]
+
+
+def test_no_edge_and_a_layer_that_is_not_there_are_told(reading):
+    with pytest.raises(ValueError, match=r"edges=\[\] is no run"):
+        knockout(reading, [])
+    with pytest.raises(ValueError, match="layer 3 does not exist"):
+        attention_maps(reading, [3])
+    assert list(attention_maps(reading, [-1])[0]) == [2]
+
+
+def test_a_prompt_without_image_is_not_blinded_by_the_one_before(model, own):
+    text = {"input_ids": torch.arange(300)[None] % 90 + 100}
+    with torch.no_grad():
+        usual = model(**text).logits
+        with image_hidden(model, 0):
+            model(**own.inputs)
+            torch.testing.assert_close(model(**text).logits, usual, atol=1e-4, rtol=0)  # eager attention
 
 
 def test_finding_says_where_there_is_no_cliff(reading):
