@@ -37,7 +37,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 __all__ = [
     *("SmoothQwenGradCAM", "get_model_layers", "compute_token_maps", "render_cam"),
     *("gradcam", "hirescam", "product", "paper"),
-    *("Settings", "Reading", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
+    *("Settings", "Look", "Reading", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
 ]
 
 
@@ -924,42 +924,114 @@ def compute_token_maps(
 # pictures
 
 
-def normalize_cam(cam: np.ndarray) -> np.ndarray:
-    """The map divided by its own maximum: float32 in [0, 1]. A map of zeros stays zero."""
-    cam = np.asarray(cam, dtype=np.float32)
-    return cam / cam.max() if cam.max() > 0 else np.zeros_like(cam)
-
-
-def upsample_cam(cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The (H, W) map at `size` = (height, width) pixels, cubic, float32 >= 0; each cell keeps its area of the photo."""
-    cam = torch.as_tensor(cam, dtype=torch.float32)[None, None]  # (1, 1, H, W)
-    return F.interpolate(cam, size=size, mode="bicubic", align_corners=False)[0, 0].clamp_min(0).numpy()
-
-
 JET = np.abs(4 * np.linspace(0, 1, 256)[:, None] - np.array([3, 2, 1]))  # distance from red, green and blue
 JET = np.round(255 * (1.5 - JET).clip(0, 1)).astype(np.uint8)  # (256, 3) RGB, from blue to red
 
 
-def colorize_cam(cam01: np.ndarray) -> np.ndarray:
-    """Jet in 256 colours of a map in [0, 1], (...) -> (..., 3) uint8 RGB: red is high, blue is low."""
-    return JET[np.round(255 * np.asarray(cam01, dtype=np.float32)).astype(np.uint8)]
+def colour_table(number: int) -> np.ndarray:
+    """(256, 3) uint8 RGB of one of OpenCV's colour maps."""
+    return cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], number)[:, 0, ::-1]
 
 
-def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """`alpha` parts of the heatmap over 1 - `alpha` parts of the photo, both (height, width, 3) uint8 RGB."""
-    return cv2.addWeighted(np.asarray(image_rgb), 1 - alpha, np.asarray(heatmap), alpha, 0)
+COLORMAPS = {  # the first five: perceptually uniform
+    "plasma": colour_table(cv2.COLORMAP_PLASMA),
+    "inferno": colour_table(cv2.COLORMAP_INFERNO),
+    "magma": colour_table(cv2.COLORMAP_MAGMA),
+    "viridis": colour_table(cv2.COLORMAP_VIRIDIS),
+    "cividis": colour_table(cv2.COLORMAP_CIVIDIS),
+    "turbo": colour_table(cv2.COLORMAP_TURBO),
+    "jet": JET,
+}
+UPSAMPLING = {"smooth": "bilinear", "cells": "nearest-exact"}
+SCALES = ("map", "word", "all")
+OPAQUE, HALF = 0.7, 0.5  # opacity that follows the value: the most there is, and the value from which on it is that
 
 
-def render_heatmap(cam: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The colours of a raw (H, W) map at `size` = (height, width) pixels, scaled by its maximum: uint8 RGB."""
-    return colorize_cam(normalize_cam(upsample_cam(cam, size)))
+@dataclass(frozen=True)
+class Look:
+    """How maps are drawn. ValueError names a value that cannot be, and what would be valid.
+
+    colormap  of COLORMAPS: "plasma" is bright where the map is high on any photo, "jet" is what papers often show
+    opacity   of the colours over the photo, 0 to 1; None follows the value, so that cold areas stay photo: 0.7 from
+              half of the scale on, less in proportion below
+    upsample  "smooth" is linear between the centres of the image tokens, "cells" shows the image tokens
+    scale     what has full colour: the maximum of each "map", of all maps of a "word", or of "all" maps of a figure
+    """
+
+    colormap: str = "plasma"
+    opacity: float | None = None
+    upsample: str = "smooth"
+    scale: str = "map"
+
+    def __post_init__(self):
+        for name, valid in (("colormap", COLORMAPS), ("upsample", UPSAMPLING), ("scale", SCALES)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in valid:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(valid)}")
+        if self.opacity is not None and not (isinstance(self.opacity, (int, float)) and 0 <= self.opacity <= 1):
+            raise ValueError(f"opacity={self.opacity!r} must be 0 to 1, or None to follow the value")
 
 
-def render_cam(image, cam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def normalize_cam(cam: np.ndarray, peak: float | None = None) -> np.ndarray:
+    """The map divided by `peak`, its own maximum for None: float32 in [0, 1]. A map of zeros stays zero."""
+    cam = np.asarray(cam, dtype=np.float32)
+    peak = cam.max() if peak is None else peak
+    return (cam / peak).clip(0, 1) if peak > 0 else np.zeros_like(cam)
+
+
+def upsample_cam(cam: np.ndarray, size: tuple[int, int], how: str = "smooth") -> np.ndarray:
+    """The (H, W) map at `size` = (height, width) pixels, float32; each cell keeps its area of the photo.
+
+    Neither way goes beyond the map's own values: the highest pixel lies in the cell of the map's maximum.
+    """
+    cam = torch.as_tensor(cam, dtype=torch.float32)[None, None]  # (1, 1, H, W)
+    style = {"align_corners": False} if how == "smooth" else {}
+    return F.interpolate(cam, size=size, mode=UPSAMPLING[how], **style)[0, 0].numpy()
+
+
+def colorize_cam(cam01: np.ndarray, colormap: str = "plasma") -> np.ndarray:
+    """A map in [0, 1] in 256 colours, (...) -> (..., 3) uint8 RGB."""
+    return COLORMAPS[colormap][np.round(255 * np.asarray(cam01, dtype=np.float32)).astype(np.uint8)]
+
+
+def opacity_of(cam01: np.ndarray, look: Look) -> np.ndarray:
+    """Opacity of the colours of a map in [0, 1], of its shape."""
+    if look.opacity is not None:
+        return np.full(np.shape(cam01), look.opacity, np.float32)
+    return OPAQUE * np.minimum(np.asarray(cam01, np.float32) / HALF, 1)
+
+
+def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float | np.ndarray = 0.5) -> np.ndarray:
+    """`alpha` parts of the heatmap over 1 - `alpha` parts of the photo, both (height, width, 3) uint8 RGB.
+
+    `alpha` is a number, or one for each pixel, (height, width).
+    """
+    alpha = np.asarray(alpha, np.float32)[..., None]
+    mixed = np.asarray(image_rgb) * (1 - alpha) + np.asarray(heatmap) * alpha
+    return np.round(mixed).astype(np.uint8)
+
+
+def render_heatmap(
+    cam: np.ndarray,
+    size: tuple[int, int],
+    look: Look = Look(),
+    peak: float | None = None,  # noqa: B008  (it is frozen)
+) -> np.ndarray:
+    """The colours of a raw (H, W) map at `size` = (height, width) pixels, full at `peak` or its maximum: uint8 RGB."""
+    return colorize_cam(upsample_cam(normalize_cam(cam, peak), size, look.upsample), look.colormap)
+
+
+def render_cam(
+    image,
+    cam: np.ndarray,
+    look: Look = Look(),
+    peak: float | None = None,  # noqa: B008
+) -> tuple[np.ndarray, np.ndarray]:
     """(superimposed, heatmap) of a raw (H, W) map, uint8 RGB arrays (height, width, 3) of the photo's own size."""
     photo = np.asarray(load_rgb(image))
-    heatmap = render_heatmap(cam, photo.shape[:2])
-    return overlay_cam(photo, heatmap), heatmap
+    share = upsample_cam(normalize_cam(cam, peak), photo.shape[:2], look.upsample)
+    heatmap = colorize_cam(share, look.colormap)
+    return overlay_cam(photo, heatmap, opacity_of(share, look)), heatmap
 
 
 class SmoothQwenGradCAM:
@@ -967,6 +1039,7 @@ class SmoothQwenGradCAM:
 
     target_layer            a module of the model, e.g. `get_model_layers(model)[0][-1]`, or a decoder layer's index
     num_samples, noise_std  noisy copies, and their noise for pixel values in [0, 1]; may be set later as attributes
+    look                    how the map is drawn, a `Look`
     options                 further keywords of `compute_token_maps`, which has their defaults and says what is raised
 
         cam = SmoothQwenGradCAM(model, processor, target_layer=layers[-1])
@@ -974,13 +1047,13 @@ class SmoothQwenGradCAM:
         print(cam.result.answer)
     """
 
-    def __init__(self, model, processor, target_layer, num_samples=10, noise_std=0.1, **options):
+    def __init__(self, model, processor, target_layer, num_samples=10, noise_std=0.1, *, look=None, **options):
         if "use_smooth" in options:
             raise TypeError("use_smooth is an argument of generate_cam")
         others = ("answer", "max_new_tokens", "target", "target_occurrence", "progress")
         Settings(num_samples, noise_std, **{name: value for name, value in options.items() if name not in others})
         self.model, self.processor, self.target_layer, self.options = model, processor, target_layer, options
-        self.num_samples, self.noise_std = num_samples, noise_std
+        self.num_samples, self.noise_std, self.look = num_samples, noise_std, look or Look()
         self.result: TokenMaps | None = None  # of the last generate_cam
 
     @property
@@ -1006,4 +1079,4 @@ class SmoothQwenGradCAM:
             )
         if layer in self.result.blank:
             raise ExplanationError(f"the map of layer {layer} is zero everywhere: try another layer or method")
-        return render_cam(image, cam)
+        return render_cam(image, cam, self.look)

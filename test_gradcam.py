@@ -47,6 +47,8 @@ MODES_OF_FLAG = {  # flags that act in some modes only
         ("--num_samples", "--noise_std", "--seed", "--method", "--score", "--rules", "--tap"),
         [mode for mode in FOLDERS if mode != "knockout"],
     ),
+    **dict.fromkeys(("--colormap", "--opacity", "--upsample"), [mode for mode in FOLDERS if mode != "knockout"]),
+    "--scale": ("grid", "multi", "comparative", "words", "flow"),
     "--save_raw": [mode for mode in FOLDERS if mode not in ("words", *OF_PHOTOS)],
     **dict.fromkeys(("--mask", "--batch_size"), ("evaluate", "knockout")),
     **dict.fromkeys(("--baseline", "--steps", "--randomize", "--compare"), ("evaluate",)),
@@ -69,8 +71,12 @@ CHOICES = {  # as the modules have them, whose import takes too long for --help
     "rules": ("attnlrp", "detached", "plain"),
     "tap": ("input", "output", "post_attention_layernorm"),
     "baseline": ("blur", "mean", "black"),
+    "colormap": ("plasma", "inferno", "magma", "viridis", "cividis", "turbo", "jet"),
+    "upsample": ("smooth", "cells"),
+    "scale": ("map", "word", "all"),
 }
 PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask", "answers")
+LOOK = ("colormap", "opacity", "upsample", "scale")
 SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")  # flags of the same name
 EXAMPLES = """examples:
   python test_gradcam.py --mode single --layer 27
@@ -106,6 +112,16 @@ def _layers(text: str) -> list[int | str]:
             raise argparse.ArgumentTypeError(f"{text!r} is none of {names}, no index, and no list such as 6,12 or 0-3")
         found += range(first, last + 1)
     return found
+
+
+def _opacity(text: str) -> float | None:
+    """None of "value", the number of "fixed:0.5"."""
+    if text == "value":
+        return None
+    number = re.fullmatch(r"fixed:(\d*\.?\d+)", text)
+    if number is None or float(number[1]) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be value, or fixed:0.5 with a number from 0 to 1")
+    return float(number[1])
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -165,6 +181,20 @@ def make_parser() -> argparse.ArgumentParser:
         "method paper: plain)",
     )
     add("--tap", choices=CHOICES["tap"], help="where a layer is read (default: input; of paper: the last)")
+    add("--colormap", choices=CHOICES["colormap"], default="plasma", help="of the maps; jet is what papers often show")
+    add(
+        "--opacity",
+        type=_opacity,
+        default="value",
+        help="of the colours over the photo: value (cold areas stay photo), or the same everywhere, such as fixed:0.5",
+    )
+    add("--upsample", choices=CHOICES["upsample"], default="smooth", help="cells: the image tokens as they are")
+    add(
+        "--scale",
+        choices=CHOICES["scale"],
+        default="map",
+        help="what has full colour: the maximum of each map, of a word's maps, or of all",
+    )
     add("--max_pixels", type=int, default=1_000_000, help="cap on the photo's pixels; never raises the model's own")
     add(
         "--mask",
@@ -300,6 +330,7 @@ from transformers.utils import cached_file  # noqa: E402
 from smooth_gradcam import (  # noqa: E402
     ExplanationError,
     ExplanationWarning,
+    Look,
     Reading,
     Settings,
     SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
@@ -313,6 +344,7 @@ from smooth_gradcam import (  # noqa: E402
     resolve_layers,
 )
 from visualization_utils import (  # noqa: E402
+    PLAIN,
     comparative_layers,
     create_comparative_analysis,  # noqa: F401  (users import it from here)
     create_layer_comparison_grid,  # noqa: F401
@@ -335,7 +367,7 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose v
 
 def single_layer_visualization(
     model, processor, image, prompt, layer_idx=-1, num_samples=10, noise_std=0.15, save_dir="cam_results_single",
-    *, quiet=False, **settings,
+    *, quiet=False, look=PLAIN, **settings,
 ):  # fmt: skip
     """Explain the answer at one decoder layer, and write the photo, heatmap, overlay and a figure of the three.
 
@@ -350,7 +382,7 @@ def single_layer_visualization(
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, [layer], **settings)
-        result, files = draw_single(image, token_maps)
+        result, files = draw_single(image, token_maps, look)
         write(files)
     return result | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
 
@@ -647,22 +679,23 @@ def run(args: argparse.Namespace) -> tuple[dict[str, str], list[Path], list[str]
             files, lines = sever_photos(args, readings, [one.name for one in asked], mask)
         else:
             settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
+            look = Look(**{name: getattr(args, name) for name in LOOK})
             if args.mode == "flow":
-                files, lines = trace_photos(args, readings, [one.name for one in asked], layers, settings)
+                files, lines = trace_photos(args, readings, [one.name for one in asked], layers, settings, look)
             elif args.mode == "words":
-                files, lines = explain_words(args, readings[0], layers, settings)
+                files, lines = explain_words(args, readings[0], layers, settings, look)
             else:
-                files, lines = explain_target(args, readings[0], layers, settings, mask)
+                files, lines = explain_target(args, readings[0], layers, settings, mask, look)
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return answers, write(files), lines
 
 
-def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[str]]:
+def explain_target(args, reading, layers, settings, mask, look) -> tuple[dict, list[str]]:
     """({file name: content}, lines to be said) of every mode that explains one part of the answer."""
     chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
     span = find_target(reading.answer, args.target, args.target_occurrence)
     if args.compare:
-        return compare_methods(args, reading, span, chosen, mask)
+        return compare_methods(args, reading, span, chosen, mask, look)
     (token_maps,) = explain(reading, [span], chosen, settings, show_progress(args.quiet))
     what = "the whole answer" if token_maps.target == reading.answer else repr(token_maps.target)
     if settings.contrast is not None:
@@ -679,19 +712,19 @@ def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[st
         options = {
             name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed", "randomize", "quiet")
         }
-        files, measured = evaluate(reading, token_maps, mask, **options)
+        files, measured = evaluate(reading, token_maps, mask, look=look, **options)
         lines += measured
     elif args.mode == "comparative":
-        files = draw_comparative(reading.photo, token_maps, layers)[1]
+        files = draw_comparative(reading.photo, token_maps, layers, look)[1]
     else:
         draw = {"single": draw_single, "grid": draw_grid, "multi": draw_multilayer}[args.mode]
-        files = draw(reading.photo, token_maps)[1]
+        files = draw(reading.photo, token_maps, look)[1]
     if args.save_raw:
         files["maps.npz"] = raw_arrays(token_maps, args)
     return files, lines
 
 
-def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]:
+def compare_methods(args, reading, span, layers, mask, look) -> tuple[dict, list[str]]:
     """The same of evaluate mode with --compare: every method with the settings that are given, or its own."""
     from studies.faithfulness import compare
 
@@ -701,16 +734,16 @@ def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]
         for method in CHOICES["method"]
     }
     options = {name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed", "quiet")}
-    files, lines = compare(reading, maps, mask, **options)
+    files, lines = compare(reading, maps, mask, look=look, **options)
     return files, [f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}", *lines]
 
 
-def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
+def explain_words(args, reading, layers, settings, look) -> tuple[dict, list[str]]:
     """The same of words mode."""
     from studies.words import draw_words, map_words, name_words, word_tokens
 
     word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet))
-    files = draw_words(reading.photo, Path(args.image_path).name, word_maps, *word_tokens(reading, word_maps))[1]
+    files = draw_words(reading.photo, Path(args.image_path).name, word_maps, *word_tokens(reading, word_maps), look)[1]
     lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
     for layer in layers:
         if all(layer in word.blank for word in word_maps):
@@ -730,12 +763,12 @@ def find_targets(args, readings, names) -> list[tuple[int, int]]:
     return spans
 
 
-def trace_photos(args, readings, names, layers, settings) -> tuple[dict, list[str]]:
+def trace_photos(args, readings, names, layers, settings, look) -> tuple[dict, list[str]]:
     """The same of flow mode."""
     from studies.information_flow import trace
 
     spans = find_targets(args, readings, names)
-    options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet}
+    options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet, "look": look}
     return trace(readings, names, spans, layers, settings, **options)
 
 

@@ -5,7 +5,7 @@
       -> {file name: picture}           draw_...: these, and a figure over all of them, laid out on a Page
       -> files                          output_folder: all of them or none
 
-The drawing functions take a photo and `TokenMaps`, and know nothing of models. Every map is scaled by its own maximum.
+The drawing functions take a photo, `TokenMaps` and a `Look`, and know nothing of models.
 
 Shapes:  H, W  rows and columns of image tokens     height, width  pixels of the photo     Lengths: inches of the page
 """
@@ -38,6 +38,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from smooth_gradcam import (
+    Look,
     Settings,
     SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
     TokenMaps,
@@ -46,8 +47,9 @@ from smooth_gradcam import (
     compute_token_maps,
     get_model_layers,
     load_rgb,
+    opacity_of,
     overlay_cam,
-    render_heatmap,
+    render_cam,
     resolve_layers,
 )
 
@@ -67,10 +69,10 @@ AUTO_LAYERS, LAYERS_PER_THIRD = 6, 3  # representative layers of "auto", and of 
 
 WIDTH, BODY_HEIGHT = 7.2, 7.0  # two columns of a paper; what header and caption leave of its page
 MARGIN, INNER = 0.12, WIDTH - 0.24  # inner: between the margins
-GAP, BAND = 0.08, 0.18  # between pictures; the line that a panel's title stands on
+GAP, BAND, HEAD = 0.08, 0.18, 0.27  # between pictures; the line that a title stands on; two lines, with the maximum
 DPI, LINE = 200, 1.35 / 72  # line: its height per point of text
 MARKER = "#ffe08a"  # behind the explained part of the answer
-TEXT, SMALL, TITLE = 8, 7, 11  # points
+TEXT, SMALL, TINY, TITLE = 8, 7, 6, 11  # points
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
 STAGING = ".smooth-gradcam-"  # with the process' number behind it, the folder for files that are not finished
@@ -127,12 +129,33 @@ def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
 # pictures of one layer
 
 
-def draw_layer(photo: Image.Image, token_maps: TokenMaps, layer, overlay: bool) -> np.ndarray:
+PLAIN = Look()
+WEAK = 0.05  # of the strongest map of its kind: less is said to be weak
+
+
+def peak_of(token_maps: TokenMaps, layer, look: Look, among: Iterable[TokenMaps] = ()) -> float:
+    """The raw value that has full colour in the picture of a layer; `among` are all maps of the figure."""
+    cams = {"map": [token_maps.maps[layer]], "word": token_maps.maps.values()}.get(look.scale)
+    cams = cams or [cam for word in (among or [token_maps]) for cam in word.maps.values()]
+    return max(float(cam.max()) for cam in cams)
+
+
+def strength(token_maps: TokenMaps, layer, among: Iterable[TokenMaps] = ()) -> str:
+    """The map's maximum in small print, and that it is weak beside the strongest of the maps; "" without a map."""
+    if layer in token_maps.blank:
+        return ""
+    own, strongest = (peak_of(token_maps, layer, Look(scale=scale), among) for scale in ("map", "all"))
+    return f"max {own:.2g}" + (", weak" if own < WEAK * strongest else "")
+
+
+def draw_layer(
+    photo: Image.Image, token_maps: TokenMaps, layer, overlay: bool, look: Look = PLAIN, among: Iterable[TokenMaps] = ()
+) -> np.ndarray:
     """The layer's heatmap, or the photo under it, in the photo's size; a grey panel with words if it has no map."""
     if layer in token_maps.blank:
         return grey_panel(*photo.size, f"{token_maps.blank[layer]}:\nno map")
-    heatmap = render_heatmap(token_maps.maps[layer], (photo.height, photo.width))
-    return overlay_cam(photo, heatmap) if overlay else heatmap
+    superimposed, heatmap = render_cam(photo, token_maps.maps[layer], look, peak_of(token_maps, layer, look, among))
+    return superimposed if overlay else heatmap
 
 
 class LayerPictures(Mapping):
@@ -142,15 +165,16 @@ class LayerPictures(Mapping):
     is the raw map, float32 (H, W).
     """
 
-    def __init__(self, photo: Image.Image, token_maps: TokenMaps, layer):
-        self.photo, self.token_maps, self.layer = photo, token_maps, layer
+    def __init__(self, photo: Image.Image, token_maps: TokenMaps, layer, look: Look = PLAIN, among=()):
+        self.photo, self.token_maps, self.layer, self.look, self.among = photo, token_maps, layer, look, among
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name == "cam":
             return self.token_maps.maps[self.layer]
         if name not in self:
             raise KeyError(name)
-        return draw_layer(self.photo, self.token_maps, self.layer, overlay=name == "superimposed")
+        overlay = name == "superimposed"
+        return draw_layer(self.photo, self.token_maps, self.layer, overlay, self.look, self.among)
 
     def __contains__(self, name) -> bool:
         return name in tuple(self)
@@ -162,9 +186,9 @@ class LayerPictures(Mapping):
         return 3
 
 
-def layer_pictures(photo: Image.Image, token_maps: TokenMaps) -> dict[int, LayerPictures]:
+def layer_pictures(photo: Image.Image, token_maps: TokenMaps, look: Look = PLAIN, among=()) -> dict[int, LayerPictures]:
     """{layer: its pictures} of every map, in their order."""
-    return {layer: LayerPictures(photo, token_maps, layer) for layer in token_maps.maps}
+    return {layer: LayerPictures(photo, token_maps, layer, look, among) for layer in token_maps.maps}
 
 
 # text
@@ -277,7 +301,7 @@ def fit_box(aspect: float, width: float, height: float) -> tuple[float, float]:
 
 def panel_width(aspect: float, columns: int, rows: int, width: float, height: float) -> float:
     """Width of one picture when titled pairs of pictures fill the columns and rows of an area."""
-    cell_width, cell_height = width / columns - GAP, height / rows - GAP - BAND
+    cell_width, cell_height = width / columns - GAP, height / rows - GAP - HEAD
     if aspect < 1:  # a portrait pair stands side by side, a landscape pair one above the other
         return min((cell_width - GAP / 2) / 2, cell_height * aspect)
     return min(cell_width, (cell_height - GAP / 2) / 2 * aspect)
@@ -340,16 +364,18 @@ class Page:
         return y
 
     def picture(self, x, y, width, height, array):
-        """A uint8 RGB array in a thin frame."""
+        """A uint8 RGB array in a thin frame; returns its axes, in pixels."""
         size = pixels_of(width, height)
         if array.shape[1::-1] != size:
             array = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
-        self.axes(x, y, width, height).imshow(array, aspect="auto")
+        axes = self.axes(x, y, width, height)
+        axes.imshow(array, aspect="auto")
+        return axes
 
     def colour_scale(self, x, y, width, height, colours, ticks, size):
-        """A horizontal bar of colours (n, 3) uint8 RGB from 0 to 1, with its ticks below."""
+        """Horizontal bars of colours (n, 3) uint8 RGB from 0 to 1, one above the other, with their ticks below."""
         axes = self.axes(x, y, width, height)
-        axes.imshow(colours[None], aspect="auto", extent=(0, 1, 0, 1))
+        axes.imshow(np.stack(colours), aspect="auto", extent=(0, 1, 0, 1), interpolation="nearest")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.tick_params(labelsize=size, pad=1.5)
         axes.spines[:].set(color="black")
@@ -427,14 +453,25 @@ def settings_text(settings: Settings, place: str | None = None) -> str:
     )
 
 
-def caption(token_maps: TokenMaps, photo: Image.Image, layers: Iterable[int], arrangement: str = "") -> str:
+def look_text(look: Look) -> str:
+    """How the colours are to be read, in a sentence or two."""
+    scale = {"map": "its own maximum", "word": "the maximum of its word", "all": "the maximum of all maps here"}[
+        look.scale
+    ]
+    compare = ", so that colours do not compare the strength of two maps" if look.scale == "map" else ""
+    cover = "cold areas stay photo" if look.opacity is None else f"{100 * look.opacity:.0f} % heatmap over the photo"
+    return f"Colours: each map as a share of {scale}{compare}; overlays: {cover}."
+
+
+def caption(
+    token_maps: TokenMaps, photo: Image.Image, layers: Iterable[int], arrangement: str = "", look: Look = PLAIN
+) -> str:
     """What is to be known of a figure of maps."""
     height, width = token_maps.grid
     blank = [f"layer {layer} ({why})" for layer, why in token_maps.blank.items() if layer in layers]
     grey = f" Grey: no map at {', '.join(blank)}." if blank else ""
     return (
-        f"{arrangement}Each map is scaled by its own maximum (red); blue is zero, and colours do not compare the "
-        f"strength of two maps. Overlays are half photo, half heatmap. {settings_text(token_maps.settings)} "
+        f"{arrangement}{look_text(look)} {settings_text(token_maps.settings)} "
         f"Photo: {photo.width} × {photo.height} pixels, seen as {width} × {height} image tokens.{grey}"
     )
 
@@ -456,36 +493,55 @@ def small_print(page: Page, y: float, text: str) -> float:
     return page.lines(MARGIN, y, page.width - 2 * MARGIN, text, SMALL, color="0.3") + MARGIN
 
 
-def footer(page: Page, y: float, method: str, text: str) -> float:
-    """The colour bar and the caption; returns the y below them."""
-    width, height, colours = 3.2, 0.11, colorize_cam(np.linspace(0, 1, 256))
-    page.colour_scale((page.width - width) / 2, y, width, height, colours, (0, 0.25, 0.5, 0.75, 1), SMALL)
+def footer(page: Page, y: float, method: str, text: str, look: Look = PLAIN) -> float:
+    """The colour bar, above as in heatmaps, below as over mid grey, and the caption; returns the y below it."""
+    width, height, share = 3.2, 0.16, np.linspace(0, 1, 256)
+    colours = colorize_cam(share, look.colormap)
+    over_grey = overlay_cam(np.full_like(colours, 128), colours, opacity_of(share, look))
+    page.colour_scale((page.width - width) / 2, y, width, height, [colours, over_grey], (0, 0.25, 0.5, 0.75, 1), SMALL)
     y += height + SMALL * LINE + 0.05
-    page.text(page.width / 2, y, f"{METHOD_NAMES[method]}, share of the map's own maximum, 0–1", SMALL, ha="center")
+    of = {"map": "the map's own maximum", "word": "its word's maximum", "all": "the maximum of all"}[look.scale]
+    page.text(page.width / 2, y, f"{METHOD_NAMES[method]}, share of {of}; below: over grey", SMALL, ha="center")
     return small_print(page, y + SMALL * LINE + GAP, text)
 
 
-def panel_figure(photo: Image.Image, token_maps: TokenMaps, layer: int) -> np.ndarray:
-    """The photo, the heatmap and the overlay of one layer, side by side, or one above the other if very wide."""
+def token_ticks(axes, grid: tuple[int, int], width: int, height: int) -> None:
+    """Ticks between the image tokens along two edges of a picture."""
+    for axis, count, pixels in ((axes.xaxis, grid[1], width), (axes.yaxis, grid[0], height)):
+        axis.set_ticks(np.arange(1, count) * pixels / count - 0.5, [""] * (count - 1))
+
+
+def panel_figure(photo: Image.Image, token_maps: TokenMaps, layer: int, look: Look = PLAIN) -> np.ndarray:
+    """The photo, the heatmap and the overlay of one layer, side by side, or one above the other if very wide.
+
+    Ticks along the heatmap stand between image tokens.
+    """
     rows, aspect = text_rows(token_maps), photo.width / photo.height
     page = Page(WIDTH, "".join(text for _, text, _ in rows))
     columns = 3 if aspect < 2.5 else 1
     width, height = fit_box(aspect, (INNER - (columns - 1) * GAP) / columns, 4.5)
     small = shrink(photo, width, height)
     panels = {"Photo": np.asarray(small)}
-    panels |= {name: draw_layer(small, token_maps, layer, name == "Overlay") for name in ("Heatmap", "Overlay")}
+    panels |= {name: draw_layer(small, token_maps, layer, name == "Overlay", look) for name in ("Heatmap", "Overlay")}
+    largest = strength(token_maps, layer)
     pitch = max(width, 0.5) + GAP
     left = (WIDTH - columns * pitch + GAP) / 2
     y = header(page, MARGIN, MARGIN, f"{method_title(token_maps.settings)}, layer {layer}", rows) + GAP
     for i, (name, array) in enumerate(panels.items()):
         x, top = left + i % columns * pitch, y + i // columns * (BAND + height + GAP)
-        page.text(x + (pitch - GAP) / 2, top, name, TEXT, ha="center")
-        page.picture(x + (pitch - GAP - width) / 2, top + BAND, width, height, array)
+        label = f"{name}, {largest}" if largest and name == "Heatmap" else name
+        page.text(x + (pitch - GAP) / 2, top, label, TEXT, ha="center")
+        axes = page.picture(x + (pitch - GAP - width) / 2, top + BAND, width, height, array)
+        if largest and name == "Heatmap":
+            token_ticks(axes, token_maps.grid, *small.size)
     y += 3 // columns * (BAND + height + GAP) + GAP
-    return page.finish(footer(page, y, token_maps.settings.method, caption(token_maps, photo, [layer])))
+    text = caption(token_maps, photo, [layer], look=look)
+    return page.finish(footer(page, y, token_maps.settings.method, text, look))
 
 
-def layers_figure(photo: Image.Image, token_maps: TokenMaps, layers: list, title: str, groups=None) -> np.ndarray:
+def layers_figure(
+    photo: Image.Image, token_maps: TokenMaps, layers: list, title: str, groups=None, look: Look = PLAIN
+) -> np.ndarray:
     """The photo beside the text, below it heatmap and overlay of each layer; `groups` = {label: layers} are rows."""
     texts, aspect = text_rows(token_maps), photo.width / photo.height
     page = Page(WIDTH, "".join(text for _, text, _ in texts))
@@ -503,17 +559,20 @@ def layers_figure(photo: Image.Image, token_maps: TokenMaps, layers: list, title
     pitch, small = max(across + width, 0.5) + GAP, shrink(photo, width, height)
     left = (WIDTH + side - columns * pitch + GAP) / 2
     for label, members in rows:
-        page.text(left - BAND, y + BAND + (down + height) / 2, label, TEXT, rotation=90, ha="center", va="center")
+        page.text(left - BAND, y + HEAD + (down + height) / 2, label, TEXT, rotation=90, ha="center", va="center")
         for i, layer in enumerate(members):
             middle = left + i * pitch + (pitch - GAP) / 2
             page.text(middle, y, f"layer {layer}", SMALL, ha="center")
-            x, top = middle - (across + width) / 2, y + BAND
-            page.picture(x, top, width, height, draw_layer(small, token_maps, layer, overlay=False))
-            page.picture(x + across, top + down, width, height, draw_layer(small, token_maps, layer, overlay=True))
-        y += BAND + down + height + GAP
+            page.text(middle, y + SMALL * LINE, strength(token_maps, layer), TINY, ha="center", color="0.3")
+            x, top = middle - (across + width) / 2, y + HEAD
+            page.picture(x, top, width, height, draw_layer(small, token_maps, layer, False, look))
+            page.picture(x + across, top + down, width, height, draw_layer(small, token_maps, layer, True, look))
+        y += HEAD + down + height + GAP
     arrangement = f"Of each layer the heatmap {'above' if aspect >= 1 else 'beside'} the overlay. "
-    below = caption(token_maps, photo, layers, arrangement)
-    return page.finish(footer(page, y + GAP, token_maps.settings.method, below))
+    weak = f" Weak: below {100 * WEAK:.0f} % of the strongest."
+    below = caption(token_maps, photo, layers, arrangement, look)
+    below += weak if any("weak" in strength(token_maps, layer) for layer in layers) else ""
+    return page.finish(footer(page, y + GAP, token_maps.settings.method, below, look))
 
 
 # the files of each mode: {name in the mode's folder: picture, or function that draws it}
@@ -527,43 +586,45 @@ def _layer_files(results: dict, folder: str = "") -> dict[str, object]:
     }
 
 
-def draw_single(image, token_maps: TokenMaps) -> tuple[dict, dict[str, object]]:
+def draw_single(image, token_maps: TokenMaps, look: Look = PLAIN) -> tuple[dict, dict[str, object]]:
     """One layer's ({"superimposed", "heatmap", "cam"}, {file name: content})."""
     photo = load_rgb(image)
-    ((layer, result),) = layer_pictures(photo, token_maps).items()
+    ((layer, result),) = layer_pictures(photo, token_maps, look).items()
     result = dict(result)
     return result, {
         "original_image.png": np.asarray(photo),
         "heatmap.png": result["heatmap"],
         "superimposed_result.png": result["superimposed"],
-        "visualization.png": functools.partial(panel_figure, photo, token_maps, layer),
+        "visualization.png": functools.partial(panel_figure, photo, token_maps, layer, look),
     }
 
 
-def draw_grid(image, token_maps: TokenMaps) -> tuple[dict, dict[str, object]]:
+def draw_grid(image, token_maps: TokenMaps, look: Look = PLAIN) -> tuple[dict, dict[str, object]]:
     """Of all maps ({layer: LayerPictures}, {file name: content})."""
     photo = load_rgb(image)
-    results, title = layer_pictures(photo, token_maps), f"{method_title(token_maps.settings)} by layer"
-    figure = functools.partial(layers_figure, photo, token_maps, list(results), title)
+    results, title = layer_pictures(photo, token_maps, look), f"{method_title(token_maps.settings)} by layer"
+    figure = functools.partial(layers_figure, photo, token_maps, list(results), title, look=look)
     return results, {"layer_comparison_grid.png": figure} | _layer_files(results)
 
 
-def draw_multilayer(image, token_maps: TokenMaps) -> tuple[dict, dict[str, object]]:
+def draw_multilayer(image, token_maps: TokenMaps, look: Look = PLAIN) -> tuple[dict, dict[str, object]]:
     """As `draw_grid`, with the photo and under the names of the multi-layer mode."""
     photo = load_rgb(image)
-    results, files = draw_grid(photo, token_maps)
+    results, files = draw_grid(photo, token_maps, look)
     figure = files.pop("layer_comparison_grid.png")
     return results, {"original_image.png": np.asarray(photo), "all_layers_comparison.png": figure} | files
 
 
-def draw_comparative(image, token_maps: TokenMaps, thirds: dict[str, list[int]]) -> tuple[dict, dict[str, object]]:
+def draw_comparative(
+    image, token_maps: TokenMaps, thirds: dict[str, list[int]], look: Look = PLAIN
+) -> tuple[dict, dict[str, object]]:
     """Of the layers of {"early", "middle", "late"} the same dictionary with pictures for layers, and the files.
 
     Each third has a folder with a grid of its own; `comparative_analysis.png` stands over the three.
     """
     photo, title = load_rgb(image), method_title(token_maps.settings)
-    results = layer_pictures(photo, token_maps)
-    draw = functools.partial(layers_figure, photo, token_maps)
+    results = layer_pictures(photo, token_maps, look)
+    draw = functools.partial(layers_figure, photo, token_maps, look=look)
     heading = f"{title}: early, middle and late layers"
     files = {"comparative_analysis.png": functools.partial(draw, list(results), heading, thirds)}
     parts = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
@@ -807,13 +868,13 @@ def show_progress(quiet: bool, what: str = "noisy copies", unit: str = "copy"):
 
 def create_layer_comparison_grid(
     model, processor, image, prompt, layer_range="auto", save_dir="cam_results_grid",
-    *, num_samples=5, noise_std=0.1, quiet=False, **settings,
+    *, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, **settings,
 ):  # fmt: skip
     """Grid of heatmaps and overlays over a range of layers, all from one answer and one pass.
 
     `layer_range` is "auto" (six layers), "early", "middle", "late" (thirds), "all" or a list of indices. `image` and
-    `settings` (further keywords) are those of `compute_token_maps`. Writes layer_comparison_grid.png,
-    layer_<i>_heatmap.png and layer_<i>_superimposed.png.
+    `settings` (further keywords) are those of `compute_token_maps`, `look` is a `Look`. Writes
+    layer_comparison_grid.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
 
     Returns {layer: {"superimposed", "heatmap", "cam"}}: uint8 RGB (height, width, 3) twice, and the raw map, float32
     (H, W); see `LayerPictures`. A layer without a map has a grey panel and zeros. Raises what `compute_token_maps`
@@ -822,14 +883,14 @@ def create_layer_comparison_grid(
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir) as write:
-        results, files = draw_grid(image, compute_token_maps(model, processor, image, prompt, layers, **settings))
+        results, files = draw_grid(image, compute_token_maps(model, processor, image, prompt, layers, **settings), look)
         write(files)
     return results
 
 
 def visualize_multiple_layers(
     model, processor, image, prompt, layer_indices=None, save_dir="cam_results_multilayer",
-    *, num_samples=5, noise_std=0.1, quiet=False, **settings,
+    *, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, **settings,
 ):  # fmt: skip
     """Heatmaps and overlays of the given layers (six representative ones for None), as the grid otherwise.
 
@@ -839,14 +900,16 @@ def visualize_multiple_layers(
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir) as write:
-        results, files = draw_multilayer(image, compute_token_maps(model, processor, image, prompt, layers, **settings))
+        results, files = draw_multilayer(
+            image, compute_token_maps(model, processor, image, prompt, layers, **settings), look
+        )
         write(files)
     return results
 
 
 def create_comparative_analysis(
     model, processor, image, prompt, save_dir="cam_results_comparative",
-    *, layers_per_third=LAYERS_PER_THIRD, num_samples=5, noise_std=0.1, quiet=False, **settings,
+    *, layers_per_third=LAYERS_PER_THIRD, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, **settings,
 ):  # fmt: skip
     """Early, middle and late layers side by side, all from one answer and one pass.
 
@@ -860,6 +923,6 @@ def create_comparative_analysis(
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir, thirds) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
-        results, files = draw_comparative(image, token_maps, thirds)
+        results, files = draw_comparative(image, token_maps, thirds, look)
         write(files)
     return results

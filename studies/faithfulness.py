@@ -22,6 +22,7 @@ from torch import nn
 
 from smooth_gradcam import (
     ExplanationError,
+    Look,
     Reading,
     TokenMaps,
     borrowed,
@@ -43,6 +44,7 @@ from visualization_utils import (
     LINE,
     MARGIN,
     METHOD_NAMES,
+    PLAIN,
     SMALL,
     TEXT,
     WIDTH,
@@ -528,7 +530,9 @@ STYLES = (("#0072b2", "o"), ("#009e73", "^"), ("#d55e00", "s"), ("#999999", "x")
 PLOT = 2.75, 1.75
 
 
-def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict]) -> np.ndarray:
+def draw_faithfulness(
+    image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict], look: Look = PLAIN
+) -> np.ndarray:
     """Insertion and deletion curves, their areas by layer and, if a mask was given, how well the maps fit it.
 
     `scores` are rows of `score_rows`. Returns the figure, uint8 RGB (height, width, 3).
@@ -539,7 +543,8 @@ def draw_faithfulness(image, token_maps: TokenMaps, measured: Faithfulness, scor
     leading = max(rows, key=lambda row: row["difference"])["layer"]
     page, colours = Page(WIDTH, "".join(text for _, text, _ in texts)), _layer_colours(layers)
     width, height = fit_box(photo.width / photo.height, 2.3, 1.7)
-    page.picture(MARGIN, MARGIN, width, height, draw_layer(shrink(photo, width, height), token_maps, leading, True))
+    small = shrink(photo, width, height)
+    page.picture(MARGIN, MARGIN, width, height, draw_layer(small, token_maps, leading, True, look))
     under = f"layer {leading}, the largest difference"
     page.text(MARGIN, MARGIN + height + 0.03, under, SMALL, color="0.3")
     x = MARGIN + max(width, text_width(under, SMALL, page.families)) + 2 * GAP
@@ -612,7 +617,7 @@ def _layer_legend(page: Page, y: float, colours: dict, random: bool) -> float:
     return y + SMALL * LINE
 
 
-def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) -> np.ndarray:
+def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict], look: Look = PLAIN) -> np.ndarray:
     """The maps of one layer as weights are re-drawn from the top down, and their likeness by layer.
 
     `staged` is {re-drawn layers: maps}, `scores` rows of `randomization_rows`. Returns the
@@ -634,7 +639,7 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
         x += (pitch - GAP - width) / 2
         label = "the model" if number == 0 else f"{number} re-drawn"
         page.text(x + width / 2, top, label, SMALL, ha="center")
-        page.picture(x, top + BAND, width, height, draw_layer(small, staged[number], shown, overlay=False))
+        page.picture(x, top + BAND, width, height, draw_layer(small, staged[number], shown, False, look))
     y += -(-len(numbers) // columns) * (height + BAND + GAP) + 2 * GAP
 
     style = {"xlabel": "decoder layers with re-drawn weights, from the top", "ylabel": "likeness to the model's map"}
@@ -655,7 +660,9 @@ def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict]) 
     return page.finish(small_print(page, y, caption))
 
 
-def draw_comparison(image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict]) -> np.ndarray:
+def draw_comparison(
+    image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict], look: Look = PLAIN
+) -> np.ndarray:
     """Each method's most faithful map, and insertion minus deletion of all of them by layer.
 
     `token_maps` are `side_by_side`'s, `scores` rows of `comparison_rows`. Returns the figure, uint8 RGB.
@@ -674,7 +681,7 @@ def draw_comparison(image, token_maps: TokenMaps, measured: Faithfulness, scores
         best, middle = max(own, key=own.get), x + (i + 0.5) * pitch - GAP / 2
         page.text(middle, y, METHOD_NAMES[method], TEXT, ha="center", weight="bold")
         page.text(middle, y + BAND, f"layer {best}: {decimal(own[best])}", SMALL, ha="center", color="0.3")
-        picture = draw_layer(small, token_maps, map_key(method, best), overlay=True)
+        picture = draw_layer(small, token_maps, map_key(method, best), True, look)
         page.picture(middle - width / 2, y + 2 * BAND, width, height, picture)
         values[METHOD_NAMES[method]] = [own.get(layer, np.nan) for layer in layers], *STYLES[i % len(STYLES)]
     y += 2 * BAND + height + 3 * GAP
@@ -726,7 +733,7 @@ def measure(reading: Reading, token_maps: TokenMaps, steps, baseline, batch_size
 
 def evaluate(
     reading: Reading, token_maps: TokenMaps, mask: np.ndarray | None = None, *, steps=64, baseline="blur", batch_size=8,
-    seed=0, randomize=False, quiet=False,
+    seed=0, randomize=False, quiet=False, look=PLAIN,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, verdict in lines) of the maps; `mask` as of `load_mask`, the rest as measured above.
 
@@ -735,7 +742,7 @@ def evaluate(
     measured = measure(reading, token_maps, steps, baseline, batch_size, seed, quiet)
     rows = score_rows(token_maps, measured, mask)
     files = {
-        "faithfulness.png": draw_faithfulness(reading.photo, token_maps, measured, rows),
+        "faithfulness.png": draw_faithfulness(reading.photo, token_maps, measured, rows, look),
         "scores.csv": to_csv(rows),
     }
     lines = [*verdict(rows, measured), f"cost: {measured.forwards} pictures run through the model"]
@@ -743,7 +750,7 @@ def evaluate(
         bar = show_progress(quiet, "weights re-drawn", "stage")
         staged = cascading_randomization(reading, token_maps, seed=seed, progress=bar)
         likeness = randomization_rows(staged)
-        files["randomization.png"] = draw_randomization(reading.photo, staged, likeness)
+        files["randomization.png"] = draw_randomization(reading.photo, staged, likeness, look)
         files["randomization.csv"] = to_csv(likeness)
         lines.append(randomization_verdict(likeness))
     return files, lines
@@ -773,7 +780,7 @@ def comparison_rows(
 
 def compare(
     reading: Reading, maps: dict[str, TokenMaps], mask: np.ndarray | None = None, *, steps=64, baseline="blur",
-    batch_size=8, seed=0, quiet=False,
+    batch_size=8, seed=0, quiet=False, look=PLAIN,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, verdict in lines) of the maps of several methods, {method: maps}, of one answer.
 
@@ -783,7 +790,7 @@ def compare(
     measured = measure(reading, together, steps, baseline, batch_size, seed, quiet)
     rows = comparison_rows(maps, together, measured, mask)
     files = {
-        "comparison.png": draw_comparison(reading.photo, together, measured, rows),
+        "comparison.png": draw_comparison(reading.photo, together, measured, rows, look),
         "comparison.csv": to_csv(rows),
     }
     lines = [

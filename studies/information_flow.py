@@ -39,6 +39,7 @@ from transformers import DynamicCache
 
 from smooth_gradcam import (
     ExplanationError,
+    Look,
     Reading,
     Settings,
     TokenMaps,
@@ -56,11 +57,14 @@ from smooth_gradcam import (
 from visualization_utils import (
     BAND,
     GAP,
+    HEAD,
     INNER,
     LINE,
     MARGIN,
+    PLAIN,
     SMALL,
     TEXT,
+    TINY,
     WIDTH,
     Page,
     decimal,
@@ -68,12 +72,14 @@ from visualization_utils import (
     excerpt,
     fit_box,
     header,
+    look_text,
     method_title,
     settings_text,
     show_progress,
     shrink,
     small_print,
     spread,
+    strength,
     text_rows,
     to_csv,
 )
@@ -676,23 +682,29 @@ def strip_columns(photo: Image.Image) -> int:
     return STRIP if aspect < 2 else 4 if aspect < 5 else 3
 
 
-def strips(page: Page, y: float, traced: list[Traced], layers: list[int]) -> float:
+def strips(page: Page, y: float, traced: list[Traced], layers: list[int], look: Look) -> float:
     """A row for each photo: the photo, and its map at each layer; long rows are broken. Returns the y below."""
+    among = [part.maps for part in traced]
     for number, part in enumerate(traced, 1):
         photo = part.reading.photo
         columns = strip_columns(photo)
         pitch = (INNER + GAP / 2) / columns
         width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.3)
         small = shrink(photo, width, height)
-        cells = [("photo" if len(traced) == 1 else f"photo {number}", np.asarray(small))]
-        cells += [(f"layer {layer}", functools.partial(draw_layer, small, part.maps, layer, True)) for layer in layers]
+        cells = [("photo" if len(traced) == 1 else f"photo {number}", "", np.asarray(small))]
+        draw = functools.partial(draw_layer, small, part.maps, overlay=True, look=look, among=among)
+        cells += [
+            (f"layer {layer}", strength(part.maps, layer, among), functools.partial(draw, layer=layer))
+            for layer in layers
+        ]
         for i in range(0, len(cells), columns):
-            for j, (label, picture) in enumerate(cells[i : i + columns]):
+            for j, (label, largest, picture) in enumerate(cells[i : i + columns]):
                 middle = MARGIN + (j + 0.5) * pitch - GAP / 4
                 page.text(middle, y, label, SMALL, ha="center")
+                page.text(middle, y + SMALL * LINE, largest, TINY, ha="center", color="0.3")
                 picture = picture() if callable(picture) else picture
-                page.picture(middle - width / 2, y + BAND, width, height, picture)
-            y += BAND + height + GAP / 2
+                page.picture(middle - width / 2, y + HEAD, width, height, picture)
+            y += HEAD + height + GAP / 2
     return y
 
 
@@ -721,13 +733,13 @@ def flow_lines(axes, attention: np.ndarray, groups: dict[str, slice], rows: int)
     axes.spines[:].set_visible(False)
 
 
-def draw_flow(traced: list[Traced], names: list[str], layers: list[int]) -> np.ndarray:
+def draw_flow(traced: list[Traced], names: list[str], layers: list[int], look: Look = PLAIN) -> np.ndarray:
     """Maps by layer, the shares of attention and gradient under them, and flow lines; uint8 RGB."""
     settings = traced[0].maps.settings
     heads = text_rows(traced[0].maps) if len(traced) == 1 else _heads([part.reading for part in traced])
     page = Page(WIDTH, "".join(text for _, text, _ in heads))
     y = header(page, MARGIN, MARGIN, "Information flow: what the answer reads, layer by layer", heads) + GAP
-    y = strips(page, y, traced, layers) + GAP
+    y = strips(page, y, traced, layers, look) + GAP
 
     y = _legend(page, y, COLOURS)
     shares, per_token, gradients = curves_by_layer(traced)
@@ -763,7 +775,7 @@ def draw_flow(traced: list[Traced], names: list[str], layers: list[int]) -> np.n
         "system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). Middle: the same for each token of "
         "the group, with the answer's own. Right: share of each group in the sum of |gradient × hidden state| at the "
         "layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as their "
-        "attention. Maps are scaled by their own maximum (red). "
+        f"attention. {look_text(look)} "
         f"Maps and gradients: {method_title(settings)}. {settings_text(settings)}"
         f"{' ' + numbered(names) if len(traced) > 1 else ''}"
     )
@@ -816,7 +828,9 @@ def tap_modules(model, layers: list[int]) -> dict[str, dict[int, object]]:
     }
 
 
-def draw_taps(reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, object]], merger: str) -> np.ndarray:
+def draw_taps(
+    reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, object]], merger: str, look: Look = PLAIN
+) -> np.ndarray:
     """The map at each tap (rows) of each layer (columns), and at the vision tower's merger; uint8 RGB."""
     heads, photo = text_rows(maps), reading.photo
     page = Page(WIDTH, "".join(text for _, text, _ in heads))
@@ -824,10 +838,10 @@ def draw_taps(reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, objec
     pitch = (INNER + GAP / 2) / (len(keys["input"]) + 1)
     width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.5)
     small = shrink(photo, width, height)
-    first = {"photo": np.asarray(small), "merger": draw_layer(small, maps, merger, overlay=True)}
+    first = {"photo": np.asarray(small), "merger": draw_layer(small, maps, merger, True, look)}
     for name, (tap, found) in itertools.zip_longest(first, keys.items()):
         cells = {name: first[name]} if name else {}
-        cells |= {f"layer {layer}": draw_layer(small, maps, key, overlay=True) for layer, key in found.items()}
+        cells |= {f"layer {layer}": draw_layer(small, maps, key, True, look) for layer, key in found.items()}
         page.text(MARGIN + pitch, y, TAP_NAMES.get(tap, tap), SMALL, weight="bold")
         y += SMALL * LINE
         for i, (label, picture) in enumerate(cells.items(), start=0 if name else 1):
@@ -836,8 +850,8 @@ def draw_taps(reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, objec
         y += BAND + height + GAP
     y += GAP
     caption = (
-        "Rows: where the layer is read; merger: the image tokens before the decoder. Each map is scaled by its own "
-        f"maximum (red); grey: no gradient. {settings_text(maps.settings, 'the named places')}"
+        f"Rows: where the layer is read; merger: the image tokens before the decoder; grey: no gradient. "
+        f"{look_text(look)} {settings_text(maps.settings, 'the named places')}"
     )
     return page.finish(small_print(page, y, caption))
 
@@ -965,7 +979,7 @@ def forecast(readings: list[Reading], forwards: float) -> str:
 
 def trace(
     readings: list[Reading], names: list[str], spans: list[tuple[int, int]], layers: list[int], settings: Settings, *,
-    attention_map=False, taps=False, quiet=False,
+    attention_map=False, taps=False, quiet=False, look=PLAIN,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, findings in lines) of the mode flow: see the module's table of figures.
 
@@ -977,7 +991,7 @@ def trace(
     bar = show_progress(quiet)
     traced = [trace_photo(reading, span, settings, bar) for reading, span in zip(readings, spans, strict=True)]
     files = {
-        "information_flow.png": functools.partial(draw_flow, traced, names, layers),
+        "information_flow.png": functools.partial(draw_flow, traced, names, layers, look),
         "information_flow.csv": to_csv(flow_rows(traced, names)),
         "information_flow.npz": flow_arrays(traced, names) | {"layers": np.array(layers)},
     }
@@ -996,7 +1010,7 @@ def trace(
         shown = attention_maps(readings[0], layers)
         files["attention_maps.png"] = functools.partial(draw_attention_maps, readings[0], traced[0].maps, *shown)
     if taps:
-        files["taps.png"] = draw_tapped(readings[0], spans[0], layers, settings, bar)
+        files["taps.png"] = draw_tapped(readings[0], spans[0], layers, settings, bar, look)
     return files, lines
 
 
@@ -1005,7 +1019,7 @@ def _size(reading: Reading, name: str) -> int:
     return max(part.stop - part.start, 1)
 
 
-def draw_tapped(reading: Reading, span, layers: list[int], settings: Settings, progress=None) -> Callable:
+def draw_tapped(reading, span, layers: list[int], settings: Settings, progress=None, look: Look = PLAIN) -> Callable:
     """What draws the map of every tap of the layers, six at most, from one pass for all."""
     taken = tap_modules(reading.model, spread(layers, strip_columns(reading.photo) - 1))
     merger = reading.model.model.visual.merger
@@ -1013,7 +1027,7 @@ def draw_tapped(reading: Reading, span, layers: list[int], settings: Settings, p
     (maps,) = explain(reading, [span], [*modules, merger], replace(settings, tap="input"), progress)
     names = {module: name for name, module in reading.model.named_modules()}
     keys = {tap: {k: names.get(module, module) for k, module in found.items()} for tap, found in taken.items()}
-    return functools.partial(draw_taps, reading, maps, keys, names[merger])
+    return functools.partial(draw_taps, reading, maps, keys, names[merger], look)
 
 
 def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 from smooth_gradcam import (
+    Look,
     Reading,
     Settings,
     TokenMaps,
@@ -42,7 +43,10 @@ from visualization_utils import (
     INNER,
     LINE,
     MARGIN,
+    PLAIN,
     SMALL,
+    TINY,
+    WEAK,
     WIDTH,
     Page,
     caption,
@@ -58,6 +62,7 @@ from visualization_utils import (
     settings_text,
     show_progress,
     shrink,
+    strength,
     text_rows,
     wrap,
 )
@@ -212,17 +217,18 @@ def _word_heads(page: Page, xs: list[float], y: float, width: float, heads: list
 PAGE_ROWS = 30  # of pictures on one page of the figure, or as many as ten words have
 
 
-def word_figures(photo: Image.Image, word_maps: list[TokenMaps]) -> dict[str, object]:
+def word_figures(photo: Image.Image, word_maps: list[TokenMaps], look: Look = PLAIN) -> dict[str, object]:
     """{file name: function that draws a page of the figure}; long answers take several pages, of ten words a block."""
     size = 10 * max(1, PAGE_ROWS // len(word_maps[0].maps))
     pages = [range(i, min(i + size, len(word_maps))) for i in range(0, len(word_maps), size)]
     names = ["words_by_layer.png", *(f"words_by_layer_{i}.png" for i in range(2, len(pages) + 1))]
     return {
-        name: functools.partial(_words_figure, photo, word_maps, page) for name, page in zip(names, pages, strict=True)
+        name: functools.partial(_words_figure, photo, word_maps, page, look)
+        for name, page in zip(names, pages, strict=True)
     }
 
 
-def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], shown: range) -> np.ndarray:
+def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], shown: range, look: Look) -> np.ndarray:
     """Words across, layers down, overlays in the cells; of long answers ten words stand side by side."""
     given, layers, aspect = word_maps[0], list(word_maps[0].maps), photo.width / photo.height
     rows = [(label, text, (0, 0)) for label, text, _ in text_rows(given)[:2]]
@@ -246,13 +252,17 @@ def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], shown: range) 
         for layer in layers:
             page.text(MARGIN, y + height / 2, f"layer {layer}", SMALL, va="center")
             for x, i in zip(xs, block, strict=True):
-                page.picture(x, y, width, height, draw_layer(small, word_maps[i], layer, overlay=True))
-            y += height + GAP
+                picture = draw_layer(small, word_maps[i], layer, True, look, word_maps)
+                page.picture(x, y, width, height, picture)
+                page.text(x, y + height + 0.02, strength(word_maps[i], layer, word_maps), TINY, color="0.3")
+            y += height + TINY * LINE + GAP
         y += 2 * GAP
-    below = caption(given, photo, [], "Each column explains one word of the answer. ")
+    below = caption(given, photo, [], "Each column explains one word of the answer. ", look)
+    if any("weak" in strength(word_maps[i], layer, word_maps) for i in shown for layer in layers):
+        below += f" Weak: below {100 * WEAK:.0f} % of the strongest of all."
     if any(word.blank for word in word_maps):
         below += " Grey: the word has no map at that layer, for the reason that stands there."
-    return page.finish(footer(page, y, given.settings.method, below))
+    return page.finish(footer(page, y, given.settings.method, below, look))
 
 
 # page and tables
@@ -309,14 +319,15 @@ def words_page(data: dict) -> str:
 
 
 def draw_words(
-    image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens: list[list[str]]
-) -> tuple[dict, dict[str, object]]:
+    image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens: list[list[str]],
+    look: Look = PLAIN,
+) -> tuple[dict, dict[str, object]]:  # fmt: skip
     """Of all words ({name: {layer: LayerPictures}}, {file name: content}).
 
     `probabilities` and `tokens` are those of each word's tokens; `file_name` is the photo's, for the page.
     """
     photo, given, names = load_rgb(image), word_maps[0], name_words(word_maps)
-    results = [layer_pictures(photo, word) for word in word_maps]
+    results = [layer_pictures(photo, word, look, word_maps) for word in word_maps]
     records = [
         {
             "name": name,
@@ -332,7 +343,7 @@ def draw_words(
     ]
     about = {"prompt": given.prompt, "answer": given.answer, "grid": list(given.grid), "layers": list(given.maps)}
     about |= {"settings": asdict(given.settings), "words": records}
-    files = word_figures(photo, word_maps) | {
+    files = word_figures(photo, word_maps, look) | {
         "index.html": words_page(page_data(photo, file_name, word_maps, probabilities, tokens)),
         "words.json": json.dumps(about, ensure_ascii=False, indent=1) + "\n",
         "maps.npz": {
@@ -347,7 +358,8 @@ def draw_words(
 
 def create_word_maps(
     model, processor, image, prompt, layer_range="auto", save_dir="cam_results_words",
-    *, words="content", answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1, quiet=False, **settings,
+    *, words="content", answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN,
+    **settings,
 ):  # fmt: skip
     """A map of each word of the answer at each layer, all from one answer and one forward pass per noisy copy.
 
@@ -365,6 +377,6 @@ def create_word_maps(
         reading = read(model, processor, image, prompt, answer, max_new_tokens)
         word_maps = map_words(reading, words, layers, settings, show_progress(quiet))
         file_name = Path(image).name if isinstance(image, (str, Path)) else ""
-        results, files = draw_words(reading.photo, file_name, word_maps, *word_tokens(reading, word_maps))
+        results, files = draw_words(reading.photo, file_name, word_maps, *word_tokens(reading, word_maps), look)
         write(files)
     return results

@@ -9,7 +9,7 @@ from conftest import make_image
 from PIL import Image
 
 import visualization_utils
-from smooth_gradcam import Settings, TokenMaps, colorize_cam, render_cam
+from smooth_gradcam import Look, Settings, TokenMaps, colorize_cam, render_cam
 from studies.faithfulness import Faithfulness, draw_faithfulness, draw_randomization, randomization_rows, score_rows
 from studies.words import draw_words, page_data
 from visualization_utils import (
@@ -75,6 +75,16 @@ def hot_spot(grid, cell):
     return cam
 
 
+def is_hot(pixel):
+    """The yellow end of plasma."""
+    return pixel[0] > 200 and pixel[1] > 200 and pixel[2] < 80
+
+
+def is_cold(pixel):
+    """Its dark blue end."""
+    return pixel[0] < 40 and pixel[1] < 40 and pixel[2] > 110
+
+
 def is_red(pixel):
     return pixel[0] > 120 and pixel[2] < 60
 
@@ -85,7 +95,7 @@ def is_blue(pixel):
 
 @pytest.mark.parametrize("grid", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("corner", CORNERS)
-def test_hot_corner_is_red_in_the_written_picture_and_the_others_blue(tmp_path, grid, corner):
+def test_hot_corner_is_hot_in_the_written_picture_and_the_others_stay_photo(tmp_path, grid, corner):
     photo = make_photo(grid)
     write_files(tmp_path, draw_single(photo, make_maps({7: hot_spot(grid, corner)}))[1])
     heatmap = Image.open(tmp_path / "heatmap.png")
@@ -93,9 +103,9 @@ def test_hot_corner_is_red_in_the_written_picture_and_the_others_blue(tmp_path, 
     assert heatmap.size == overlay.size == photo.size
     for row, column in CORNERS:
         pixel = np.asarray(heatmap)[row, column]
-        assert is_red(pixel) if (row, column) == corner else is_blue(pixel)
-        red, _, blue = np.asarray(overlay)[row, column].astype(int)
-        assert (red > blue) == ((row, column) == corner)
+        assert is_hot(pixel) if (row, column) == corner else is_cold(pixel)
+        over = np.asarray(overlay)[row, column].astype(int)
+        assert over[0] > over[2] + 100 if (row, column) == corner else (over == 255).all()  # the photo is white
 
 
 def share_of(figure, test):
@@ -222,12 +232,15 @@ def test_explained_part_changes_the_figure_and_is_yellow():
     assert share_of(part, yellow) > 0.0005
 
 
-def test_colour_scale_runs_from_the_maps_blue_to_its_red():
-    page = Page(2, "")
-    page.colour_scale(0.5, 0.2, 1, 0.2, colorize_cam(np.linspace(0, 1, 256)), (0, 1), 7)
-    row = page.finish(1)[round(0.3 * visualization_utils.DPI)].astype(int)
-    assert is_blue(row[round(0.51 * visualization_utils.DPI)])
-    assert is_red(row[round(1.49 * visualization_utils.DPI)])
+def test_colour_scales_run_from_cold_to_hot_one_above_the_other():
+    page, share = Page(2, ""), np.linspace(0, 1, 256)
+    page.colour_scale(0.5, 0.2, 1, 0.2, [colorize_cam(share, "jet"), colorize_cam(share)[::-1]], (0, 1), 7)
+    rows = page.finish(1)[[round(y * visualization_utils.DPI) for y in (0.25, 0.35)]].astype(int)
+    (cold, hot), (yellow, blue) = rows[:, [round(x * visualization_utils.DPI) for x in (0.51, 1.49)]]
+    assert is_blue(cold)
+    assert is_red(hot)
+    assert is_hot(yellow)
+    assert is_cold(blue)
 
 
 @pytest.mark.parametrize("size", [(4000, 20), (20, 4000), (28, 28)])
@@ -498,7 +511,7 @@ def middle(box):
 
 def crops(figure, page):
     """[(box, the page's pixels there)] of every picture, from above and from the left, but for the colour scale."""
-    boxes = [box_of(axes) for axes in figure.axes if axes.images and len(axes.images[0].get_array()) > 1]
+    boxes = [box_of(axes) for axes in figure.axes if axes.images and len(axes.images[0].get_array()) > 2]
     found = []
     for box in sorted(boxes, key=lambda box: tuple(box[[1, 0]].round())):
         left, top, right, bottom = box.round().astype(int)
@@ -526,7 +539,7 @@ def unlike(crop, picture):
     return np.abs(crop.astype(int) - resized)[2:-2, 2:-2].mean()
 
 
-CLOSE, FAR = 16, 30  # pictures are laid on whole pixels, in some versions one off, and steep colours show it
+CLOSE, FAR = 12, 19  # pictures are laid on whole pixels, in some versions one off, and steep colours show it
 SIDES = {"landscape": (336, 224), "portrait": (224, 336)}
 
 
@@ -541,8 +554,9 @@ def test_panels_of_a_layer_are_the_written_pictures(pages, size):
     results, files = draw_single(photo, maps)
     page = drawn(files["visualization.png"])
     check_layout(pages[0])
-    found = found_under(pages[0], page, ["Photo", "Heatmap", "Overlay"])
-    expected = {"Photo": np.asarray(photo), "Heatmap": results["heatmap"], "Overlay": results["superimposed"]}
+    heatmap = f"Heatmap, max {maps.maps[7].max():.2g}"
+    found = found_under(pages[0], page, ["Photo", heatmap, "Overlay"])
+    expected = {"Photo": np.asarray(photo), heatmap: results["heatmap"], "Overlay": results["superimposed"]}
     for label, (crop,) in found.items():
         assert unlike(crop, expected[label]) < CLOSE
         for other in (crop[::-1], crop[:, ::-1], crop.transpose(1, 0, 2)):
@@ -846,6 +860,54 @@ def test_every_figure_states_its_settings(pages, settings, title, stated):
         prose = prose_of(pages[-1])
         assert prose.count(f" Score: {stated}") == prose.count("Score:") == 1
         if heading in of_maps:
-            assert f"{title.removeprefix('Smooth ')}, share of the map's own maximum, 0–1" in texts_of(pages[-1])
+            assert f"{title.removeprefix('Smooth ')}, share of the map's own maximum; below: over grey" in texts_of(
+                pages[-1]
+            )
             assert " Photo: 336 × 224 pixels, seen as 6 × 4 image tokens." in prose
     assert page_data(photo, "", words, [[0.5]] * 2, [["x"]] * 2)["settings"] == f"Score: {stated}"
+
+
+# strength and scale
+
+
+def test_panels_say_their_maximum_and_what_is_weak(pages):
+    grid = FORMATS["landscape"]
+    photo, maps = make_photo(grid), {3: hot_spot(grid, (0, 0)), 9: hot_spot(grid, (0, 1)) / 25}
+    drawn(draw_grid(photo, make_maps(maps))[1]["layer_comparison_grid.png"])
+    assert {"max 3", "max 0.12, weak"} <= set(texts_of(pages[-1]))
+    assert "Weak: below 5 % of the strongest." in prose_of(pages[-1])
+    drawn(draw_grid(photo, make_maps({3: maps[3]}))[1]["layer_comparison_grid.png"])
+    assert "weak" not in prose_of(pages[-1])
+
+
+@pytest.mark.parametrize(("scale", "shares"), [("map", [1, 1, 1]), ("word", [1, 0.5, 1]), ("all", [0.5, 0.25, 1])])
+def test_full_colour_is_at_the_maximum_of_map_word_or_all(scale, shares):
+    grid, look = FORMATS["square"], Look(scale=scale)
+    one = {3: hot_spot(grid, (0, 0)), 9: hot_spot(grid, (0, 0)) / 2}
+    words = [make_maps(one, target="dog"), make_maps({3: 2 * one[3], 9: one[9]}, target="car")]
+    photo = make_photo(grid)
+    results = draw_words(photo, "", words, [[0.5]] * 2, [["x"]] * 2, look)[0]
+    found = [results["dog"][3], results["dog"][9], results["car"][3]]
+    for pictures, share in zip(found, shares, strict=True):
+        assert (pictures["heatmap"][0, 0] == colorize_cam(np.array(share))).all()
+
+
+@pytest.mark.parametrize("look", [Look("jet", 0.5), Look(upsample="cells"), Look("viridis", scale="all")])
+def test_look_reaches_every_written_picture(look):
+    photo, maps = varied(SIDES["landscape"], [3, 9])
+    peak = None if look.scale == "map" else max(cam.max() for cam in maps.maps.values())
+    files = draw_grid(photo, maps, look)[1] | draw_comparative(photo, maps, {"early": [3], "late": [9]}, look)[1]
+    for name, layer in (("layer_3", 3), ("layer_9", 9), ("early/layer_3", 3), ("late/layer_9", 9)):
+        superimposed, heatmap = render_cam(photo, maps.maps[layer], look, peak)
+        assert (drawn(files[f"{name}_superimposed.png"]) == superimposed).all()
+        assert (drawn(files[f"{name}_heatmap.png"]) == heatmap).all()
+
+
+def test_ticks_of_the_heatmap_stand_between_image_tokens(pages):
+    photo, maps = varied(SIDES["landscape"], [3])
+    drawn(draw_single(photo, maps)[1]["visualization.png"])
+    panels = [axes for axes in pages[0].axes if axes.images and len(axes.images[0].get_array()) > 2]
+    heatmap = sorted(panels, key=lambda axes: axes.get_position().x0)[1]
+    height, width = heatmap.images[0].get_array().shape[:2]
+    np.testing.assert_allclose(heatmap.get_xticks() + 0.5, np.arange(1, 6) * width / 6)
+    np.testing.assert_allclose(heatmap.get_yticks() + 0.5, np.arange(1, 4) * height / 4)

@@ -2,16 +2,21 @@
 
 import os
 import re
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import make_image
+from matplotlib import colormaps
 from PIL import Image
 
 from smooth_gradcam import (
+    COLORMAPS,
     METHODS,
     ExplanationError,
+    Look,
     SmoothQwenGradCAM,
     colorize_cam,
     get_model_layers,
@@ -20,10 +25,13 @@ from smooth_gradcam import (
     logit_score,
     logprob_score,
     normalize_cam,
+    opacity_of,
     overlay_cam,
     render_cam,
     upsample_cam,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_scores_by_hand():
@@ -51,24 +59,85 @@ def test_upsampled_cell_keeps_its_area_of_the_photo():
     np.testing.assert_allclose(upsample_cam(np.ones((3, 2)), (31, 17)), 1, rtol=1e-5)
 
 
-def test_upsampling_is_cubic_without_what_swings_below_zero():
-    """By hand, at twice the size: Keys' kernel, a = -0.75, at the distances 1/4 and 3/4; at 5/4 and 7/4 it is below."""
-    near, far = 1.25 / 64 - 2.25 / 16 + 1, 1.25 * 27 / 64 - 2.25 * 9 / 16 + 1
-    row = [0] * 5 + [far, near, near, far] + [0] * 5
+def test_upsampling_is_linear_between_the_centres_of_cells_or_shows_the_cells():
+    row = [0] * 5 + [0.25, 0.75, 0.75, 0.25] + [0] * 5  # by hand, at twice the size
     cam = np.array([[0, 0, 0, 1, 0, 0, 0]])
     np.testing.assert_allclose(upsample_cam(cam, (2, 14)), [row] * 2, atol=1e-6)
     np.testing.assert_allclose(upsample_cam(cam.T, (14, 2)).T, [row] * 2, atol=1e-6)
+    assert upsample_cam(cam, (2, 14), "cells").tolist() == [[0] * 6 + [1, 1] + [0] * 6] * 2
 
 
-def test_red_is_hot_and_blue_is_cold():
-    cold, cool, middle, warm, hot = colorize_cam(np.array([0, 0.25, 0.5, 0.75, 1])).tolist()
+@pytest.mark.parametrize("how", ["smooth", "cells"])
+def test_highest_pixel_lies_in_the_cell_of_the_maximum_and_nothing_goes_beyond(how):
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        grid = rng.integers(3, 20, 2)
+        cam = rng.random(grid).astype(np.float32) ** 4
+        cam.flat[cam.argmax()] *= 1.05  # a tie would be anyone's
+        size = grid * 28 + rng.integers(0, 28, 2)
+        large = upsample_cam(cam, tuple(size.tolist()), how)
+        pixel = np.array(np.unravel_index(large.argmax(), large.shape))
+        assert tuple(((pixel + 0.5) * grid // size).astype(int)) == np.unravel_index(cam.argmax(), cam.shape)
+        assert cam.min() <= large.min() <= large.max() <= cam.max()
+
+
+def test_highest_pixel_of_the_demos_words_lies_in_their_cell():
+    maps = np.load(ROOT / "cam_results/words/maps.npz")["maps"]
+    assert maps.shape[:2] == (10, 6)
+    for cam in maps.reshape(-1, *maps.shape[2:]):
+        row, column = np.unravel_index(upsample_cam(cam, (900, 1200)).argmax(), (900, 1200))
+        assert (row // 75, column // 75) == np.unravel_index(cam.argmax(), cam.shape)
+
+
+def test_jet_is_red_where_hot_and_blue_where_cold():
+    cold, cool, middle, warm, hot = colorize_cam(np.array([0, 0.25, 0.5, 0.75, 1]), "jet").tolist()
     assert (cold, hot) == ([0, 0, 128], [128, 0, 0])
     between = [cool, middle, warm], [[0, 128, 255], [128, 255, 128], [255, 128, 0]]
     np.testing.assert_allclose(*between, atol=3)  # the nearest of 256 colours
-    superimposed, heatmap = render_cam(Image.new("RGB", (60, 40), "grey"), np.array([[0, 0, 1], [0, 0, 0]]))
-    for picture in (superimposed, heatmap):
+    photo, cam = Image.new("RGB", (60, 40), "grey"), np.array([[0, 0, 1], [0, 0, 0]])
+    for picture in render_cam(photo, cam, Look("jet", opacity=0.5)):
         assert picture[5, 55, 0] > picture[5, 55, 2] + 50  # top right, (row, column)
         assert picture[35, 5, 2] > picture[35, 5, 0] + 50
+
+
+@pytest.mark.parametrize("name", [name for name in COLORMAPS if name != "jet"])
+def test_colour_maps_are_matplotlibs(name):
+    expected = 255 * colormaps[name](np.linspace(0, 1, 256))[:, :3]
+    assert np.abs(COLORMAPS[name] - expected).max() < 3
+
+
+def lab(colour):
+    return cv2.cvtColor(np.float32([[colour]]) / 255, cv2.COLOR_RGB2LAB)[0, 0]
+
+
+PHOTOS = {"white": 247, "light": 230, "dark": 30, "grey": 128}
+PHOTOS = {name: (value,) * 3 for name, value in PHOTOS.items()}
+PHOTOS |= {"red": (220, 45, 40), "blue": (40, 55, 220), "green": (40, 170, 40), "sky": (110, 190, 250)}
+
+
+@pytest.mark.parametrize("photo", PHOTOS.values(), ids=PHOTOS)
+def test_cold_stays_photo_and_hot_and_half_hot_stand_out_on_any_photo(photo):
+    cam = np.array([[0, 0, 0, 0, 0, 0.5, 0, 0, 0, 1.0, 0, 0]])
+    superimposed = render_cam(Image.new("RGB", (12 * 9, 9), photo), cam, Look(upsample="cells"))[0]
+    cold, half, hot = (superimposed[4, 9 * i + 4] for i in (0, 5, 9))
+    assert tuple(cold) == photo
+    assert np.linalg.norm(lab(half) - lab(cold)) > 30
+    assert np.linalg.norm(lab(hot) - lab(cold)) > 35
+    assert np.linalg.norm(lab(hot) - lab(half)) > 35
+    assert max(abs(lab(hot) - lab(cold))[0], abs(lab(half) - lab(cold))[0]) > 12  # in grey print
+
+
+def test_opacity_follows_the_value_or_is_the_same_everywhere():
+    share = np.array([0, 0.25, 0.5, 1])
+    np.testing.assert_allclose(opacity_of(share, Look()), [0, 0.35, 0.7, 0.7])
+    np.testing.assert_allclose(opacity_of(share, Look(opacity=0.3)), 0.3)
+
+
+def test_look_names_what_cannot_be():
+    bad = {"colormap": "rainbow", "upsample": "cubic", "scale": "layer", "opacity": 1.5}
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=f"{name}={value!r} must be "):
+            Look(**{name: value})
 
 
 def test_overlay_mixes_photo_and_heatmap():
