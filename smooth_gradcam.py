@@ -991,14 +991,14 @@ def upsample_cam(cam: np.ndarray, size: tuple[int, int], how: str = "smooth") ->
 
 def colorize_cam(cam01: np.ndarray, colormap: str = "plasma") -> np.ndarray:
     """A map in [0, 1] in 256 colours, (...) -> (..., 3) uint8 RGB."""
-    return COLORMAPS[colormap][np.round(255 * np.asarray(cam01, dtype=np.float32)).astype(np.uint8)]
+    return COLORMAPS[colormap][np.rint(np.multiply(cam01, 255, dtype=np.float32)).astype(np.uint8)]
 
 
 def opacity_of(cam01: np.ndarray, look: Look) -> np.ndarray:
     """Opacity of the colours of a map in [0, 1], of its shape."""
     if look.opacity is not None:
         return np.full(np.shape(cam01), look.opacity, np.float32)
-    return OPAQUE * np.minimum(np.asarray(cam01, np.float32) / HALF, 1)
+    return np.minimum(np.asarray(cam01, np.float32) * (OPAQUE / HALF), OPAQUE)
 
 
 def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float | np.ndarray = 0.5) -> np.ndarray:
@@ -1006,9 +1006,9 @@ def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float | np.nd
 
     `alpha` is a number, or one for each pixel, (height, width).
     """
-    alpha = np.asarray(alpha, np.float32)[..., None]
-    mixed = np.asarray(image_rgb) * (1 - alpha) + np.asarray(heatmap) * alpha
-    return np.round(mixed).astype(np.uint8)
+    photo, heatmap = np.ascontiguousarray(image_rgb), np.ascontiguousarray(heatmap)
+    alpha = np.ascontiguousarray(np.broadcast_to(np.float32(alpha), photo.shape[:2]))
+    return cv2.blendLinear(photo, heatmap, 1 - alpha, alpha)
 
 
 def render_heatmap(

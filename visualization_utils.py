@@ -50,6 +50,7 @@ from smooth_gradcam import (
     opacity_of,
     overlay_cam,
     render_cam,
+    render_heatmap,
     resolve_layers,
 )
 
@@ -154,8 +155,8 @@ def draw_layer(
     """The layer's heatmap, or the photo under it, in the photo's size; a grey panel with words if it has no map."""
     if layer in token_maps.blank:
         return grey_panel(*photo.size, f"{token_maps.blank[layer]}:\nno map")
-    superimposed, heatmap = render_cam(photo, token_maps.maps[layer], look, peak_of(token_maps, layer, look, among))
-    return superimposed if overlay else heatmap
+    cam, peak = token_maps.maps[layer], peak_of(token_maps, layer, look, among)
+    return render_cam(photo, cam, look, peak)[0] if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
 
 
 class LayerPictures(Mapping):
@@ -495,10 +496,11 @@ def small_print(page: Page, y: float, text: str) -> float:
 
 def footer(page: Page, y: float, method: str, text: str, look: Look = PLAIN) -> float:
     """The colour bar, above as in heatmaps, below as over mid grey, and the caption; returns the y below it."""
-    width, height, share = 3.2, 0.16, np.linspace(0, 1, 256)
+    width, height, share = 3.2, 0.16, np.linspace(0, 1, 256)[None]
     colours = colorize_cam(share, look.colormap)
     over_grey = overlay_cam(np.full_like(colours, 128), colours, opacity_of(share, look))
-    page.colour_scale((page.width - width) / 2, y, width, height, [colours, over_grey], (0, 0.25, 0.5, 0.75, 1), SMALL)
+    bars, ticks = [colours[0], over_grey[0]], (0, 0.25, 0.5, 0.75, 1)
+    page.colour_scale((page.width - width) / 2, y, width, height, bars, ticks, SMALL)
     y += height + SMALL * LINE + 0.05
     of = {"map": "the map's own maximum", "word": "its word's maximum", "all": "the maximum of all"}[look.scale]
     page.text(page.width / 2, y, f"{METHOD_NAMES[method]}, share of {of}; below: over grey", SMALL, ha="center")

@@ -651,6 +651,8 @@ def usual():
 ACTING = [(flag, mode) for flag, mode in PAIRS if mode in MODES_OF_FLAG[flag]]
 ACTING.remove(("--batch_size", "evaluate"))  # changes how much is computed at once: see above
 ACTING.remove(("--batch_size", "knockout"))
+LOOKS = ("--colormap", "--opacity", "--upsample", "--scale")  # act on pictures alone: see below
+ACTING = [pair for pair in ACTING if pair[0] not in LOOKS]
 ACTING.remove(("--answers", "knockout"))  # stands in the place of the others: see below
 
 
@@ -681,6 +683,30 @@ def test_flag_changes_what_is_written_where_it_is_accepted(drive, tmp_path, mask
         watched = [name for name in before if "heatmap" in name or name.endswith((".csv", "words.json", "arrays"))]
         assert watched
         assert all(files.get(name) != before[name] for name in watched)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in FOLDERS if mode != "knockout"])
+def test_flags_of_the_look_change_pictures_and_nothing_else(drive, tmp_path, mode):
+    def outcome(*flags):
+        code, _, err = drive("--mode", mode, *IN_MODE[mode], *flags)
+        assert code == 0, err
+        return {name: (tmp_path / "out" / name).read_bytes() for name in written(tmp_path / "out")}
+
+    before = outcome()
+    for flag in LOOKS:
+        if mode in MODES_OF_FLAG[flag]:
+            files = outcome(flag, OUTSIDE[flag])
+            changed = {name for name in before if files[name] != before[name]}
+            assert changed
+            assert all(name.endswith((".png", "index.html")) for name in changed if not name.endswith(".npz"))
+
+
+@pytest.mark.parametrize("value", ["half", "fixed:1.5", "fixed:", "0.5", "fixed:-1"])
+@pytest.mark.usefixtures("no_model")
+def test_an_opacity_that_cannot_be_is_told(drive, value):
+    code, _, err = drive(f"--opacity={value}")
+    assert code == 2
+    assert f"{value!r} must be value, or fixed:0.5 with a number from 0 to 1" in err
 
 
 # flow and knockout
@@ -1428,4 +1454,4 @@ def test_pictures_of_the_photos_size_are_not_kept(drive, tmp_path, image, mode):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (code, err) == (0, "")
-    assert peak < 20e6
+    assert peak < 26e6
