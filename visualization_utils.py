@@ -300,10 +300,10 @@ def fit_box(aspect: float, width: float, height: float) -> tuple[float, float]:
     return width, width / aspect
 
 
-def panel_width(aspect: float, columns: int, rows: int, width: float, height: float) -> float:
+def panel_width(aspect: float, columns: int, rows: int, width: float, height: float, beside: bool) -> float:
     """Width of one picture when titled pairs of pictures fill the columns and rows of an area."""
     cell_width, cell_height = width / columns - GAP, height / rows - GAP - HEAD
-    if aspect < 1:  # a portrait pair stands side by side, a landscape pair one above the other
+    if beside:  # else a pair stands one above the other
         return min((cell_width - GAP / 2) / 2, cell_height * aspect)
     return min(cell_width, (cell_height - GAP / 2) / 2 * aspect)
 
@@ -313,7 +313,7 @@ def best_columns(aspect: float, count: int, width: float, height: float) -> int:
 
     def merit(columns):
         rows = -(-count // columns)
-        return panel_width(aspect, columns, rows, width, height) * rows**-0.5 * count / (columns * rows)
+        return panel_width(aspect, columns, rows, width, height, aspect < 1) * rows**-0.5 * count / (columns * rows)
 
     return max(range(1, min(count, 12) + 1), key=merit)
 
@@ -555,9 +555,10 @@ def layers_figure(
     columns = max(map(len, groups.values())) if groups else best_columns(aspect, len(layers), INNER, body)
     rows = list(groups.items()) if groups else [("", layers[i : i + columns]) for i in range(0, len(layers), columns)]
     side = BAND if groups else 0  # room for the row's label
-    width = panel_width(aspect, columns, len(rows), INNER - side, body)
+    beside = aspect < 1 or groups is not None
+    width = panel_width(aspect, columns, len(rows), INNER - side, body, beside)
     height = width / aspect
-    across, down = (0, height + GAP / 2) if aspect >= 1 else (width + GAP / 2, 0)  # from the heatmap to the overlay
+    across, down = (width + GAP / 2, 0) if beside else (0, height + GAP / 2)  # from the heatmap to the overlay
     pitch, small = max(across + width, 0.5) + GAP, shrink(photo, width, height)
     left = (WIDTH + side - columns * pitch + GAP) / 2
     for label, members in rows:
@@ -570,7 +571,7 @@ def layers_figure(
             page.picture(x, top, width, height, draw_layer(small, token_maps, layer, False, look))
             page.picture(x + across, top + down, width, height, draw_layer(small, token_maps, layer, True, look))
         y += HEAD + down + height + GAP
-    arrangement = f"Of each layer the heatmap {'above' if aspect >= 1 else 'beside'} the overlay. "
+    arrangement = f"Of each layer the heatmap {'beside' if beside else 'above'} the overlay. "
     weak = f" Weak: below {100 * WEAK:.0f} % of the strongest."
     below = caption(token_maps, photo, layers, arrangement, look)
     below += weak if any("weak" in strength(token_maps, layer) for layer in layers) else ""
