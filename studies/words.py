@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 from smooth_gradcam import (
+    COLORMAPS,
     Look,
     Reading,
     Settings,
@@ -270,8 +271,10 @@ def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], shown: range, 
 PAGE_SIDE = 1600  # pixels of the longer side of the photo in the page
 
 
-def page_data(image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens) -> dict:
-    """What the page of the words shows, as plain values: see words_page.html for its use.
+def page_data(
+    image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens, look: Look = PLAIN
+) -> dict:
+    """What the page of the words shows, and the look with which it opens, as plain values: see words_page.html.
 
     Raw maps are stored as their maximum and the share of it in 16 bits, little-endian, base64.
     """
@@ -293,6 +296,8 @@ def page_data(image, file_name: str, word_maps: list[TokenMaps], probabilities: 
         "grid": list(given.grid),
         "layers": list(given.maps),
         "settings": settings_text(given.settings),
+        "look": {"colours": look.colormap, "opacity": look.opacity, "scale": look.scale},
+        "table": base64.b64encode(COLORMAPS[look.colormap].tobytes()).decode(),
         "words": [
             {
                 "text": word.target,
@@ -344,7 +349,7 @@ def draw_words(
     about = {"prompt": given.prompt, "answer": given.answer, "grid": list(given.grid), "layers": list(given.maps)}
     about |= {"settings": asdict(given.settings), "words": records}
     files = word_figures(photo, word_maps, look) | {
-        "index.html": words_page(page_data(photo, file_name, word_maps, probabilities, tokens)),
+        "index.html": words_page(page_data(photo, file_name, word_maps, probabilities, tokens, look)),
         "words.json": json.dumps(about, ensure_ascii=False, indent=1) + "\n",
         "maps.npz": {
             "maps": np.stack([np.stack(list(word.maps.values())) for word in word_maps]),  # (words, layers, H, W)

@@ -63,6 +63,8 @@ def make_data(
         "grid": list(grid),
         "layers": list(layers),
         "settings": "Score: sum of the logits.",
+        "look": {"colours": "plasma", "opacity": None, "scale": "map"},
+        "table": base64.b64encode(COLORMAPS["plasma"].tobytes()).decode(),
         "words": [
             {
                 "text": word,
@@ -334,6 +336,18 @@ def test_colour_maps_and_their_bar_over_mid_grey(page):
         assert_same(page.pixels(), render_cam(photo, cams[1, 0], Look(name))[0])
         grey = np.full((1, 256, 3), 128, np.uint8)
         assert_same(page.pixels("#bar canvas"), overlay_cam(grey, COLORMAPS[name][None], opacity), 0.7)
+
+
+def test_page_opens_with_the_look_of_the_figures(page):
+    look = Look("inferno", opacity=0.4, scale="all")
+    given = {"colours": "inferno", "opacity": 0.4, "scale": "all"}
+    data, photo, cams = make_data(look=given, table=base64.b64encode(COLORMAPS["inferno"].tobytes()).decode())
+    page.open(data, "#word=1&layer=0")
+    peak = max(cam.max() for cam in cams.values())
+    assert_same(page.pixels(), render_cam(photo, cams[1, 0], look, peak)[0])
+    assert page.js("return $('colours').value") == "inferno"
+    page.choose("colours", "plasma")
+    assert_same(page.pixels(), render_cam(photo, cams[1, 0], Look(opacity=0.4), peak)[0])
 
 
 def test_scales_compare_the_layers_of_a_word_and_all_maps(page):
