@@ -134,28 +134,36 @@ PLAIN = Look()
 WEAK = 0.05  # of the strongest map of its kind: less is said to be weak
 
 
-def peak_of(token_maps: TokenMaps, layer, look: Look, among: Iterable[TokenMaps] = ()) -> float:
-    """The raw value that has full colour in the picture of a layer; `among` are all maps of the figure."""
-    cams = {"map": [token_maps.maps[layer]], "word": token_maps.maps.values()}.get(look.scale)
-    cams = cams or [cam for word in (among or [token_maps]) for cam in word.maps.values()]
-    return max(float(cam.max()) for cam in cams)
+def strongest_of(words: Iterable[TokenMaps]) -> float:
+    """The largest value of all maps of a figure: computed once, as there may be thousands."""
+    return max(float(cam.max()) for word in words for cam in word.maps.values())
 
 
-def strength(token_maps: TokenMaps, layer, among: Iterable[TokenMaps] = ()) -> str:
+def peak_of(token_maps: TokenMaps, layer, look: Look, strongest: float | None = None) -> float:
+    """The raw value that has full colour in the picture of a layer; `strongest` as of `draw_layer`."""
+    if look.scale == "map":
+        return float(token_maps.maps[layer].max())
+    return strongest_of([token_maps]) if look.scale == "word" or strongest is None else strongest
+
+
+def strength(token_maps: TokenMaps, layer, strongest: float | None = None) -> str:
     """The map's maximum in small print, and that it is weak beside the strongest of the maps; "" without a map."""
     if layer in token_maps.blank:
         return ""
-    own, strongest = (peak_of(token_maps, layer, Look(scale=scale), among) for scale in ("map", "all"))
+    own, strongest = (peak_of(token_maps, layer, Look(scale=scale), strongest) for scale in ("map", "all"))
     return f"max {own:.2g}" + (", weak" if own < WEAK * strongest else "")
 
 
 def draw_layer(
-    photo: Image.Image, token_maps: TokenMaps, layer, overlay: bool, look: Look = PLAIN, among: Iterable[TokenMaps] = ()
+    photo: Image.Image, token_maps: TokenMaps, layer, overlay: bool, look: Look = PLAIN, strongest: float | None = None
 ) -> np.ndarray:
-    """The layer's heatmap, or the photo under it, in the photo's size; a grey panel with words if it has no map."""
+    """The layer's heatmap, or the photo under it, in the photo's size; a grey panel with words if it has no map.
+
+    `strongest` is `strongest_of` all maps of the figure, for None of these.
+    """
     if layer in token_maps.blank:
         return grey_panel(*photo.size, f"{token_maps.blank[layer]}:\nno map")
-    cam, peak = token_maps.maps[layer], peak_of(token_maps, layer, look, among)
+    cam, peak = token_maps.maps[layer], peak_of(token_maps, layer, look, strongest)
     return render_cam(photo, cam, look, peak)[0] if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
 
 
@@ -166,8 +174,8 @@ class LayerPictures(Mapping):
     is the raw map, float32 (H, W).
     """
 
-    def __init__(self, photo: Image.Image, token_maps: TokenMaps, layer, look: Look = PLAIN, among=()):
-        self.photo, self.token_maps, self.layer, self.look, self.among = photo, token_maps, layer, look, among
+    def __init__(self, photo: Image.Image, token_maps: TokenMaps, layer, look: Look = PLAIN, strongest=None):
+        self.photo, self.token_maps, self.layer, self.look, self.strongest = photo, token_maps, layer, look, strongest
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name == "cam":
@@ -175,7 +183,7 @@ class LayerPictures(Mapping):
         if name not in self:
             raise KeyError(name)
         overlay = name == "superimposed"
-        return draw_layer(self.photo, self.token_maps, self.layer, overlay, self.look, self.among)
+        return draw_layer(self.photo, self.token_maps, self.layer, overlay, self.look, self.strongest)
 
     def __contains__(self, name) -> bool:
         return name in tuple(self)
@@ -187,9 +195,11 @@ class LayerPictures(Mapping):
         return 3
 
 
-def layer_pictures(photo: Image.Image, token_maps: TokenMaps, look: Look = PLAIN, among=()) -> dict[int, LayerPictures]:
+def layer_pictures(
+    photo: Image.Image, token_maps: TokenMaps, look: Look = PLAIN, strongest: float | None = None
+) -> dict[int, LayerPictures]:
     """{layer: its pictures} of every map, in their order."""
-    return {layer: LayerPictures(photo, token_maps, layer, look, among) for layer in token_maps.maps}
+    return {layer: LayerPictures(photo, token_maps, layer, look, strongest) for layer in token_maps.maps}
 
 
 # text
@@ -380,6 +390,15 @@ class Page:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.tick_params(labelsize=size, pad=1.5)
         axes.spines[:].set(color="black")
+
+    def legend(self, y, entries: dict[str, object], pitch: float) -> float:
+        """One line of names in their colours, at most `pitch` apart; returns the y below it."""
+        pitch = min(pitch, (self.width - 2 * MARGIN) / len(entries))
+        x = (self.width - pitch * len(entries)) / 2
+        for i, (label, colour) in enumerate(entries.items()):
+            self.text(x + i * pitch, y, "●", SMALL, color=colour, family="DejaVu Sans")
+            self.text(x + i * pitch + 0.12, y, label, SMALL)
+        return y + SMALL * LINE
 
     def plot(self, x, y, width, height, title: str, **style):
         """Axes of that size under a title that stands at y; `style` goes to their `set`."""

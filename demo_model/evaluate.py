@@ -27,9 +27,6 @@ import transformers
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-sys.path.append(str(Path(__file__).parent.parent))
-from studies.information_flow import image_hidden  # noqa: E402
-
 UNSEEN = 9_000_000  # seeds from here on are never drawn in training
 TOPICS = ("list", "where", "there", "count", "place", "beside")
 
@@ -133,6 +130,9 @@ def main():
         parser.error(f"--hide_image_from {wrong[0]}: the image can be hidden from layer 0 to {layers} (nowhere) on")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{options.scenes} unseen scenes, {model.dtype}, {platform.machine()} {options.device}, {versions}")
+    sys.path.append(str(Path(__file__).parent.parent))
+    from studies.information_flow import image_hidden  # only here: who imports this module needs none of it
+
     for layer in [None, *options.hide_image_from]:
         print("the whole image" if layer is None else f"the image hidden from layer {layer} on")
         with nullcontext() if layer is None else image_hidden(model, layer):

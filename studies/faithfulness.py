@@ -607,14 +607,8 @@ def draw_faithfulness(
 def _layer_legend(page: Page, y: float, colours: dict, random: bool) -> float:
     """One line that names the layers' colours, the first and last ones if they are many; returns the y below it."""
     layers = list(colours)
-    entries = [(f"layer {layer}", colours[layer]) for layer in (layers if len(layers) <= 7 else spread(layers, 7))]
-    entries += [("random", "0.45")] if random else []
-    pitch = min(0.85, INNER / len(entries))
-    x = (WIDTH - pitch * len(entries)) / 2
-    for i, (label, colour) in enumerate(entries):
-        page.text(x + i * pitch, y, "●", SMALL, color=colour, family="DejaVu Sans")
-        page.text(x + i * pitch + 0.12, y, label, SMALL)
-    return y + SMALL * LINE
+    entries = {f"layer {layer}": colours[layer] for layer in (layers if len(layers) <= 7 else spread(layers, 7))}
+    return page.legend(y, entries | ({"random": "0.45"} if random else {}), 0.85)
 
 
 def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict], look: Look = PLAIN) -> np.ndarray:

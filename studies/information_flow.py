@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from matplotlib import colormaps
@@ -80,6 +81,7 @@ from visualization_utils import (
     small_print,
     spread,
     strength,
+    strongest_of,
     text_rows,
     to_csv,
 )
@@ -512,8 +514,7 @@ def sever_photo(
 
 def covered_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """The image tokens (N,) bool of which the object covers a quarter or more, or else the one that it covers most."""
-    tensor = torch.as_tensor(mask, dtype=torch.float32)[None, None]
-    share = torch.nn.functional.interpolate(tensor, size=grid, mode="area")[0, 0].numpy().ravel()
+    share = cv2.resize(mask.astype(np.float32), grid[::-1], interpolation=cv2.INTER_AREA).ravel()
     return share >= min(COVERED, share.max())
 
 
@@ -657,16 +658,6 @@ def numbered(names: list[str]) -> str:
     return f"Photos: {shown}{f' and {len(names) - 6} more' if len(names) > 6 else ''}."
 
 
-def _legend(page: Page, y: float, entries: dict[str, str]) -> float:
-    """One line of names in their colours; returns the y below it."""
-    pitch = min(1.0, INNER / len(entries))
-    x = (page.width - pitch * len(entries)) / 2
-    for i, (label, colour) in enumerate(entries.items()):
-        page.text(x + i * pitch, y, "●", SMALL, color=colour, family="DejaVu Sans")
-        page.text(x + i * pitch + 0.12, y, label, SMALL)
-    return y + SMALL * LINE + GAP
-
-
 def _curves(axes, rows: dict[str, np.ndarray], colours: dict[str, str]) -> None:
     """Of each name the mean over photos (photos, K), and thin lines of each photo if there are several."""
     for name, values in rows.items():
@@ -684,7 +675,7 @@ def strip_columns(photo: Image.Image) -> int:
 
 def strips(page: Page, y: float, traced: list[Traced], layers: list[int], look: Look) -> float:
     """A row for each photo: the photo, and its map at each layer; long rows are broken. Returns the y below."""
-    among = [part.maps for part in traced]
+    strongest = strongest_of(part.maps for part in traced)
     for number, part in enumerate(traced, 1):
         photo = part.reading.photo
         columns = strip_columns(photo)
@@ -692,17 +683,14 @@ def strips(page: Page, y: float, traced: list[Traced], layers: list[int], look: 
         width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.3)
         small = shrink(photo, width, height)
         cells = [("photo" if len(traced) == 1 else f"photo {number}", "", np.asarray(small))]
-        draw = functools.partial(draw_layer, small, part.maps, overlay=True, look=look, among=among)
-        cells += [
-            (f"layer {layer}", strength(part.maps, layer, among), functools.partial(draw, layer=layer))
-            for layer in layers
-        ]
+        for layer in layers:
+            picture = draw_layer(small, part.maps, layer, True, look, strongest)
+            cells.append((f"layer {layer}", strength(part.maps, layer, strongest), picture))
         for i in range(0, len(cells), columns):
             for j, (label, largest, picture) in enumerate(cells[i : i + columns]):
                 middle = MARGIN + (j + 0.5) * pitch - GAP / 4
                 page.text(middle, y, label, SMALL, ha="center")
                 page.text(middle, y + SMALL * LINE, largest, TINY, ha="center", color="0.3")
-                picture = picture() if callable(picture) else picture
                 page.picture(middle - width / 2, y + HEAD, width, height, picture)
             y += HEAD + height + GAP / 2
     return y
@@ -741,7 +729,7 @@ def draw_flow(traced: list[Traced], names: list[str], layers: list[int], look: L
     y = header(page, MARGIN, MARGIN, "Information flow: what the answer reads, layer by layer", heads) + GAP
     y = strips(page, y, traced, layers, look) + GAP
 
-    y = _legend(page, y, COLOURS)
+    y = page.legend(y, COLOURS, 1.0) + GAP
     shares, per_token, gradients = curves_by_layer(traced)
     pitch = (INNER + 0.15) / 3
     for i, (title, rows, style) in enumerate(
@@ -1084,11 +1072,8 @@ def sever(
         curves[but] = [part.kept_right if accuracy else truncated(part, part.kept) for part in severed]
     curves = {name: np.array(values, float) for name, values in curves.items()}
     finding = truncation_finding(curves["image hidden"], what)
-    lines = [explained_line(part, name, span) for part, name, span in zip(severed, names, spans, strict=True)][
-        :EXPLAINED
-    ]
-    lines = [] if accuracy else lines
-    lines.append(finding)
+    told = [] if accuracy else list(zip(severed, names, spans, strict=True))[:EXPLAINED]
+    lines = [*(explained_line(*part) for part in told), finding]
     if keep is not None:
         cliff = find_cliff(curves[but].mean(0))
         kept = "no cliff" if cliff is None else f"cliff {cliff}, {decimal(curves[but].mean(0)[cliff], 3)}"

@@ -64,6 +64,7 @@ from visualization_utils import (
     show_progress,
     shrink,
     strength,
+    strongest_of,
     text_rows,
     wrap,
 )
@@ -245,7 +246,8 @@ def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], shown: range, 
         title += f" ({shown[0] + 1}–{shown[-1] + 1} of {len(word_maps)})"
     y = max(header(page, MARGIN + photo_size[0] + 2 * GAP, MARGIN, title, rows), MARGIN + photo_size[1]) + 2 * GAP
 
-    heads = _columns_of_text(word_maps)
+    heads, strongest = _columns_of_text(word_maps), strongest_of(word_maps)
+    said = {(i, layer): strength(word_maps[i], layer, strongest) for i in shown for layer in layers}
     for first in range(shown.start, shown.stop, columns):
         block = range(first, min(first + columns, shown.stop))
         xs = [MARGIN + side + (i - first) * (cell + GAP) for i in block]
@@ -253,13 +255,12 @@ def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], shown: range, 
         for layer in layers:
             page.text(MARGIN, y + height / 2, f"layer {layer}", SMALL, va="center")
             for x, i in zip(xs, block, strict=True):
-                picture = draw_layer(small, word_maps[i], layer, True, look, word_maps)
-                page.picture(x, y, width, height, picture)
-                page.text(x, y + height + 0.02, strength(word_maps[i], layer, word_maps), TINY, color="0.3")
+                page.picture(x, y, width, height, draw_layer(small, word_maps[i], layer, True, look, strongest))
+                page.text(x, y + height + 0.02, said[i, layer], TINY, color="0.3")
             y += height + TINY * LINE + GAP
         y += 2 * GAP
     below = caption(given, photo, [], "Each column explains one word of the answer. ", look)
-    if any("weak" in strength(word_maps[i], layer, word_maps) for i in shown for layer in layers):
+    if any("weak" in text for text in said.values()):
         below += f" Weak: below {100 * WEAK:.0f} % of the strongest of all."
     if any(word.blank for word in word_maps):
         below += " Grey: the word has no map at that layer, for the reason that stands there."
@@ -332,7 +333,8 @@ def draw_words(
     `probabilities` and `tokens` are those of each word's tokens; `file_name` is the photo's, for the page.
     """
     photo, given, names = load_rgb(image), word_maps[0], name_words(word_maps)
-    results = [layer_pictures(photo, word, look, word_maps) for word in word_maps]
+    strongest = strongest_of(word_maps)
+    results = [layer_pictures(photo, word, look, strongest) for word in word_maps]
     records = [
         {
             "name": name,

@@ -36,11 +36,11 @@ import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
+from studies.information_flow import covered_tokens  # noqa: E402
 from test_gradcam import load_model, load_processor  # noqa: E402
 
 DEMO, PUBLISHED = ("scenes", "flat", "crowded"), ("eyes", "words", "blurred", "sinks")
 CELL = scenes.TOKEN  # pixels of one image token
-COVERED = 0.25  # share of an image token's area from which on it belongs to the object
 FALL = 0.75  # what may be left of a word's probability without its object
 
 
@@ -57,8 +57,7 @@ class Word(NamedTuple):
 
     def on(self, grid: tuple[int, int]) -> np.ndarray:
         """The image tokens of the object, (H, W) bool; if it covers a quarter of none, the one that it covers most."""
-        share = self.covered(grid)
-        return share >= min(COVERED, share.max())
+        return covered_tokens(self.mask, grid).reshape(grid)
 
 
 class Picture(NamedTuple):

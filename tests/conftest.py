@@ -1,6 +1,7 @@
 """A random Qwen2.5-VL of the real classes with a real processor: tiny, and made without a download."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    AutoProcessor,
     AutoTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -15,6 +17,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+
+from smooth_gradcam import read
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -102,6 +106,18 @@ def model(make_model):
 def image():
     """A landscape photo, 168 x 112 pixels: 4 rows of 6 image tokens."""
     return make_image(168, 112)
+
+
+DEMO = Path(__file__).parent.parent / "demo_model"
+DESCRIBE = "Describe the main content in this image in detail."
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo model's own description of demo.jpeg."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, local_files_only=True).eval()
+    processor = AutoProcessor.from_pretrained(DEMO, local_files_only=True)
+    return read(model, processor, DEMO.parent / "demo.jpeg", DESCRIBE)
 
 
 def make_image(width, height):

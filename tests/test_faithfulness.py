@@ -15,7 +15,6 @@ from skimage.filters import threshold_otsu
 from skimage.metrics import structural_similarity
 from test_core import decoder, raising, state_of, unruly
 from torch import nn
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from smooth_gradcam import (
     Settings,
@@ -716,17 +715,6 @@ def test_quantised_and_offloaded_weights_cannot_be_redrawn(make_model, processor
 
 
 # a model that sees
-
-
-DEMO = scenes.OBJECTS.parent
-DESCRIBE = "Describe the main content in this image in detail."
-
-
-@pytest.fixture(scope="module")
-def demo():
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, local_files_only=True).eval()
-    processor = AutoProcessor.from_pretrained(DEMO, local_files_only=True)
-    return read(model, processor, DEMO.parent / "demo.jpeg", DESCRIBE)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,10 @@ import itertools
 
 import numpy as np
 import pytest
-import scenes
 import torch
-from conftest import make_image
+from conftest import DESCRIBE, make_image
 from PIL import Image, ImageOps
 from test_core import ANSWER, PROMPT, decoder, forced_by_hand, state_of, unruly
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from smooth_gradcam import (
     ExplanationError,
@@ -677,16 +675,7 @@ def test_severing_keeps_what_each_photos_sweep_gives(reading, own):
 # a model that sees
 
 
-DEMO = scenes.OBJECTS.parent
-DESCRIBE = "Describe the main content in this image in detail."
 WORDS = ["plane", "house", "dog", "bicycle"]
-
-
-@pytest.fixture(scope="module")
-def demo():
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, local_files_only=True).eval()
-    processor = AutoProcessor.from_pretrained(DEMO, local_files_only=True)
-    return read(model, processor, DEMO.parent / "demo.jpeg", DESCRIBE)
 
 
 @pytest.fixture(scope="module")
