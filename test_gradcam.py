@@ -48,6 +48,7 @@ MODES_OF_FLAG = {  # flags that act in some modes only
         [mode for mode in FOLDERS if mode != "knockout"],
     ),
     **dict.fromkeys(("--colormap", "--opacity", "--upsample"), [mode for mode in FOLDERS if mode != "knockout"]),
+    "--heatmaps": ("grid", "comparative"),
     "--scale": ("grid", "multi", "comparative", "words", "flow"),
     "--save_raw": [mode for mode in FOLDERS if mode not in ("words", *OF_PHOTOS)],
     **dict.fromkeys(("--mask", "--batch_size"), ("evaluate", "knockout")),
@@ -74,6 +75,8 @@ CHOICES = {  # as the modules have them, whose import takes too long for --help
     "colormap": ("plasma", "inferno", "magma", "viridis", "cividis", "turbo", "jet"),
     "upsample": ("smooth", "cells"),
     "scale": ("map", "word", "all"),
+    "width": ("page", "column"),
+    "format": ("pdf", "svg"),
 }
 PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask", "answers")
 LOOK = ("colormap", "opacity", "upsample", "scale")
@@ -195,6 +198,14 @@ def make_parser() -> argparse.ArgumentParser:
         default="map",
         help="what has full colour: the maximum of each map, of a word's maps, or of all",
     )
+    add("--heatmaps", action="store_true", help="grid, comparative mode: grids show each layer's heatmap too")
+    add(
+        "--width",
+        choices=CHOICES["width"],
+        default="page",
+        help="of figures in print: both columns of a paper (7.2 inches) or one (3.3); no text is below 6 points there",
+    )
+    add("--format", choices=CHOICES["format"], nargs="+", default=[], help="of figures, written beside the PNG")
     add("--max_pixels", type=int, default=1_000_000, help="cap on the photo's pixels; never raises the model's own")
     add(
         "--mask",
@@ -344,7 +355,9 @@ from smooth_gradcam import (  # noqa: E402
     resolve_layers,
 )
 from visualization_utils import (  # noqa: E402
+    PAGE,
     PLAIN,
+    Paper,
     comparative_layers,
     create_comparative_analysis,  # noqa: F401  (users import it from here)
     create_layer_comparison_grid,  # noqa: F401
@@ -367,7 +380,7 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose v
 
 def single_layer_visualization(
     model, processor, image, prompt, layer_idx=-1, num_samples=10, noise_std=0.15, save_dir="cam_results_single",
-    *, quiet=False, look=PLAIN, **settings,
+    *, quiet=False, look=PLAIN, paper=PAGE, **settings,
 ):  # fmt: skip
     """Explain the answer at one decoder layer, and write the photo, heatmap, overlay and a figure of the three.
 
@@ -382,7 +395,7 @@ def single_layer_visualization(
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, [layer], **settings)
-        result, files = draw_single(image, token_maps, look)
+        result, files = draw_single(image, token_maps, look, paper)
         write(files)
     return result | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
 
@@ -679,23 +692,28 @@ def run(args: argparse.Namespace) -> tuple[dict[str, str], list[Path], list[str]
             files, lines = sever_photos(args, readings, [one.name for one in asked], mask)
         else:
             settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
-            look = Look(**{name: getattr(args, name) for name in LOOK})
             if args.mode == "flow":
-                files, lines = trace_photos(args, readings, [one.name for one in asked], layers, settings, look)
+                files, lines = trace_photos(args, readings, [one.name for one in asked], layers, settings)
             elif args.mode == "words":
-                files, lines = explain_words(args, readings[0], layers, settings, look)
+                files, lines = explain_words(args, readings[0], layers, settings)
             else:
-                files, lines = explain_target(args, readings[0], layers, settings, mask, look)
+                files, lines = explain_target(args, readings[0], layers, settings, mask)
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return answers, write(files), lines
 
 
-def explain_target(args, reading, layers, settings, mask, look) -> tuple[dict, list[str]]:
+def drawing(args: argparse.Namespace) -> dict[str, Look | Paper]:
+    """How maps and figures are to look."""
+    look = Look(**{name: getattr(args, name) for name in LOOK})
+    return {"look": look, "paper": Paper(args.width, tuple(dict.fromkeys(args.format)), args.heatmaps)}
+
+
+def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[str]]:
     """({file name: content}, lines to be said) of every mode that explains one part of the answer."""
     chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
     span = find_target(reading.answer, args.target, args.target_occurrence)
     if args.compare:
-        return compare_methods(args, reading, span, chosen, mask, look)
+        return compare_methods(args, reading, span, chosen, mask)
     (token_maps,) = explain(reading, [span], chosen, settings, show_progress(args.quiet))
     what = "the whole answer" if token_maps.target == reading.answer else repr(token_maps.target)
     if settings.contrast is not None:
@@ -712,19 +730,19 @@ def explain_target(args, reading, layers, settings, mask, look) -> tuple[dict, l
         options = {
             name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed", "randomize", "quiet")
         }
-        files, measured = evaluate(reading, token_maps, mask, look=look, **options)
+        files, measured = evaluate(reading, token_maps, mask, **drawing(args), **options)
         lines += measured
     elif args.mode == "comparative":
-        files = draw_comparative(reading.photo, token_maps, layers, look)[1]
+        files = draw_comparative(reading.photo, token_maps, layers, **drawing(args))[1]
     else:
         draw = {"single": draw_single, "grid": draw_grid, "multi": draw_multilayer}[args.mode]
-        files = draw(reading.photo, token_maps, look)[1]
+        files = draw(reading.photo, token_maps, **drawing(args))[1]
     if args.save_raw:
         files["maps.npz"] = raw_arrays(token_maps, args)
     return files, lines
 
 
-def compare_methods(args, reading, span, layers, mask, look) -> tuple[dict, list[str]]:
+def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]:
     """The same of evaluate mode with --compare: every method with the settings that are given, or its own."""
     from studies.faithfulness import compare
 
@@ -734,16 +752,17 @@ def compare_methods(args, reading, span, layers, mask, look) -> tuple[dict, list
         for method in CHOICES["method"]
     }
     options = {name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed", "quiet")}
-    files, lines = compare(reading, maps, mask, look=look, **options)
+    files, lines = compare(reading, maps, mask, **drawing(args), **options)
     return files, [f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}", *lines]
 
 
-def explain_words(args, reading, layers, settings, look) -> tuple[dict, list[str]]:
+def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
     """The same of words mode."""
     from studies.words import draw_words, map_words, name_words, word_tokens
 
     word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet))
-    files = draw_words(reading.photo, Path(args.image_path).name, word_maps, *word_tokens(reading, word_maps), look)[1]
+    measured, name = word_tokens(reading, word_maps), Path(args.image_path).name
+    files = draw_words(reading.photo, name, word_maps, *measured, **drawing(args))[1]
     lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
     for layer in layers:
         if all(layer in word.blank for word in word_maps):
@@ -763,13 +782,13 @@ def find_targets(args, readings, names) -> list[tuple[int, int]]:
     return spans
 
 
-def trace_photos(args, readings, names, layers, settings, look) -> tuple[dict, list[str]]:
+def trace_photos(args, readings, names, layers, settings) -> tuple[dict, list[str]]:
     """The same of flow mode."""
     from studies.information_flow import trace
 
     spans = find_targets(args, readings, names)
-    options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet, "look": look}
-    return trace(readings, names, spans, layers, settings, **options)
+    options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet}
+    return trace(readings, names, spans, layers, settings, **options, **drawing(args))
 
 
 def sever_photos(args, readings, names, mask) -> tuple[dict, list[str]]:
@@ -778,6 +797,7 @@ def sever_photos(args, readings, names, mask) -> tuple[dict, list[str]]:
 
     spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
     options = {name: getattr(args, name) for name in ("window", "keep", "batch_size", "quiet")}
+    options["paper"] = drawing(args)["paper"]
     return sever(readings, names, spans, mask=mask, accuracy=args.answers is not None, **options)
 
 

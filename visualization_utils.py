@@ -23,11 +23,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 
 import numpy as np
-from matplotlib import font_manager
+from matplotlib import font_manager, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
@@ -62,18 +63,21 @@ except ImportError:  # Windows
 __all__ = [
     *("create_layer_comparison_grid", "visualize_multiple_layers", "create_comparative_analysis"),
     *("SmoothQwenGradCAM", "get_model_layers", "LayerPictures", "output_folder"),
-    *("draw_single", "draw_grid", "draw_multilayer", "draw_comparative"),
+    *("draw_single", "draw_grid", "draw_multilayer", "draw_comparative", "Paper"),
 ]
 
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
 AUTO_LAYERS, LAYERS_PER_THIRD = 6, 3  # representative layers of "auto", and of a third in the comparative analysis
 
-WIDTH, BODY_HEIGHT = 7.2, 7.0  # two columns of a paper; what header and caption leave of its page
-MARGIN, INNER = 0.12, WIDTH - 0.24  # inner: between the margins
+WIDTHS = {"page": 7.2, "column": 3.3}  # both columns of a paper, or one
+VECTOR_FORMATS = ("pdf", "svg")
+BODY_HEIGHTS = {"page": 7.0, "column": 5.5}  # what header and caption leave of a paper's page
+MARGIN = 0.12
 GAP, BAND, HEAD = 0.08, 0.18, 0.27  # between pictures; the line that a title stands on; two lines, with the maximum
+LABELS = 0.43  # left of a plot, for the numbers and the name of its axis
 DPI, LINE = 200, 1.35 / 72  # line: its height per point of text
 MARKER = "#ffe08a"  # behind the explained part of the answer
-TEXT, SMALL, TINY, TITLE = 8, 7, 6, 11  # points
+TEXT, SMALL, TINY, TITLE = 8, 7, 6, 11  # points; journals ask for 6 at least
 LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
 STAGING = ".smooth-gradcam-"  # with the process' number behind it, the folder for files that are not finished
@@ -147,9 +151,9 @@ def peak_of(token_maps: TokenMaps, layer, look: Look, strongest: float | None = 
 
 
 def strength(token_maps: TokenMaps, layer, strongest: float | None = None) -> str:
-    """The map's maximum in small print, and that it is weak beside the strongest of the maps; "" without a map."""
+    """The map's maximum in small print, and that it is weak beside the strongest of the maps; or why there is none."""
     if layer in token_maps.blank:
-        return ""
+        return token_maps.blank[layer]
     own, strongest = (peak_of(token_maps, layer, Look(scale=scale), strongest) for scale in ("map", "all"))
     return f"max {own:.2g}" + (", weak" if own < WEAK * strongest else "")
 
@@ -233,11 +237,22 @@ def _characters_of(path: str) -> frozenset:
 
 
 @functools.cache
+def _add_new_fonts() -> None:
+    """Let matplotlib know the fonts that were installed after it had made its list."""
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in set(font_manager.findSystemFonts()) - known:
+        with suppress(OSError, RuntimeError):  # a font that it cannot read
+            font_manager.fontManager.addfont(path)
+
+
+@functools.cache
 def font_families(text: str) -> tuple[list[str], bool]:
     """Installed font families that together can draw the text, and whether they draw all of it."""
     missing = {ord(c) for c in text if not c.isspace()}
     families = ["DejaVu Sans"]
     missing -= _characters_of(font_manager.findfont("DejaVu Sans"))
+    if missing:
+        _add_new_fonts()
     for font in font_manager.fontManager.ttflist if missing else ():
         found = missing & _characters_of(font.fname)
         if found and "LastResort" not in font.fname and font.style == "normal":
@@ -249,22 +264,22 @@ def font_families(text: str) -> tuple[list[str], bool]:
 _renderer = functools.cache(RendererAgg)  # one measures all text
 
 
-def text_width(text: str, size: float, families: list[str]) -> float:
+def text_width(text: str, size: float, families: list[str], weight: str = "normal") -> float:
     """Inches that the text takes on one line."""
-    font = font_manager.FontProperties(family=families, size=size)
+    font = font_manager.FontProperties(family=families, size=size, weight=weight)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that no installed font has
         return _renderer(8, 8, DPI).get_text_width_height_descent(text, font, ismath=False)[0] / DPI
 
 
-def wrap(text: str, width: float, size: float, families: list[str]) -> list[tuple[int, int]]:
+def wrap(text: str, width: float, size: float, families: list[str], weight: str = "normal") -> list[tuple[int, int]]:
     """(start, end) of each line, broken at blanks where there are any and between characters where not."""
     lines, start = [], 0
     while start < len(text):
         fits, over = start + 1, len(text) + 1
         while over - fits > 1:  # bisection: text[start:fits] fits, text[start:over] does not
             middle = (fits + over) // 2
-            inside = text_width(text[start:middle].rstrip(), size, families) <= width
+            inside = text_width(text[start:middle].rstrip(), size, families, weight) <= width
             fits, over = (middle, over) if inside else (fits, middle)
         blank = text.rfind(" ", start, fits) + 1
         end = blank if fits < len(text) and blank > start else fits
@@ -296,11 +311,16 @@ def figure_to_array(figure: Figure) -> np.ndarray:
 
 
 def grey_panel(width: int, height: int, text: str) -> np.ndarray:
-    """What stands in place of a map that does not exist: uint8 RGB (height, width, 3), grey, with words."""
-    lines = text.split("\n")
-    size = 0.8 * min(width / (0.62 * max(map(len, lines))), height / (1.4 * len(lines)))  # pixels of a letter
-    figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="0.8")
-    figure.text(0.5, 0.5, text, size=max(size, 1), ha="center", va="center", color="0.25", linespacing=1.3)
+    """What stands in place of a map that does not exist: uint8 RGB (height, width, 3), grey, with words.
+
+    The words are left out where they could not be read in print.
+    """
+    words, figure = text.split(), Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="0.8")
+    breaks = [text.split("\n"), words]  # as it stands, or a word on each line
+    sizes = [min(0.8 * width / (0.62 * max(map(len, lines))), 0.8 * height / (1.4 * len(lines))) for lines in breaks]
+    size, lines = max(zip(sizes, breaks, strict=True))  # pixels of a letter
+    if size >= TINY * DPI / 72:
+        figure.text(0.5, 0.5, "\n".join(lines), size=size, ha="center", va="center", color="0.25", linespacing=1.3)
     return figure_to_array(figure)
 
 
@@ -310,35 +330,61 @@ def fit_box(aspect: float, width: float, height: float) -> tuple[float, float]:
     return width, width / aspect
 
 
-def panel_width(aspect: float, columns: int, rows: int, width: float, height: float, beside: bool) -> float:
-    """Width of one picture when titled pairs of pictures fill the columns and rows of an area."""
+def panel_width(aspect: float, columns: int, rows: int, width: float, height: float, across: int, down: int) -> float:
+    """Width of a picture when titled cells of so many pictures across and down fill the columns and rows of an area."""
     cell_width, cell_height = width / columns - GAP, height / rows - GAP - HEAD
-    if beside:  # else a pair stands one above the other
-        return min((cell_width - GAP / 2) / 2, cell_height * aspect)
-    return min(cell_width, (cell_height - GAP / 2) / 2 * aspect)
+    return min((cell_width - (across - 1) * GAP / 2) / across, (cell_height - (down - 1) * GAP / 2) / down * aspect)
 
 
-def best_columns(aspect: float, count: int, width: float, height: float) -> int:
-    """How many columns of pairs give large pictures in few rows, with few cells left empty."""
+def best_columns(aspect: float, count: int, most: int, width: float, height: float, across: int, down: int) -> int:
+    """How many columns of cells, `most` at most, give large pictures in few rows, with few cells left empty."""
 
     def merit(columns):
         rows = -(-count // columns)
-        return panel_width(aspect, columns, rows, width, height, aspect < 1) * rows**-0.5 * count / (columns * rows)
+        return panel_width(aspect, columns, rows, width, height, across, down) * rows**-0.5 * count / (columns * rows)
 
-    return max(range(1, min(count, 12) + 1), key=merit)
+    return max(range(1, min(count, most) + 1), key=merit)
 
 
 # page
 
 
-class Page:
-    """A figure of a fixed width that is drawn upon from the top; `finish` says how long it is and gives the picture.
+@dataclass(frozen=True)
+class Paper:
+    """What figures are made for.
 
-    `text` is what it will have to be able to write; all lengths are inches, from the top left.
+    `width` is "page" (7.2 inches, both columns of a paper) or "column" (3.3 inches); no text is smaller than 6 points
+    there. `formats` are written beside each figure's PNG: "pdf", "svg". With `heatmaps`, grids show the heatmap of
+    each layer above or beside its overlay. Raises ValueError for anything else.
+    """
+
+    width: str = "page"
+    formats: tuple[str, ...] = ()
+    heatmaps: bool = False
+
+    def __post_init__(self):
+        if self.width not in WIDTHS:
+            raise ValueError(f"width={self.width!r} must be one of {', '.join(WIDTHS)}")
+        if isinstance(self.formats, str) or not set(self.formats) <= set(VECTOR_FORMATS):
+            raise ValueError(f"formats={self.formats!r} must be a tuple of {', '.join(VECTOR_FORMATS)}")
+
+    def figure(self, name: str, draw) -> dict[str, object]:
+        """{file name: function that draws it} of a figure in all formats."""
+        return {f"{name}.{suffix}": draw for suffix in ("png", *self.formats)}
+
+
+PAGE = Paper()
+
+
+class Page:
+    """A figure of a fixed width that is drawn upon from the top; `finish` says how long it is.
+
+    `text` is what it will have to be able to write; all lengths are inches, from the top left. `numpy.asarray` gives
+    its pixels, uint8 RGB (height, width, 3) at DPI pixels per inch, `vector` a file of one of `VECTOR_FORMATS`.
     """
 
     def __init__(self, width: float, text: str):
-        self.width = width
+        self.width, self.inner = width, width - 2 * MARGIN  # inner: between the margins
         self.families, self.complete = font_families(text)
         self.figure = Figure(figsize=(width, 1), dpi=DPI, facecolor="white")
         self.from_top = Affine2D().scale(1, -1)
@@ -362,7 +408,8 @@ class Page:
 
     def lines(self, x, y, width, text, size, span=(0, 0), **style) -> float:
         """Wrapped text with its span marked; returns the y below it."""
-        for line in wrap(text, width, size, self.families):
+        weight = style.get("weight", "normal")
+        for line in wrap(text, width, size, self.families, weight):
             at = x
             for run, marked in split_at_span(text, line, span):
                 if marked:
@@ -370,7 +417,23 @@ class Page:
                     mark = Rectangle((at, y), *box, facecolor=MARKER, zorder=-1, transform=self.inches)
                     self.figure.add_artist(mark)
                 self.text(at, y, run, size, **style)
-                at += text_width(run, size, self.families)
+                at += text_width(run, size, self.families, weight)
+            y += size * LINE
+        return y
+
+    def label(self, middle, y, name, largest) -> None:
+        """Two lines over the middle of a picture, HEAD high: its name, and the map's strength in small print."""
+        self.text(middle, y, name, SMALL, ha="center")
+        self.text(middle, y + SMALL * LINE, largest, TINY, ha="center", color="0.3")
+
+    def label_width(self, name, largest) -> float:
+        """Inches that the `label` takes."""
+        return max(text_width(name, SMALL, self.families), text_width(largest, TINY, self.families))
+
+    def centred(self, y, text, size, **style) -> float:
+        """Wrapped text in the middle of the page; returns the y below it."""
+        for start, end in wrap(text, self.inner, size, self.families):
+            self.text(self.width / 2, y, text[start:end].strip(), size, ha="center", **style)
             y += size * LINE
         return y
 
@@ -391,14 +454,25 @@ class Page:
         axes.tick_params(labelsize=size, pad=1.5)
         axes.spines[:].set(color="black")
 
-    def legend(self, y, entries: dict[str, object], pitch: float) -> float:
-        """One line of names in their colours, at most `pitch` apart; returns the y below it."""
-        pitch = min(pitch, (self.width - 2 * MARGIN) / len(entries))
-        x = (self.width - pitch * len(entries)) / 2
+    def legend(self, y, entries: dict[str, object]) -> float:
+        """Names in their colours, in as few lines as they fit in; returns the y below them."""
+        pitch = 0.32 + max(text_width(label, SMALL, self.families) for label in entries)
+        rows = -(-len(entries) // max(1, int(self.inner / pitch)))
+        columns = -(-len(entries) // rows)
         for i, (label, colour) in enumerate(entries.items()):
-            self.text(x + i * pitch, y, "●", SMALL, color=colour, family="DejaVu Sans")
-            self.text(x + i * pitch + 0.12, y, label, SMALL)
-        return y + SMALL * LINE
+            x = (self.width - pitch * columns) / 2 + 0.1 + i % columns * pitch
+            self.text(x, y + i // columns * SMALL * LINE, "●", SMALL, color=colour, family="DejaVu Sans")
+            self.text(x + 0.12, y + i // columns * SMALL * LINE, label, SMALL)
+        return y + rows * SMALL * LINE
+
+    def places(self, y, count: int, width: float, pitch: float) -> tuple[list[tuple[float, float, float]], float]:
+        """(x, y, width) of so many plots, side by side as far as there is room, and the y below their rows."""
+        columns = max(1, min(count, int(self.inner / (LABELS + 0.75 * width))))
+        slot = self.inner / columns
+        width = min(width, slot - LABELS - GAP)
+        x = MARGIN + LABELS + (slot - LABELS - width) / 2
+        found = [(x + i % columns * slot, y + i // columns * pitch, width) for i in range(count)]
+        return found, y - (-count // columns) * pitch
 
     def plot(self, x, y, width, height, title: str, **style):
         """Axes of that size under a title that stands at y; `style` goes to their `set`."""
@@ -413,13 +487,25 @@ class Page:
         axes.set(**style)
         return axes
 
-    def finish(self, height: float) -> np.ndarray:
-        """The page cut at that height, uint8 RGB at DPI pixels per inch."""
+    def finish(self, height: float) -> "Page":
+        """The page itself, cut at that height."""
         self.figure.set_size_inches(self.width, height)
         self.from_top.translate(0, height)
         for axes, (x, y, w, h) in self.boxes.items():
             axes.set_position((x / self.width, 1 - (y + h) / height, w / self.width, h / height))
-        return figure_to_array(self.figure)
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        return figure_to_array(self.figure).astype(dtype or np.uint8, copy=False)
+
+    def vector(self, suffix: str) -> bytes:
+        """The finished page as "pdf", with its fonts, or "svg", with text as outlines: the same bytes every time."""
+        buffer, style = io.BytesIO(), {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "smooth-gradcam"}
+        with rc_context(style), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # characters that no installed font has: drawn as boxes
+            undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
+            self.figure.savefig(buffer, format=suffix, dpi=DPI, metadata=undated)
+        return buffer.getvalue()
 
 
 def pixels_of(width: float, height: float) -> tuple[int, int]:
@@ -456,74 +542,95 @@ def method_title(settings: Settings) -> str:
 
 
 def settings_text(settings: Settings, place: str | None = None) -> str:
-    """How the maps were made, in a sentence; `place` is where they were read, the settings' own for None."""
-    score = {"logit": "sum of the logits", "logprob": "sum of the log-probabilities"}[settings.score]
-    tap = place or ("the hidden states entering a layer" if settings.tap == "input" else f"a layer's {settings.tap}")
-    rules = {
-        "attnlrp": "gradients by AttnLRP's rules",
-        "detached": "gradients with detached norms",
-        "plain": "plain gradients",
-    }[settings.rules]
-    contrast = "" if settings.contrast is None else ", minus that of the contrast"
-    copies = "1 noisy copy" if settings.num_samples == 1 else f"{settings.num_samples} noisy copies"
-    noise = f"mean of {copies}, noise {settings.noise_std:g}, seed {settings.seed}"
+    """How the maps were made, in one line; `place` is where they were read, the settings' own for None."""
+    contrast = "" if settings.contrast is None else " minus the contrast's"
+    noise = f"{settings.num_samples} noisy cop{'y' if settings.num_samples == 1 else 'ies'}, "
+    noise += f"noise {settings.noise_std:g}, seed {settings.seed}"
     return (
-        f"Score: {score} of the explained tokens{contrast}; method: {METHOD_NAMES[settings.method]}, {rules}; read at "
-        f"{tap}; {noise if settings.noise_std else 'no noise'}."
+        f"Settings: method {settings.method}, score {settings.score}{contrast}, rules {settings.rules}, "
+        f"{place or f'tap {settings.tap}'}, {noise if settings.noise_std else 'no noise'}"
     )
 
 
 def look_text(look: Look) -> str:
-    """How the colours are to be read, in a sentence or two."""
-    scale = {"map": "its own maximum", "word": "the maximum of its word", "all": "the maximum of all maps here"}[
-        look.scale
-    ]
-    compare = ", so that colours do not compare the strength of two maps" if look.scale == "map" else ""
+    """How the colours are to be read, in a sentence."""
+    scale = {
+        "map": "shares of each map's own maximum, which do not compare the strength of two maps",
+        "word": "shares of the maximum of each word's maps",
+        "all": "shares of the maximum of all maps here",
+    }[look.scale]
     cover = "cold areas stay photo" if look.opacity is None else f"{100 * look.opacity:.0f} % heatmap over the photo"
-    return f"Colours: each map as a share of {scale}{compare}; overlays: {cover}."
+    return f"Colours: {scale}; overlays: {cover}."
 
 
-def caption(
-    token_maps: TokenMaps, photo: Image.Image, layers: Iterable[int], arrangement: str = "", look: Look = PLAIN
-) -> str:
-    """What is to be known of a figure of maps."""
-    height, width = token_maps.grid
+def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look: Look = PLAIN) -> str:
+    """What is to be read in a figure of maps at the layers."""
     blank = [f"layer {layer} ({why})" for layer, why in token_maps.blank.items() if layer in layers]
     grey = f" Grey: no map at {', '.join(blank)}." if blank else ""
+    return f"Hot: where the explained words come from, as read at {arrangement}. {look_text(look)}{grey}"
+
+
+def made_from(token_maps: TokenMaps, photo: Image.Image) -> str:
+    """The settings of the maps and the photo's size, in one line."""
+    height, width = token_maps.grid
     return (
-        f"{arrangement}{look_text(look)} {settings_text(token_maps.settings)} "
-        f"Photo: {photo.width} × {photo.height} pixels, seen as {width} × {height} image tokens.{grey}"
+        f"{settings_text(token_maps.settings)}; photo {photo.width} × {photo.height} px, "
+        f"{width} × {height} image tokens"
     )
 
 
 def header(page: Page, x: float, y: float, title: str, rows) -> float:
     """Title, prompt, answer and what is explained; returns the y below them."""
-    page.text(x, y, title, TITLE, weight="bold")
-    y += TITLE * LINE + GAP
+    y = page.lines(x, y, page.width - MARGIN - x, title, TITLE, weight="bold")
+    return header_rows(page, x, y + GAP, rows)
+
+
+def header_rows(page: Page, x: float, y: float, rows) -> float:
+    """(label, text, marked span) one below the other; returns the y below them."""
     for label, text, span in rows:
         page.text(x, y, label, TEXT, weight="bold")
         y = page.lines(x + LABEL, y, page.width - MARGIN - x - LABEL, text, TEXT, span) + GAP / 2
     return y
 
 
-def small_print(page: Page, y: float, text: str) -> float:
-    """A caption; returns the y below it, which is the page's height."""
+def masthead(
+    page: Page, photo: Image.Image, title: str, rows, box=(2.3, 1.7), draw=np.asarray, under: str = ""
+) -> float:
+    """The photo in a box, or what `draw` makes of it, with a line under it, and the header beside it; the y below.
+
+    On a narrow page only the title stands beside the photo.
+    """
+    width, height = fit_box(photo.width / photo.height, min(box[0], page.inner / 2), min(box[1], page.inner / 3))
+    page.picture(MARGIN, MARGIN, width, height, draw(shrink(photo, width, height)))
+    page.text(MARGIN, MARGIN + height + 0.03, under, SMALL, color="0.3")
+    below = MARGIN + height + BAND * bool(under)
+    x = MARGIN + max(width, text_width(under, SMALL, page.families)) + 2 * GAP
+    if page.width - x > 3:
+        return max(header(page, x, MARGIN, title, rows), below)
+    x = MARGIN + width + 2 * GAP
+    below = max(page.lines(x, MARGIN, page.width - MARGIN - x, title, TEXT, weight="bold"), below) + GAP
+    return header_rows(page, MARGIN, below, rows)
+
+
+def small_print(page: Page, y: float, text: str, settings: str = "") -> float:
+    """A caption, and below it how the figure was made; returns the y below them, which is the page's height."""
     if not page.complete:
         text += " Boxes: characters that no installed font can draw."
-    return page.lines(MARGIN, y, page.width - 2 * MARGIN, text, SMALL, color="0.3") + MARGIN
+    y = page.lines(MARGIN, y, page.inner, text, SMALL, color="0.3")
+    return page.lines(MARGIN, y, page.inner, settings, TINY, color="0.3") + MARGIN if settings else y + MARGIN
 
 
-def footer(page: Page, y: float, method: str, text: str, look: Look = PLAIN) -> float:
-    """The colour bar, above as in heatmaps, below as over mid grey, and the caption; returns the y below it."""
-    width, height, share = 3.2, 0.16, np.linspace(0, 1, 256)[None]
+def footer(page: Page, y: float, method: str, text: str, settings: str, look: Look = PLAIN) -> float:
+    """The colour bar, above as in heatmaps, below as over mid grey, and the small print; returns the y below it."""
+    width, height, share = min(3.2, page.inner - 0.2), 0.16, np.linspace(0, 1, 256)[None]
     colours = colorize_cam(share, look.colormap)
     over_grey = overlay_cam(np.full_like(colours, 128), colours, opacity_of(share, look))
     bars, ticks = [colours[0], over_grey[0]], (0, 0.25, 0.5, 0.75, 1)
     page.colour_scale((page.width - width) / 2, y, width, height, bars, ticks, SMALL)
     y += height + SMALL * LINE + 0.05
     of = {"map": "the map's own maximum", "word": "its word's maximum", "all": "the maximum of all"}[look.scale]
-    page.text(page.width / 2, y, f"{METHOD_NAMES[method]}, share of {of}; below: over grey", SMALL, ha="center")
-    return small_print(page, y + SMALL * LINE + GAP, text)
+    y = page.centred(y, f"{METHOD_NAMES[method]}, share of {of}; below: over grey", SMALL)
+    return small_print(page, y + GAP, text, settings)
 
 
 def token_ticks(axes, grid: tuple[int, int], width: int, height: int) -> None:
@@ -532,69 +639,87 @@ def token_ticks(axes, grid: tuple[int, int], width: int, height: int) -> None:
         axis.set_ticks(np.arange(1, count) * pixels / count - 0.5, [""] * (count - 1))
 
 
-def panel_figure(photo: Image.Image, token_maps: TokenMaps, layer: int, look: Look = PLAIN) -> np.ndarray:
+def panel_figure(
+    photo: Image.Image, token_maps: TokenMaps, layer: int, look: Look = PLAIN, paper: Paper = PAGE
+) -> Page:
     """The photo, the heatmap and the overlay of one layer, side by side, or one above the other if very wide.
 
     Ticks along the heatmap stand between image tokens.
     """
     rows, aspect = text_rows(token_maps), photo.width / photo.height
-    page = Page(WIDTH, "".join(text for _, text, _ in rows))
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in rows))
     columns = 3 if aspect < 2.5 else 1
-    width, height = fit_box(aspect, (INNER - (columns - 1) * GAP) / columns, 4.5)
+    width, height = fit_box(aspect, (page.inner - (columns - 1) * GAP) / columns, 4.5)
     small = shrink(photo, width, height)
     panels = {"Photo": np.asarray(small)}
     panels |= {name: draw_layer(small, token_maps, layer, name == "Overlay", look) for name in ("Heatmap", "Overlay")}
     largest = strength(token_maps, layer)
     pitch = max(width, 0.5) + GAP
-    left = (WIDTH - columns * pitch + GAP) / 2
+    left = (page.width - columns * pitch + GAP) / 2
     y = header(page, MARGIN, MARGIN, f"{method_title(token_maps.settings)}, layer {layer}", rows) + GAP
     for i, (name, array) in enumerate(panels.items()):
-        x, top = left + i % columns * pitch, y + i // columns * (BAND + height + GAP)
-        label = f"{name}, {largest}" if largest and name == "Heatmap" else name
-        page.text(x + (pitch - GAP) / 2, top, label, TEXT, ha="center")
-        axes = page.picture(x + (pitch - GAP - width) / 2, top + BAND, width, height, array)
-        if largest and name == "Heatmap":
+        x, top = left + i % columns * pitch, y + i // columns * (HEAD + height + GAP)
+        page.label(x + (pitch - GAP) / 2, top, name, largest if name == "Heatmap" else "")
+        axes = page.picture(x + (pitch - GAP - width) / 2, top + HEAD, width, height, array)
+        if name == "Heatmap" and layer not in token_maps.blank:
             token_ticks(axes, token_maps.grid, *small.size)
-    y += 3 // columns * (BAND + height + GAP) + GAP
-    text = caption(token_maps, photo, [layer], look=look)
-    return page.finish(footer(page, y, token_maps.settings.method, text, look))
+    y += 3 // columns * (HEAD + height + GAP) + GAP
+    text = caption(token_maps, [layer], f"layer {layer}", look)
+    return page.finish(footer(page, y, token_maps.settings.method, text, made_from(token_maps, photo), look))
 
 
 def layers_figure(
-    photo: Image.Image, token_maps: TokenMaps, layers: list, title: str, groups=None, look: Look = PLAIN
-) -> np.ndarray:
-    """The photo beside the text, below it heatmap and overlay of each layer; `groups` = {label: layers} are rows."""
-    texts, aspect = text_rows(token_maps), photo.width / photo.height
-    page = Page(WIDTH, "".join(text for _, text, _ in texts))
-    width, height = fit_box(aspect, 2.3, 1.7)
-    page.picture(MARGIN, MARGIN, width, height, np.asarray(shrink(photo, width, height)))
-    y = max(header(page, MARGIN + width + 2 * GAP, MARGIN, title, texts), MARGIN + height) + 2 * GAP
+    photo: Image.Image, token_maps: TokenMaps, layers: list, title: str, groups=None, look: Look = PLAIN,
+    paper: Paper = PAGE,
+) -> Page:  # fmt: skip
+    """The photo beside the text, below it the overlay of each layer, with its heatmap if the paper is to show them.
 
-    body = BODY_HEIGHT * max(1, len(layers) / 28)  # beyond 28 layers the page grows
-    columns = max(map(len, groups.values())) if groups else best_columns(aspect, len(layers), INNER, body)
-    rows = list(groups.items()) if groups else [("", layers[i : i + columns]) for i in range(0, len(layers), columns)]
-    side = BAND if groups else 0  # room for the row's label
-    beside = aspect < 1 or groups is not None
-    width = panel_width(aspect, columns, len(rows), INNER - side, body, beside)
+    `groups`, {label: layers}, are rows of their own, with heatmaps where the page is wide enough.
+    """
+    texts, aspect = text_rows(token_maps), photo.width / photo.height
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in texts))
+    y = masthead(page, photo, title, texts) + 2 * GAP
+
+    pairs = paper.heatmaps or (groups is not None and paper.width == "page")
+    kinds = ("heatmap", "overlay") if pairs else ("overlay",)
+    beside = len(kinds) > 1 and (aspect < 1 or groups is not None)
+    across, down = (len(kinds), 1) if beside else (1, len(kinds))
+    said = {layer: (f"layer {layer}", strength(token_maps, layer)) for layer in layers}
+    room = max(page.label_width(*labels) for labels in said.values())
+    inner = page.inner - (BAND if groups else 0)  # BAND: room for the row's label
+    most = max(1, int((inner + GAP) / (room + GAP)))
+    body = BODY_HEIGHTS[paper.width] * max(1, len(layers) / 28)  # beyond 28 layers the page grows
+    if groups:
+        columns = min(most, max(map(len, groups.values())))
+    else:
+        columns = best_columns(aspect, len(layers), most, inner, body, across, down)
+    rows = [
+        (label, members[i : i + columns])
+        for label, members in (groups or {"": layers}).items()
+        for i in range(0, len(members), columns)
+    ]
+    width = panel_width(aspect, columns, len(rows), inner, body, across, down)
     height = width / aspect
-    across, down = (width + GAP / 2, 0) if beside else (0, height + GAP / 2)  # from the heatmap to the overlay
-    pitch, small = max(across + width, 0.5) + GAP, shrink(photo, width, height)
-    left = (WIDTH + side - columns * pitch + GAP) / 2
+    step = (width + GAP / 2, 0) if beside else (0, height + GAP / 2)  # from the heatmap to the overlay
+    wide, high = (width + (across - 1) * step[0], height + (down - 1) * step[1])
+    pitch, small = max(wide, room) + GAP, shrink(photo, width, height)
+    left = page.width - MARGIN - inner + (inner - columns * pitch + GAP) / 2
     for label, members in rows:
-        page.text(left - BAND, y + HEAD + (down + height) / 2, label, TEXT, rotation=90, ha="center", va="center")
+        page.text(left - BAND, y + HEAD + high / 2, label, TEXT, rotation=90, ha="center", va="center")
         for i, layer in enumerate(members):
             middle = left + i * pitch + (pitch - GAP) / 2
-            page.text(middle, y, f"layer {layer}", SMALL, ha="center")
-            page.text(middle, y + SMALL * LINE, strength(token_maps, layer), TINY, ha="center", color="0.3")
-            x, top = middle - (across + width) / 2, y + HEAD
-            page.picture(x, top, width, height, draw_layer(small, token_maps, layer, False, look))
-            page.picture(x + across, top + down, width, height, draw_layer(small, token_maps, layer, True, look))
-        y += HEAD + down + height + GAP
-    arrangement = f"Of each layer the heatmap {'beside' if beside else 'above'} the overlay. "
-    weak = f" Weak: below {100 * WEAK:.0f} % of the strongest."
-    below = caption(token_maps, photo, layers, arrangement, look)
-    below += weak if any("weak" in strength(token_maps, layer) for layer in layers) else ""
-    return page.finish(footer(page, y + GAP, token_maps.settings.method, below, look))
+            page.label(middle, y, *said[layer])
+            for j, kind in enumerate(kinds):
+                picture = draw_layer(small, token_maps, layer, kind == "overlay", look)
+                page.picture(middle - wide / 2 + j * step[0], y + HEAD + j * step[1], width, height, picture)
+        y += HEAD + high + GAP
+    arrangement = "each layer"
+    if len(kinds) > 1:
+        arrangement += f", in the heatmap and {'beside' if beside else 'below'} it over the photo"
+    below = caption(token_maps, layers, arrangement, look)
+    if any("weak" in largest for _, largest in said.values()):
+        below += f" Weak: below {100 * WEAK:.0f} % of the strongest."
+    return page.finish(footer(page, y + GAP, token_maps.settings.method, below, made_from(token_maps, photo), look))
 
 
 # the files of each mode: {name in the mode's folder: picture, or function that draws it}
@@ -608,7 +733,9 @@ def _layer_files(results: dict, folder: str = "") -> dict[str, object]:
     }
 
 
-def draw_single(image, token_maps: TokenMaps, look: Look = PLAIN) -> tuple[dict, dict[str, object]]:
+def draw_single(
+    image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE
+) -> tuple[dict, dict[str, object]]:
     """One layer's ({"superimposed", "heatmap", "cam"}, {file name: content})."""
     photo = load_rgb(image)
     ((layer, result),) = layer_pictures(photo, token_maps, look).items()
@@ -617,28 +744,33 @@ def draw_single(image, token_maps: TokenMaps, look: Look = PLAIN) -> tuple[dict,
         "original_image.png": np.asarray(photo),
         "heatmap.png": result["heatmap"],
         "superimposed_result.png": result["superimposed"],
-        "visualization.png": functools.partial(panel_figure, photo, token_maps, layer, look),
-    }
+    } | paper.figure("visualization", functools.partial(panel_figure, photo, token_maps, layer, look, paper))
 
 
-def draw_grid(image, token_maps: TokenMaps, look: Look = PLAIN) -> tuple[dict, dict[str, object]]:
-    """Of all maps ({layer: LayerPictures}, {file name: content})."""
-    photo = load_rgb(image)
+def _draw_layers(photo, token_maps: TokenMaps, name: str, look: Look, paper: Paper) -> tuple[dict, dict[str, object]]:
     results, title = layer_pictures(photo, token_maps, look), f"{method_title(token_maps.settings)} by layer"
-    figure = functools.partial(layers_figure, photo, token_maps, list(results), title, look=look)
-    return results, {"layer_comparison_grid.png": figure} | _layer_files(results)
+    figure = functools.partial(layers_figure, photo, token_maps, list(results), title, look=look, paper=paper)
+    return results, paper.figure(name, figure) | _layer_files(results)
 
 
-def draw_multilayer(image, token_maps: TokenMaps, look: Look = PLAIN) -> tuple[dict, dict[str, object]]:
-    """As `draw_grid`, with the photo and under the names of the multi-layer mode."""
-    photo = load_rgb(image)
-    results, files = draw_grid(photo, token_maps, look)
-    figure = files.pop("layer_comparison_grid.png")
-    return results, {"original_image.png": np.asarray(photo), "all_layers_comparison.png": figure} | files
+def draw_grid(
+    image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE
+) -> tuple[dict, dict[str, object]]:
+    """Of all maps ({layer: LayerPictures}, {file name: content})."""
+    return _draw_layers(load_rgb(image), token_maps, "layer_comparison_grid", look, paper)
+
+
+def draw_multilayer(
+    image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE
+) -> tuple[dict, dict[str, object]]:
+    """As `draw_grid`, always with heatmaps, with the photo, and under the names of the multi-layer mode."""
+    photo, paper = load_rgb(image), replace(paper, heatmaps=True)
+    results, files = _draw_layers(photo, token_maps, "all_layers_comparison", look, paper)
+    return results, {"original_image.png": np.asarray(photo)} | files
 
 
 def draw_comparative(
-    image, token_maps: TokenMaps, thirds: dict[str, list[int]], look: Look = PLAIN
+    image, token_maps: TokenMaps, thirds: dict[str, list[int]], look: Look = PLAIN, paper: Paper = PAGE
 ) -> tuple[dict, dict[str, object]]:
     """Of the layers of {"early", "middle", "late"} the same dictionary with pictures for layers, and the files.
 
@@ -646,13 +778,13 @@ def draw_comparative(
     """
     photo, title = load_rgb(image), method_title(token_maps.settings)
     results = layer_pictures(photo, token_maps, look)
-    draw = functools.partial(layers_figure, photo, token_maps, look=look)
+    draw = functools.partial(layers_figure, photo, token_maps, look=look, paper=paper)
     heading = f"{title}: early, middle and late layers"
-    files = {"comparative_analysis.png": functools.partial(draw, list(results), heading, thirds)}
+    files = paper.figure("comparative_analysis", functools.partial(draw, list(results), heading, thirds))
     parts = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
     for name, part in parts.items():
         figure = functools.partial(draw, list(part), f"{title}, {name} layers")
-        files |= {f"{name}/layer_comparison_grid.png": figure} | _layer_files(part, f"{name}/")
+        files |= paper.figure(f"{name}/layer_comparison_grid", figure) | _layer_files(part, f"{name}/")
     return parts, files
 
 
@@ -678,10 +810,15 @@ def to_csv(rows: list[dict]) -> str:
 _DRAWING = threading.Lock()  # matplotlib draws in one thread at a time
 
 
-def _encode(content) -> bytes:
+def _encode(name: str, content) -> bytes:
     if callable(content):  # a picture that is drawn only now, so that not all of them are in memory at once
         with _DRAWING:
             content = content()
+            if isinstance(content, Page):
+                suffix = Path(name).suffix[1:]
+                content = content.vector(suffix) if suffix in VECTOR_FORMATS else np.asarray(content)
+    if isinstance(content, bytes):
+        return content
     if isinstance(content, str):
         return content.encode()
     buffer = io.BytesIO()
@@ -693,7 +830,7 @@ def _encode(content) -> bytes:
 
 
 def _stage(path: Path, name: str, content) -> None:
-    data = _encode(content)
+    data = _encode(name, content)
     try:
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(data)
@@ -789,11 +926,12 @@ def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_di
         with output_folder("cam_results/grid") as write:
             paths = write({"heatmap.png": picture})
 
-    A content is a uint8 RGB array (.png), a dictionary of arrays (.npz), a text, or a function that gives one of them,
-    called when its file's turn comes. Files are written to a staging folder in the folder and then moved into place all
-    at once: a failure, Ctrl-C or SIGTERM leaves nothing behind. Nothing is ever removed but this staging folder, such
-    folders of runs that were killed, and empty folders that this run made; nothing is replaced but files of the names
-    that are written. `subfolders` are those that the names will need; errors call the folder `name`.
+    A content is a uint8 RGB array (.png), a dictionary of arrays (.npz), a text, or a function that gives one of them
+    or a `Page` (.png, .pdf, .svg), called when its file's turn comes. Files are written to a staging folder in the
+    folder and then moved into place all at once: a failure, Ctrl-C or SIGTERM leaves nothing behind. Nothing is ever
+    removed but this staging folder, such folders of runs that were killed, and empty folders that this run made;
+    nothing is replaced but files of the names that are written. `subfolders` are those that the names will need;
+    errors call the folder `name`.
 
     Raises ValueError if there can be no such folder, BlockingIOError if another run is writing there (where the system
     can lock folders; Windows cannot), and OSError if a file cannot be written.
@@ -890,12 +1028,12 @@ def show_progress(quiet: bool, what: str = "noisy copies", unit: str = "copy"):
 
 def create_layer_comparison_grid(
     model, processor, image, prompt, layer_range="auto", save_dir="cam_results_grid",
-    *, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, **settings,
+    *, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, paper=PAGE, **settings,
 ):  # fmt: skip
     """Grid of heatmaps and overlays over a range of layers, all from one answer and one pass.
 
     `layer_range` is "auto" (six layers), "early", "middle", "late" (thirds), "all" or a list of indices. `image` and
-    `settings` (further keywords) are those of `compute_token_maps`, `look` is a `Look`. Writes
+    `settings` (further keywords) are those of `compute_token_maps`, `look` is a `Look`, `paper` a `Paper`. Writes
     layer_comparison_grid.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
 
     Returns {layer: {"superimposed", "heatmap", "cam"}}: uint8 RGB (height, width, 3) twice, and the raw map, float32
@@ -905,14 +1043,15 @@ def create_layer_comparison_grid(
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir) as write:
-        results, files = draw_grid(image, compute_token_maps(model, processor, image, prompt, layers, **settings), look)
+        token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
+        results, files = draw_grid(image, token_maps, look, paper)
         write(files)
     return results
 
 
 def visualize_multiple_layers(
     model, processor, image, prompt, layer_indices=None, save_dir="cam_results_multilayer",
-    *, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, **settings,
+    *, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, paper=PAGE, **settings,
 ):  # fmt: skip
     """Heatmaps and overlays of the given layers (six representative ones for None), as the grid otherwise.
 
@@ -922,16 +1061,15 @@ def visualize_multiple_layers(
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir) as write:
-        results, files = draw_multilayer(
-            image, compute_token_maps(model, processor, image, prompt, layers, **settings), look
-        )
+        token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
+        results, files = draw_multilayer(image, token_maps, look, paper)
         write(files)
     return results
 
 
 def create_comparative_analysis(
     model, processor, image, prompt, save_dir="cam_results_comparative",
-    *, layers_per_third=LAYERS_PER_THIRD, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, **settings,
+    *, layers_per_third=LAYERS_PER_THIRD, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, paper=PAGE, **settings,
 ):  # fmt: skip
     """Early, middle and late layers side by side, all from one answer and one pass.
 
@@ -945,6 +1083,6 @@ def create_comparative_analysis(
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir, thirds) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
-        results, files = draw_comparative(image, token_maps, thirds, look)
+        results, files = draw_comparative(image, token_maps, thirds, look, paper)
         write(files)
     return results

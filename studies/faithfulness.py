@@ -8,6 +8,7 @@ Shapes:  N  image tokens     S  steps     height, width  pixels of the photo
 """
 
 import copy
+import functools
 import operator
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 from PIL import Image, ImageFilter
 from torch import nn
 
@@ -40,27 +42,29 @@ from smooth_gradcam import (
 from visualization_utils import (
     BAND,
     GAP,
-    INNER,
+    HEAD,
     LINE,
     MARGIN,
     METHOD_NAMES,
+    PAGE,
     PLAIN,
     SMALL,
-    TEXT,
-    WIDTH,
+    WIDTHS,
     Page,
+    Paper,
     decimal,
     draw_layer,
     fit_box,
     header,
+    made_from,
+    masthead,
     method_title,
-    settings_text,
     show_progress,
     shrink,
     small_print,
     spread,
+    strength,
     text_rows,
-    text_width,
     to_csv,
 )
 
@@ -505,13 +509,25 @@ def _layer_colours(layers: list) -> dict:
     return dict(zip(layers, colormaps["viridis"](np.linspace(0, 0.92, len(layers))), strict=True))
 
 
+def leading_layers(rows: list[dict]) -> dict[int, str]:
+    """{layer: colour} of the three layers with the largest difference, in their order."""
+    ordered = sorted(rows, key=lambda row: -row["difference"])[: len(LEADERS)]
+    return dict(zip((row["layer"] for row in ordered), LEADERS, strict=False))
+
+
 def _draw_curves(axes, measured: Faithfulness, curves: dict, random: np.ndarray, colours: dict) -> None:
-    """The curve of each layer, and of the random orders the range and the mean."""
+    """The curve of each layer, the leaders in colour, and of the random orders the range and the mean."""
     if len(random):
-        axes.fill_between(measured.shares, random.min(0), random.max(0), color="0.88", linewidth=0)
-        axes.plot(measured.shares, random.mean(0), color="0.45", linestyle="--", linewidth=1, label="random")
+        axes.fill_between(measured.shares, random.min(0), random.max(0), color="0.9", linewidth=0)
+        axes.plot(measured.shares, random.mean(0), color="0.3", linestyle="--", linewidth=1, label="random")
     for layer, curve in curves.items():
-        axes.plot(measured.shares, curve, color=colours[layer], linewidth=1.2, label=f"layer {layer}")
+        leads = {"color": colours[layer], "linewidth": 1.4, "zorder": 3} if layer in colours else REST
+        axes.plot(measured.shares, curve, label=f"layer {layer}", **leads)
+    axes.set_xscale("log")
+    axes.set_xlim(measured.shares[1], 1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if measured.shares[1] > 0.002 else (1,)))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _draw_by_layer(axes, layers: list, rows: dict[str, tuple], levels: dict[str, tuple]) -> None:
@@ -526,40 +542,45 @@ def _draw_by_layer(axes, layers: list, rows: dict[str, tuple], levels: dict[str,
 
 
 INSERTION, DELETION = "#0072b2", "#d55e00"  # blue and vermilion of the Okabe-Ito palette
+LEADERS = "#0072b2", "#d55e00", "#009e73"  # of layers, the best first
+REST = {"color": "0.72", "linewidth": 0.7}
 STYLES = (("#0072b2", "o"), ("#009e73", "^"), ("#d55e00", "s"), ("#999999", "x"))  # of methods
 PLOT = 2.75, 1.75
 
 
 def draw_faithfulness(
-    image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict], look: Look = PLAIN
-) -> np.ndarray:
+    image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict], look: Look = PLAIN, paper: Paper = PAGE
+) -> Page:
     """Insertion and deletion curves, their areas by layer and, if a mask was given, how well the maps fit it.
 
-    `scores` are rows of `score_rows`. Returns the figure, uint8 RGB (height, width, 3).
+    `scores` are rows of `score_rows`.
     """
     photo, texts = load_rgb(image), text_rows(token_maps)
     rows = [row for row in scores if row["layer"] in measured.insertion]
-    layers = [row["layer"] for row in rows]
-    leading = max(rows, key=lambda row: row["difference"])["layer"]
-    page, colours = Page(WIDTH, "".join(text for _, text, _ in texts)), _layer_colours(layers)
-    width, height = fit_box(photo.width / photo.height, 2.3, 1.7)
-    small = shrink(photo, width, height)
-    page.picture(MARGIN, MARGIN, width, height, draw_layer(small, token_maps, leading, True, look))
-    under = f"layer {leading}, the largest difference"
-    page.text(MARGIN, MARGIN + height + 0.03, under, SMALL, color="0.3")
-    x = MARGIN + max(width, text_width(under, SMALL, page.families)) + 2 * GAP
-    title = f"{method_title(token_maps.settings)}: faithfulness"
-    y = max(header(page, x, MARGIN, title, texts), MARGIN + height + BAND) + 3 * GAP
+    layers, colours = [row["layer"] for row in rows], leading_layers(rows)
+    leading, title = next(iter(colours)), f"{method_title(token_maps.settings)}: faithfulness"
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in texts))
 
-    left, right, pitch = 0.55, PLOT[0] + 1.3, BAND + PLOT[1] + 0.42  # with room for the axes' labels
-    style = {"xlim": (0, 1), "ylim": (0, 1.02), "ylabel": "probability of the explained tokens"}
-    for x, name, curves, random, shown in (
-        (left, "Insertion", measured.insertion, measured.random_insertion, "revealed"),
-        (right, "Deletion", measured.deletion, measured.random_deletion, "removed"),
-    ):
-        axes = page.plot(x, y, *PLOT, name, xlabel=f"share of the image tokens {shown}, hottest first", **style)
-        _draw_curves(axes, measured, curves, random, colours)
-    y = _layer_legend(page, y + pitch, colours, bool(len(measured.random_insertion))) + 2 * GAP
+    def overlay(small):
+        return draw_layer(small, token_maps, leading, True, look)
+
+    y = masthead(page, photo, title, texts, draw=overlay, under=f"layer {leading}, the largest difference") + 3 * GAP
+
+    pitch = BAND + PLOT[1] + 0.5
+    style = {"ylim": (0, 1.02), "ylabel": "probability of the explained tokens"}
+    curves = (
+        ("Insertion", measured.insertion, measured.random_insertion, "revealed"),
+        ("Deletion", measured.deletion, measured.random_deletion, "removed"),
+    )
+    places, y = page.places(y, len(curves), PLOT[0], pitch)
+    for (x, top, width), (name, found, random, shown) in zip(places, curves, strict=True):
+        label = f"image tokens {shown}, hottest first"
+        axes = page.plot(x, top, width, PLOT[1], name, xlabel=label, **style)
+        _draw_curves(axes, measured, found, random, colours)
+    entries = {f"layer {layer}": colour for layer, colour in colours.items()}
+    entries |= {"other layers": REST["color"]} if len(layers) > len(colours) else {}
+    entries |= {"random": "0.3"} if len(measured.random_insertion) else {}
+    y = page.legend(y, entries) + 2 * GAP
 
     def column(name):
         return np.array([row[name] for row in rows])
@@ -568,125 +589,130 @@ def draw_faithfulness(
         "insertion": (column("insertion"), INSERTION, "o"),
         "deletion": (column("deletion"), DELETION, "s"),
     }
-    levels = {}
+    levels, chance = {}, {}
     if len(measured.random_insertion):
         random_row = next(row for row in scores if row["layer"] == "random")
         levels["random, insertion"] = random_row["insertion"], INSERTION
         levels["random, deletion"] = random_row["deletion"], DELETION
+        chance = {"random": (random_row["difference"], "0.45")}
     style = {"ylim": (-0.02, 1.02), "xlabel": "layer"}
-    axes = page.plot(left, y, *PLOT, "Areas under the curves", ylabel="area", **style)
-    _draw_by_layer(axes, layers, areas, levels)
+    by_layer = [("Areas under the curves", areas, levels, style | {"ylabel": "area"})]
     if "energy" in rows[0]:
         fits = {
             "maximum on or near the object": (column("near"), "#009e73", "^"),
             "energy inside it": (column("energy"), "#cc79a7", "o"),
             "Obj-IoU": (column("obj_iou"), "#e69f00", "s"),
         }
-        _draw_by_layer(
-            page.plot(right, y, *PLOT, "Fit to the object's mask", ylabel="share", **style), layers, fits, {}
-        )
+        by_layer.append(("Fit to the object's mask", fits, {}, style | {"ylabel": "share"}))
     else:
         difference = {"insertion − deletion": (column("difference"), "#009e73", "^")}
-        levels = {"random": (random_row["difference"], "0.45")} if levels else {}
-        style["ylim"] = min(-0.3, column("difference").min()) - 0.05, 1.02
-        axes = page.plot(right, y, *PLOT, "Insertion − deletion", ylabel="difference", **style)
-        _draw_by_layer(axes, layers, difference, levels)
-    y += pitch + 2 * SMALL * LINE + 2 * GAP
+        fitted = {"ylabel": "difference", "ylim": (min(-0.3, column("difference").min()) - 0.05, 1.02)}
+        by_layer.append(("Insertion − deletion", difference, chance, style | fitted))
+    places, y = page.places(y, len(by_layer), PLOT[0], pitch + 2 * SMALL * LINE)
+    for (x, top, width), (name, values, dashed, style) in zip(places, by_layer, strict=True):
+        _draw_by_layer(page.plot(x, top, width, PLOT[1], name, **style), layers, values, dashed)
+    y += GAP
     blank = {"blur": "a blurred copy of the photo", "mean": "the photo's mean colour", "black": "black"}
     orders = len(measured.random_insertion)
     mean = "one random order" if orders == 1 else f"mean of {orders} random orders, with their range"
     left_out = ", ".join(f"layer {layer} ({why})" for layer, why in token_maps.blank.items())
     caption = (
         f"A map is faithful if revealing its hottest image tokens restores the answer early and removing them destroys "
-        f"it early. Removed tokens show {blank[measured.baseline]}. {f'Dashed grey: {mean}. ' if orders else ''}"
-        f"{settings_text(token_maps.settings)}{f' Left out, as it has no map: {left_out}.' if left_out else ''}"
+        f"it early. Removed tokens show {blank[measured.baseline]}. {f'Dashed: {mean}. ' if orders else ''}"
+        f"{f'Left out, as it has no map: {left_out}.' if left_out else ''}"
     )
-    return page.finish(small_print(page, y, caption))
+    return page.finish(small_print(page, y, caption, made_from(token_maps, photo)))
 
 
-def _layer_legend(page: Page, y: float, colours: dict, random: bool) -> float:
-    """One line that names the layers' colours, the first and last ones if they are many; returns the y below it."""
-    layers = list(colours)
-    entries = {f"layer {layer}": colours[layer] for layer in (layers if len(layers) <= 7 else spread(layers, 7))}
-    return page.legend(y, entries | ({"random": "0.45"} if random else {}), 0.85)
+def _layer_legend(page: Page, y: float, colours: dict) -> float:
+    """The layers' colours, the first and last ones if they are many; returns the y below."""
+    layers = list(colours) if len(colours) <= 7 else spread(list(colours), 7)
+    return page.legend(y, {f"layer {layer}": colours[layer] for layer in layers})
 
 
-def draw_randomization(image, staged: dict[int, TokenMaps], scores: list[dict], look: Look = PLAIN) -> np.ndarray:
+def draw_randomization(
+    image, staged: dict[int, TokenMaps], scores: list[dict], look: Look = PLAIN, paper: Paper = PAGE
+) -> Page:
     """The maps of one layer as weights are re-drawn from the top down, and their likeness by layer.
 
-    `staged` is {re-drawn layers: maps}, `scores` rows of `randomization_rows`. Returns the
-    figure, uint8 RGB (height, width, 3).
+    `staged` is {re-drawn layers: maps}, `scores` rows of `randomization_rows`.
     """
     photo, given = load_rgb(image), staged[0]
     texts = text_rows(given)
     layers, numbers = [layer for layer in given.maps if layer not in given.blank], list(staged)
-    page, shown = Page(WIDTH, "".join(text for _, text, _ in texts)), layers[len(layers) // 2]
+    page, shown = Page(WIDTHS[paper.width], "".join(text for _, text, _ in texts)), layers[len(layers) // 2]
     colours, title = _layer_colours(layers), f"{method_title(given.settings)}: does the map depend on the model?"
     y = header(page, MARGIN, MARGIN, title, texts) + GAP
 
-    columns = min(len(numbers), 8)
-    pitch = (INNER + GAP) / columns
+    names = {number: "the model" if number == 0 else f"{number} re-drawn" for number in numbers}
+    strengths = {number: strength(staged[number], shown) for number in numbers}
+    room = max(page.label_width(names[number], strengths[number]) for number in numbers) + GAP
+    columns = min(len(numbers), 8, int((page.inner + GAP) / room))
+    pitch = (page.inner + GAP) / columns
     width, height = fit_box(photo.width / photo.height, pitch - GAP, 2.2)
     small = shrink(photo, width, height)
     for i, number in enumerate(numbers):
-        x, top = MARGIN + i % columns * pitch, y + i // columns * (height + BAND + GAP)
+        x, top = MARGIN + i % columns * pitch, y + i // columns * (height + HEAD + GAP)
         x += (pitch - GAP - width) / 2
-        label = "the model" if number == 0 else f"{number} re-drawn"
-        page.text(x + width / 2, top, label, SMALL, ha="center")
-        page.picture(x, top + BAND, width, height, draw_layer(small, staged[number], shown, False, look))
-    y += -(-len(numbers) // columns) * (height + BAND + GAP) + 2 * GAP
+        page.label(x + width / 2, top, names[number], strengths[number])
+        page.picture(x, top + HEAD, width, height, draw_layer(small, staged[number], shown, False, look))
+    y += -(-len(numbers) // columns) * (height + HEAD + GAP) + 2 * GAP
 
     style = {"xlabel": "decoder layers with re-drawn weights, from the top", "ylabel": "likeness to the model's map"}
     style["ylim"] = min([-0.5, *(row["spearman"] for row in scores)]) - 0.05, 1.05
-    for x, name, column in ((0.55, "Spearman's rank correlation", "spearman"), (PLOT[0] + 1.3, "SSIM", "ssim")):
-        axes = page.plot(x, y, *PLOT, name, **style)
+    places, y = page.places(y, 2, PLOT[0], BAND + PLOT[1] + 0.42)
+    titles = (("Spearman's rank correlation", "spearman"), ("SSIM", "ssim"))
+    for (x, top, width), (name, column) in zip(places, titles, strict=True):
+        axes = page.plot(x, top, width, PLOT[1], name, **style)
         axes.axhline(0, color="0.6", linewidth=0.5)
         for layer in layers:
             values = [row[column] for row in scores if row["layer"] == layer]
             axes.plot(numbers, values, color=colours[layer], marker="o", markersize=2.5, linewidth=1.2)
         axes.set_xticks(numbers)
-    y = _layer_legend(page, y + BAND + PLOT[1] + 0.42, colours, False) + 2 * GAP
+    y = _layer_legend(page, y, colours) + 2 * GAP
     caption = (
+        f"A map that stays the same shows the picture and not what the model has learned (Adebayo et al., 2018). "
         f"Above: the heatmap of layer {shown} as the weights are re-drawn from the top layer down; the last step also "
-        f"re-draws the vision tower. A map that stays the same shows the picture and not what the model has learned "
-        f"(Adebayo et al., 2018). {settings_text(given.settings)}"
+        f"re-draws the vision tower."
     )
-    return page.finish(small_print(page, y, caption))
+    return page.finish(small_print(page, y, caption, made_from(given, photo)))
 
 
 def draw_comparison(
-    image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict], look: Look = PLAIN
-) -> np.ndarray:
+    image, token_maps: TokenMaps, measured: Faithfulness, scores: list[dict], look: Look = PLAIN, paper: Paper = PAGE
+) -> Page:
     """Each method's most faithful map, and insertion minus deletion of all of them by layer.
 
-    `token_maps` are `side_by_side`'s, `scores` rows of `comparison_rows`. Returns the figure, uint8 RGB.
+    `token_maps` are `side_by_side`'s, `scores` rows of `comparison_rows`.
     """
     photo, texts = load_rgb(image), text_rows(token_maps)
     rows = [row for row in scores if row["method"] != "random"]
     methods, layers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("method", "layer"))
-    page = Page(WIDTH, "".join(text for _, text, _ in texts))
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in texts))
     y = header(page, MARGIN, MARGIN, "Which map of this answer is to be believed?", texts) + 2 * GAP
-    pitch = (INNER + GAP) / max(3, len(methods))
+    columns = min(max(3, len(methods)), int(page.inner / 1.4))
+    pitch = (page.inner + GAP) / columns
     width, height = fit_box(photo.width / photo.height, pitch - GAP, 2.4)
-    small, values = shrink(photo, width, height), {}
-    x = MARGIN + (INNER + GAP - pitch * len(methods)) / 2
+    small, values, row_height = shrink(photo, width, height), {}, 2 * BAND + height + GAP
     for i, method in enumerate(methods):
         own = {row["layer"]: row["difference"] for row in rows if row["method"] == method}
-        best, middle = max(own, key=own.get), x + (i + 0.5) * pitch - GAP / 2
-        page.text(middle, y, METHOD_NAMES[method], TEXT, ha="center", weight="bold")
-        page.text(middle, y + BAND, f"layer {best}: {decimal(own[best])}", SMALL, ha="center", color="0.3")
+        best, beside = max(own, key=own.get), min(columns, len(methods) - i // columns * columns)
+        middle = MARGIN + (page.inner + GAP - pitch * beside) / 2 + (i % columns + 0.5) * pitch - GAP / 2
+        top = y + i // columns * row_height
+        page.text(middle, top, METHOD_NAMES[method], SMALL, ha="center", weight="bold")
+        page.text(middle, top + BAND, f"layer {best}: {decimal(own[best])}", SMALL, ha="center", color="0.3")
         picture = draw_layer(small, token_maps, map_key(method, best), True, look)
-        page.picture(middle - width / 2, y + 2 * BAND, width, height, picture)
+        page.picture(middle - width / 2, top + 2 * BAND, width, height, picture)
         values[METHOD_NAMES[method]] = [own.get(layer, np.nan) for layer in layers], *STYLES[i % len(STYLES)]
-    y += 2 * BAND + height + 3 * GAP
+    y += -(-len(methods) // columns) * row_height + 2 * GAP
     chance = chances(measured)
     low, high = min(chance), max(chance)
     bottom = min(-0.1, low, *(row["difference"] for row in rows)) - 0.05
     style = {"ylim": (bottom, 1.02), "xlabel": "layer", "ylabel": "insertion − deletion"}
-    axes = page.plot((WIDTH - PLOT[0]) / 2, y, *PLOT, "How faithful, by layer", **style)
+    ((x, top, width),), y = page.places(y, 1, PLOT[0], BAND + PLOT[1] + 0.42 + 3 * SMALL * LINE + 2 * GAP)
+    axes = page.plot(x, top, width, PLOT[1], "How faithful, by layer", **style)
     axes.axhspan(low, high, color="0.88", linewidth=0, label="random orders")
     _draw_by_layer(axes, layers, values, {})
-    y += BAND + PLOT[1] + 0.42 + 3 * SMALL * LINE + 2 * GAP
     caption = (
         "Area under the insertion curve minus that under the deletion curve: how much sooner the answer comes back, "
         f"and goes, if image tokens are revealed or removed hottest first. Less than {TIE} apart is a tie. It prefers "
@@ -727,7 +753,7 @@ def measure(reading: Reading, token_maps: TokenMaps, steps, baseline, batch_size
 
 def evaluate(
     reading: Reading, token_maps: TokenMaps, mask: np.ndarray | None = None, *, steps=64, baseline="blur", batch_size=8,
-    seed=0, randomize=False, quiet=False, look=PLAIN,
+    seed=0, randomize=False, quiet=False, look=PLAIN, paper=PAGE,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, verdict in lines) of the maps; `mask` as of `load_mask`, the rest as measured above.
 
@@ -735,16 +761,15 @@ def evaluate(
     """
     measured = measure(reading, token_maps, steps, baseline, batch_size, seed, quiet)
     rows = score_rows(token_maps, measured, mask)
-    files = {
-        "faithfulness.png": draw_faithfulness(reading.photo, token_maps, measured, rows, look),
-        "scores.csv": to_csv(rows),
-    }
+    draw = functools.partial(draw_faithfulness, reading.photo, token_maps, measured, rows, look, paper)
+    files = paper.figure("faithfulness", draw) | {"scores.csv": to_csv(rows)}
     lines = [*verdict(rows, measured), f"cost: {measured.forwards} pictures run through the model"]
     if randomize:
         bar = show_progress(quiet, "weights re-drawn", "stage")
         staged = cascading_randomization(reading, token_maps, seed=seed, progress=bar)
         likeness = randomization_rows(staged)
-        files["randomization.png"] = draw_randomization(reading.photo, staged, likeness, look)
+        draw = functools.partial(draw_randomization, reading.photo, staged, likeness, look, paper)
+        files |= paper.figure("randomization", draw)
         files["randomization.csv"] = to_csv(likeness)
         lines.append(randomization_verdict(likeness))
     return files, lines
@@ -774,7 +799,7 @@ def comparison_rows(
 
 def compare(
     reading: Reading, maps: dict[str, TokenMaps], mask: np.ndarray | None = None, *, steps=64, baseline="blur",
-    batch_size=8, seed=0, quiet=False, look=PLAIN,
+    batch_size=8, seed=0, quiet=False, look=PLAIN, paper=PAGE,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, verdict in lines) of the maps of several methods, {method: maps}, of one answer.
 
@@ -783,10 +808,8 @@ def compare(
     together = side_by_side(maps)
     measured = measure(reading, together, steps, baseline, batch_size, seed, quiet)
     rows = comparison_rows(maps, together, measured, mask)
-    files = {
-        "comparison.png": draw_comparison(reading.photo, together, measured, rows, look),
-        "comparison.csv": to_csv(rows),
-    }
+    draw = functools.partial(draw_comparison, reading.photo, together, measured, rows, look, paper)
+    files = paper.figure("comparison", draw) | {"comparison.csv": to_csv(rows)}
     lines = [
         f"{method} at layer {layer} has no map ({why}): it is left out"
         for method, given in maps.items()

@@ -20,7 +20,6 @@ that predicts the answer's first token on.
 import copy
 import functools
 import inspect
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -59,22 +58,22 @@ from visualization_utils import (
     BAND,
     GAP,
     HEAD,
-    INNER,
     LINE,
     MARGIN,
+    PAGE,
     PLAIN,
     SMALL,
     TEXT,
-    TINY,
-    WIDTH,
+    WIDTHS,
     Page,
+    Paper,
     decimal,
     draw_layer,
     excerpt,
     fit_box,
     header,
     look_text,
-    method_title,
+    masthead,
     settings_text,
     show_progress,
     shrink,
@@ -634,7 +633,7 @@ EDGE_STYLES = (
     ("#e69f00", ":"),
 )  # fmt: skip
 PLOT = 1.9, 1.35  # inches of one plot
-STRIP = 7  # pictures side by side, at most
+STRIP, NARROW = 7, 0.7  # pictures side by side, at most, and inches of one, at least
 LINES = 24  # of one group in a panel of flow lines, at most
 BROADEST = 22  # points: a flow line that has all of the attention
 TAPS = ("input", "input_layernorm", "self_attn.v_proj", "post_attention_layernorm")
@@ -668,7 +667,7 @@ def _curves(axes, rows: dict[str, np.ndarray], colours: dict[str, str]) -> None:
 
 
 def strip_columns(photo: Image.Image) -> int:
-    """How many pictures stand side by side: fewer of wide photos."""
+    """How many pictures stand side by side on a page: fewer of wide photos."""
     aspect = photo.width / photo.height
     return STRIP if aspect < 2 else 4 if aspect < 5 else 3
 
@@ -678,19 +677,18 @@ def strips(page: Page, y: float, traced: list[Traced], layers: list[int], look: 
     strongest = strongest_of(part.maps for part in traced)
     for number, part in enumerate(traced, 1):
         photo = part.reading.photo
-        columns = strip_columns(photo)
-        pitch = (INNER + GAP / 2) / columns
+        labels = {layer: (f"layer {layer}", strength(part.maps, layer, strongest)) for layer in layers}
+        room = max(NARROW, *(page.label_width(*label) for label in labels.values()))
+        columns = min(strip_columns(photo), int((page.inner + GAP / 2) / (room + GAP / 2)))
+        pitch = (page.inner + GAP / 2) / columns
         width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.3)
         small = shrink(photo, width, height)
-        cells = [("photo" if len(traced) == 1 else f"photo {number}", "", np.asarray(small))]
-        for layer in layers:
-            picture = draw_layer(small, part.maps, layer, True, look, strongest)
-            cells.append((f"layer {layer}", strength(part.maps, layer, strongest), picture))
+        cells = [(("photo" if len(traced) == 1 else f"photo {number}", ""), np.asarray(small))]
+        cells += [(labels[layer], draw_layer(small, part.maps, layer, True, look, strongest)) for layer in layers]
         for i in range(0, len(cells), columns):
-            for j, (label, largest, picture) in enumerate(cells[i : i + columns]):
+            for j, (label, picture) in enumerate(cells[i : i + columns]):
                 middle = MARGIN + (j + 0.5) * pitch - GAP / 4
-                page.text(middle, y, label, SMALL, ha="center")
-                page.text(middle, y + SMALL * LINE, largest, TINY, ha="center", color="0.3")
+                page.label(middle, y, *label)
                 page.picture(middle - width / 2, y + HEAD, width, height, picture)
             y += HEAD + height + GAP / 2
     return y
@@ -721,25 +719,25 @@ def flow_lines(axes, attention: np.ndarray, groups: dict[str, slice], rows: int)
     axes.spines[:].set_visible(False)
 
 
-def draw_flow(traced: list[Traced], names: list[str], layers: list[int], look: Look = PLAIN) -> np.ndarray:
-    """Maps by layer, the shares of attention and gradient under them, and flow lines; uint8 RGB."""
-    settings = traced[0].maps.settings
+def draw_flow(
+    traced: list[Traced], names: list[str], layers: list[int], look: Look = PLAIN, paper: Paper = PAGE
+) -> Page:
+    """Maps by layer, the shares of attention and gradient under them, and flow lines."""
     heads = text_rows(traced[0].maps) if len(traced) == 1 else _heads([part.reading for part in traced])
-    page = Page(WIDTH, "".join(text for _, text, _ in heads))
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     y = header(page, MARGIN, MARGIN, "Information flow: what the answer reads, layer by layer", heads) + GAP
     y = strips(page, y, traced, layers, look) + GAP
 
-    y = page.legend(y, COLOURS, 1.0) + GAP
+    y = page.legend(y, COLOURS) + GAP
     shares, per_token, gradients = curves_by_layer(traced)
-    pitch = (INNER + 0.15) / 3
-    for i, (title, rows, style) in enumerate(
-        (
-            ("Attention, share of the group", shares, {"ylim": (-0.02, 1.02)}),
-            ("Attention, per token", per_token, {"yscale": "log"}),
-            ("|gradient × hidden state|", gradients, {"ylim": (-0.02, 1.02)}),
-        )
-    ):
-        axes = page.plot(MARGIN + 0.35 + i * pitch, y, *PLOT, title, xlabel="layer")
+    plots = (
+        ("Attention, share of the group", shares, {"ylim": (-0.02, 1.02)}),
+        ("Attention, per token", per_token, {"yscale": "log"}),
+        ("|gradient × hidden state|", gradients, {"ylim": (-0.02, 1.02)}),
+    )
+    places, y = page.places(y, len(plots), PLOT[0], BAND + PLOT[1] + 0.45)
+    for (x, top, width), (title, rows, style) in zip(places, plots, strict=True):
+        axes = page.plot(x, top, width, PLOT[1], title, xlabel="layer")
         _curves(axes, rows, COLOURS)
         axes.set(**style)
         if "yscale" in style:
@@ -747,39 +745,42 @@ def draw_flow(traced: list[Traced], names: list[str], layers: list[int], look: L
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
-    y += BAND + PLOT[1] + 0.45
 
-    shown, first = spread(layers, 6), traced[0]
+    columns = 6 if page.inner > 5 else 3
+    shown, first = spread(layers, columns), traced[0]
     page.text(MARGIN, y, "Flow lines" if len(traced) == 1 else "Flow lines of photo 1", TEXT, weight="bold")
     y += TEXT * LINE + GAP / 2
-    width = (INNER + GAP) / 6
+    width = (page.inner + GAP) / columns
     for i, layer in enumerate(shown):
         page.text(MARGIN + i * width + (width - GAP) / 2, y, f"layer {layer}", SMALL, ha="center")
         axes = page.axes(MARGIN + i * width, y + BAND, width - GAP, 1.5)
         flow_lines(axes, first.attention[layer], token_groups(first.reading), first.reading.grid[0])
     y += BAND + 1.5 + 2 * GAP
+    which = ("Left", "Middle", "Right") if places[1][1] == places[0][1] else ("First plot", "Second", "Third")
     caption = (
-        "Left: attention of the positions that predict the explained tokens, mean over heads, renormalised over "
-        "system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). Middle: the same for each token of "
-        "the group, with the answer's own. Right: share of each group in the sum of |gradient × hidden state| at the "
-        "layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as their "
-        f"attention. {look_text(look)} "
-        f"Maps and gradients: {method_title(settings)}. {settings_text(settings)}"
-        f"{' ' + numbered(names) if len(traced) > 1 else ''}"
+        f"{which[0]}: attention of the positions that predict the explained tokens, mean over heads, renormalised over "
+        f"system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). {which[1]}: the same for each token "
+        f"of the group, with the answer's own. {which[2]}: share of each group in the sum of |gradient × hidden state| "
+        "at the layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as "
+        f"their attention. {look_text(look)}{' ' + numbered(names) if len(traced) > 1 else ''}"
     )
-    return page.finish(small_print(page, y, caption))
+    return page.finish(small_print(page, y, caption, settings_text(traced[0].maps.settings)))
 
 
-def draw_attention_maps(reading: Reading, maps: TokenMaps, attention: dict[int, np.ndarray], edges) -> np.ndarray:
-    """Attention between stretches of positions at each layer, in logarithmic colours; uint8 RGB."""
+def draw_attention_maps(
+    reading: Reading, maps: TokenMaps, attention: dict[int, np.ndarray], edges, paper: Paper = PAGE
+) -> Page:
+    """Attention between stretches of positions at each layer, in logarithmic colours."""
     heads, groups = text_rows(maps), token_groups(reading)
-    page = Page(WIDTH, "".join(text for _, text, _ in heads))
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     y = header(page, MARGIN, MARGIN, "Attention between prompt, image and answer", heads) + GAP
-    columns = min(3, len(attention))
-    pitch, side = (INNER - 0.3) / 3, (INNER - 0.3) / 3 - 0.35
+    across = 3 if page.inner > 5 else 2
+    columns = min(across, len(attention))
+    pitch = (page.inner - 0.15) / across
+    side = pitch - 0.3
     positive = np.concatenate([values[values > 0] for values in attention.values()])
     low, high = np.floor(np.log10(np.percentile(positive, 1))), np.ceil(np.log10(positive.max()))
-    left = (WIDTH - columns * pitch) / 2 + 0.25
+    left = (page.width - columns * pitch) / 2 + 0.25
     borders = [np.searchsorted(edges, part.start) for part in groups.values()] + [len(edges) - 1]
     for i, (layer, values) in enumerate(attention.items()):
         x, top = left + i % columns * pitch, y + i // columns * (BAND + side + 0.3)
@@ -796,10 +797,10 @@ def draw_attention_maps(reading: Reading, maps: TokenMaps, attention: dict[int, 
         axes.set_xticks(middles, [name[0].upper() for name in groups])
         axes.set_yticks(middles, [name[0].upper() for name in groups])
     y += -(-len(attention) // columns) * (BAND + side + 0.3) + GAP
-    ticks = np.arange(low, high + 1).astype(int)
-    axes = page.axes((WIDTH - 3.2) / 2, y, 3.2, 0.11)
+    ticks, width = np.arange(low, high + 1).astype(int), min(3.2, page.inner - 0.4)
+    axes = page.axes((page.width - width) / 2, y, width, 0.11)
     axes.imshow(colormaps["viridis"](np.linspace(0, 1, 256))[None], aspect="auto", extent=(low, high, 0, 1))
-    axes.set_xticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
+    axes.set_xticks(ticks, [f"{10.0**tick:g}" for tick in ticks])
     y += 0.11 + SMALL * LINE + 2 * GAP
     caption = (
         "Rows attend to columns: S system, I image, U user, A answer. Mean over heads and over the pairs that may see "
@@ -817,31 +818,36 @@ def tap_modules(model, layers: list[int]) -> dict[str, dict[int, object]]:
 
 
 def draw_taps(
-    reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, object]], merger: str, look: Look = PLAIN
-) -> np.ndarray:
-    """The map at each tap (rows) of each layer (columns), and at the vision tower's merger; uint8 RGB."""
+    reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, object]], merger: str, look: Look = PLAIN,
+    paper: Paper = PAGE,
+) -> Page:  # fmt: skip
+    """The map at each tap (rows) of each layer (columns), and at the vision tower's merger."""
     heads, photo = text_rows(maps), reading.photo
-    page = Page(WIDTH, "".join(text for _, text, _ in heads))
-    y = header(page, MARGIN, MARGIN, "One photo at every tap", heads) + GAP
-    pitch = (INNER + GAP / 2) / (len(keys["input"]) + 1)
-    width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.5)
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
+    y = masthead(page, photo, "One photo at every tap", heads, (1.6, 1.2)) + 2 * GAP
+    cells = {"merger": [("merger", merger)]}
+    cells |= {TAP_NAMES.get(tap, tap): [(f"layer {k}", key) for k, key in found.items()] for tap, found in keys.items()}
+    columns = min(max(map(len, cells.values())), strip_columns(photo) - 1, int(page.inner / (NARROW + GAP)))
+    pitch = (page.inner + GAP) / columns
+    width, height = fit_box(photo.width / photo.height, pitch - GAP, 1.5)
     small = shrink(photo, width, height)
-    first = {"photo": np.asarray(small), "merger": draw_layer(small, maps, merger, True, look)}
-    for name, (tap, found) in itertools.zip_longest(first, keys.items()):
-        cells = {name: first[name]} if name else {}
-        cells |= {f"layer {layer}": draw_layer(small, maps, key, True, look) for layer, key in found.items()}
-        page.text(MARGIN + pitch, y, TAP_NAMES.get(tap, tap), SMALL, weight="bold")
+    for name, found in cells.items():
+        page.text(MARGIN, y, name, SMALL, weight="bold")
         y += SMALL * LINE
-        for i, (label, picture) in enumerate(cells.items(), start=0 if name else 1):
-            page.text(MARGIN + i * pitch + width / 2, y, label, SMALL, ha="center")
-            page.picture(MARGIN + i * pitch, y + BAND, width, height, picture)
-        y += BAND + height + GAP
+        strongest = max(float(maps.maps[key].max()) for _, key in found)  # of what is read at one place
+        for i in range(0, len(found), columns):
+            for j, (label, key) in enumerate(found[i : i + columns]):
+                middle = MARGIN + j * pitch + (pitch - GAP) / 2
+                page.label(middle, y, label, strength(maps, key, strongest))
+                picture = draw_layer(small, maps, key, True, look)
+                page.picture(middle - width / 2, y + HEAD, width, height, picture)
+            y += HEAD + height + GAP
     y += GAP
     caption = (
-        f"Rows: where the layer is read; merger: the image tokens before the decoder; grey: no gradient. "
-        f"{look_text(look)} {settings_text(maps.settings, 'the named places')}"
+        f"Bold: where the layer is read; merger: the image tokens before the decoder; grey: no gradient. "
+        f"{look_text(look)}"
     )
-    return page.finish(small_print(page, y, caption))
+    return page.finish(small_print(page, y, caption, settings_text(maps.settings, "read at the named places")))
 
 
 def _words(severed: Severed) -> str:
@@ -892,31 +898,28 @@ def plot_windows(axes, severed: list[Severed]) -> None:
 
 
 def draw_knockout(
-    severed: list[Severed], names: list[str], curves: dict[str, np.ndarray], what: str, window: int | None, finding: str
-) -> np.ndarray:
+    severed: list[Severed], names: list[str], curves: dict[str, np.ndarray], what: str, window: int | None,
+    finding: str, paper: Paper = PAGE,
+) -> Page:  # fmt: skip
     """What is left when the image is hidden from a layer on, its cliff and, if windows were run, their effect."""
     heads = _severed_heads(severed[0]) if len(severed) == 1 else _heads([part.reading for part in severed])
-    page = Page(WIDTH, "".join(text for _, text, _ in heads))
-    y = MARGIN
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     if len(severed) == 1:
-        photo = severed[0].reading.photo
-        width, height = fit_box(photo.width / photo.height, 1.6, 1.2)
-        page.picture(MARGIN, y, width, height, np.asarray(shrink(photo, width, height)))
-        y = max(header(page, MARGIN + width + 2 * GAP, y, "Knockout: what the answer needs", heads), y + height)
+        y = masthead(page, severed[0].reading.photo, "Knockout: what the answer needs", heads, (1.6, 1.2))
     else:
-        y = header(page, MARGIN, y, "Knockout: what the answers need", heads)
+        y = header(page, MARGIN, MARGIN, "Knockout: what the answers need", heads)
     y += 2 * GAP
-    windows = list(severed[0].windows)
-    width, height = (INNER - 1.05) / 2 if windows else 4.2, 1.9
-    left = MARGIN + 0.45 if windows else (WIDTH - width) / 2
+    windows, height = list(severed[0].windows), 1.9
+    legend = 0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if len(curves) > 1 else 0
+    ((x, top, width), *others), y = page.places(y, 1 + bool(windows), 2.9, BAND + height + 0.45 + legend)
+    y += GAP
     style = {"xlabel": f"image hidden from layer … on ({len(severed[0].removed) - 1}: nothing)", "ylabel": what}
-    axes = page.plot(left, y, width, height, "Truncation", ylim=(-0.02, 1.04), **style)
+    axes = page.plot(x, top, width, height, "Truncation", ylim=(-0.02, 1.04), **style)
     plot_truncation(axes, curves, each=what != "accuracy")
-    if windows:
+    for x, top, width in others:
         style = {"xlabel": "around layer …", "ylabel": "change of p, %"}
         title = f"Attention blocked in {window} layer{'s' * (window > 1)}"
-        plot_windows(page.plot(left + width + 0.55, y, width, height, title, **style), severed)
-    y += BAND + height + 0.45 + (0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if len(curves) > 1 else 0) + GAP
+        plot_windows(page.plot(x, top, width, height, title, **style), severed)
     caption = (
         f"{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the attention mask; "
         f"positions stay. Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value is kept, wherever "
@@ -925,7 +928,7 @@ def draw_knockout(
     )
     if windows:
         caption += (
-            f" Right: in {window} layers around each (fewer at the ends), what stands behind the arrow cannot attend "
+            f" Blocked: in {window} layers around each (fewer at the ends), what stands behind the arrow cannot attend "
             "to what stands before it; change of the probability of the explained tokens. Where one part of the image "
             "is blocked, attention moves to the rest; it may cost more than blocking all."
         )
@@ -967,7 +970,7 @@ def forecast(readings: list[Reading], forwards: float) -> str:
 
 def trace(
     readings: list[Reading], names: list[str], spans: list[tuple[int, int]], layers: list[int], settings: Settings, *,
-    attention_map=False, taps=False, quiet=False, look=PLAIN,
+    attention_map=False, taps=False, quiet=False, look=PLAIN, paper=PAGE,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, findings in lines) of the mode flow: see the module's table of figures.
 
@@ -978,8 +981,8 @@ def trace(
         print(forecast(readings, passes), flush=True)
     bar = show_progress(quiet)
     traced = [trace_photo(reading, span, settings, bar) for reading, span in zip(readings, spans, strict=True)]
-    files = {
-        "information_flow.png": functools.partial(draw_flow, traced, names, layers, look),
+    draw = functools.partial(draw_flow, traced, names, layers, look, paper)
+    files = paper.figure("information_flow", draw) | {
         "information_flow.csv": to_csv(flow_rows(traced, names)),
         "information_flow.npz": flow_arrays(traced, names) | {"layers": np.array(layers)},
     }
@@ -996,9 +999,10 @@ def trace(
     lines += flow_findings(means[0], sizes, means[1])
     if attention_map:
         shown = attention_maps(readings[0], layers)
-        files["attention_maps.png"] = functools.partial(draw_attention_maps, readings[0], traced[0].maps, *shown)
+        draw = functools.partial(draw_attention_maps, readings[0], traced[0].maps, *shown, paper)
+        files |= paper.figure("attention_maps", draw)
     if taps:
-        files["taps.png"] = draw_tapped(readings[0], spans[0], layers, settings, bar, look)
+        files |= paper.figure("taps", draw_tapped(readings[0], spans[0], layers, settings, bar, look, paper))
     return files, lines
 
 
@@ -1007,7 +1011,9 @@ def _size(reading: Reading, name: str) -> int:
     return max(part.stop - part.start, 1)
 
 
-def draw_tapped(reading, span, layers: list[int], settings: Settings, progress=None, look: Look = PLAIN) -> Callable:
+def draw_tapped(
+    reading, span, layers: list[int], settings: Settings, progress=None, look: Look = PLAIN, paper: Paper = PAGE
+) -> Callable:
     """What draws the map of every tap of the layers, six at most, from one pass for all."""
     taken = tap_modules(reading.model, spread(layers, strip_columns(reading.photo) - 1))
     merger = reading.model.model.visual.merger
@@ -1015,7 +1021,7 @@ def draw_tapped(reading, span, layers: list[int], settings: Settings, progress=N
     (maps,) = explain(reading, [span], [*modules, merger], replace(settings, tap="input"), progress)
     names = {module: name for name, module in reading.model.named_modules()}
     keys = {tap: {k: names.get(module, module) for k, module in found.items()} for tap, found in taken.items()}
-    return functools.partial(draw_taps, reading, maps, keys, names[merger], look)
+    return functools.partial(draw_taps, reading, maps, keys, names[merger], look, paper)
 
 
 def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:
@@ -1047,7 +1053,7 @@ def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]
 
 def sever(
     readings: list[Reading], names: list[str], spans: list, *, window=None, keep=None, mask=None, accuracy=False,
-    batch_size=8, quiet=False,
+    batch_size=8, quiet=False, paper=PAGE,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, findings in lines) of the mode knockout.
 
@@ -1084,8 +1090,8 @@ def sever(
         lines.append(f"{edge}: {strongest(mean_change(severed, edge), window)}")
     if accuracy:
         lines += said_instead(severed, names)
-    files = {
-        "knockout.png": functools.partial(draw_knockout, severed, names, curves, what, window, finding),
+    draw = functools.partial(draw_knockout, severed, names, curves, what, window, finding, paper)
+    files = paper.figure("knockout", draw) | {
         "knockout.csv": to_csv(knockout_rows(severed, names)),
         "knockout.npz": knockout_arrays(severed, names),
     }

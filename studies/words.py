@@ -39,24 +39,26 @@ from smooth_gradcam import (
     token_probabilities,
 )
 from visualization_utils import (
-    AUTO_LAYERS,
+    BODY_HEIGHTS,
     GAP,
-    INNER,
     LINE,
     MARGIN,
+    PAGE,
     PLAIN,
     SMALL,
     TINY,
     WEAK,
-    WIDTH,
+    WIDTHS,
     Page,
+    Paper,
     caption,
     draw_layer,
     excerpt,
     fit_box,
     footer,
-    header,
     layer_pictures,
+    made_from,
+    masthead,
     method_title,
     output_folder,
     select_layers,
@@ -66,6 +68,7 @@ from visualization_utils import (
     strength,
     strongest_of,
     text_rows,
+    text_width,
     wrap,
 )
 
@@ -199,72 +202,118 @@ def _columns_of_text(word_maps: list[TokenMaps]) -> list[tuple[str, str]]:
     return columns
 
 
-def _word_heads(page: Page, xs: list[float], y: float, width: float, heads: list[tuple[str, str]]) -> float:
-    """Over each column the text before its word, in grey, and the word; returns the y below them."""
-    texts = [(excerpt(before, (len(before),) * 2, 44)[0], excerpt(word, (0, 0), 44)[0]) for before, word in heads]
-    widths = width, 0.87 * width  # letters are wider in bold
-    lines = [
-        [wrap(text, limit, SMALL, page.families) if text else [] for text, limit in zip(head, widths, strict=True)]
-        for head in texts
+def _wrapped_heads(page: Page, width: float, heads: list[tuple[str, str]]) -> list[tuple[list[str], list[str]]]:
+    """The lines of each head in a column of that width."""
+    return [
+        tuple(
+            [text[slice(*line)].strip() for line in wrap(text, width, SMALL, page.families, weight)] if text else []
+            for text, weight in (
+                (excerpt(before, (len(before),) * 2, 44)[0], "normal"),
+                (excerpt(word, (0, 0), 44)[0], "bold"),
+            )
+        )
+        for before, word in heads
     ]
-    middle = y + max(len(before) for before, _ in lines) * SMALL * LINE  # the words stand on one line
-    for x, (before, word), (above, below) in zip(xs, texts, lines, strict=True):
+
+
+def _heads_height(heads: list[tuple[list[str], list[str]]]) -> float:
+    return sum(max(map(len, lines)) for lines in zip(*heads, strict=True)) * SMALL * LINE + GAP / 2
+
+
+def _word_heads(page: Page, xs: list[float], y: float, heads: list[tuple[list[str], list[str]]]) -> None:
+    """Over each column the text before its word, in grey, and the word."""
+    middle = y + max(len(before) for before, _ in heads) * SMALL * LINE  # the words stand on one line
+    for x, (above, below) in zip(xs, heads, strict=True):
         for i, line in enumerate(above):
-            page.text(x, middle - (len(above) - i) * SMALL * LINE, before[slice(*line)].strip(), SMALL, color="0.45")
+            page.text(x, middle - (len(above) - i) * SMALL * LINE, line, SMALL, color="0.45")
         for i, line in enumerate(below):
-            page.text(x, middle + i * SMALL * LINE, word[slice(*line)].strip(), SMALL, weight="bold")
-    return middle + max(len(below) for _, below in lines) * SMALL * LINE
+            page.text(x, middle + i * SMALL * LINE, line, SMALL, weight="bold")
 
 
-PAGE_ROWS = 30  # of pictures on one page of the figure, or as many as ten words have
+class _Table:
+    """How the words (across) and layers (down) are laid out on the pages of the figure."""
+
+    def __init__(self, photo: Image.Image, word_maps: list[TokenMaps], paper: Paper):
+        given, self.layers = word_maps[0], list(word_maps[0].maps)
+        page, strongest = Page(WIDTHS[paper.width], given.prompt + given.answer), strongest_of(word_maps)
+        self.said = [{layer: strength(word, layer, strongest) for layer in self.layers} for word in word_maps]
+        self.side = max(text_width(f"layer {layer}", SMALL, page.families) for layer in self.layers) + GAP
+        labels = {text for words in self.said for text in words.values()}
+        room = max(CELL, *(text_width(text, TINY, page.families) for text in labels))  # of a column
+        inner, self.body = page.inner - self.side + GAP, BODY_HEIGHTS[paper.width]
+        most = max(1, int(inner / (room + GAP)))
+        self.columns = -(-len(word_maps) // -(-len(word_maps) // most))  # blocks of about as many words
+        cell, aspect = min(1.5, inner / self.columns - GAP), photo.width / photo.height
+        high = (self.body - 0.8) / len(self.layers) - TINY * LINE - GAP  # so that all layers stand on one page
+        self.width, self.height = fit_box(aspect, cell, min(1.5, max(high, LOW)))
+        self.pitch, self.row = max(self.width, min(cell, max(1.0, room))) + GAP, self.height + TINY * LINE + GAP
+        self.heads = _wrapped_heads(page, self.pitch - GAP, _columns_of_text(word_maps))
+        self.pages = self.paginate(len(word_maps))
+
+    def paginate(self, count: int) -> list[list[tuple[range, list[int]]]]:
+        """Of each page its blocks, (words, layers): a block goes on on the next page where it does not fit on one."""
+        pages, y = [[]], 0.0
+        for start in range(0, count, self.columns):
+            words, rest = range(start, min(start + self.columns, count)), self.layers
+            head = _heads_height([self.heads[i] for i in words])
+            while rest:
+                fits = int((self.body - y - head) / self.row)
+                if pages[-1] and fits < len(rest):  # on a page of its own, more of it stands together
+                    pages, y = [*pages, []], 0.0
+                    continue
+                part, rest = rest[: max(1, fits)], rest[max(1, fits) :]
+                pages[-1].append((words, part))
+                y += head + len(part) * self.row + 2 * GAP
+        return pages
 
 
-def word_figures(photo: Image.Image, word_maps: list[TokenMaps], look: Look = PLAIN) -> dict[str, object]:
-    """{file name: function that draws a page of the figure}; long answers take several pages, of ten words a block."""
-    size = 10 * max(1, PAGE_ROWS // len(word_maps[0].maps))
-    pages = [range(i, min(i + size, len(word_maps))) for i in range(0, len(word_maps), size)]
-    names = ["words_by_layer.png", *(f"words_by_layer_{i}.png" for i in range(2, len(pages) + 1))]
-    return {
-        name: functools.partial(_words_figure, photo, word_maps, page, look)
-        for name, page in zip(names, pages, strict=True)
-    }
+CELL, LOW = 0.75, 0.6  # width of a word's column and height of a picture, at least
 
 
-def _words_figure(photo: Image.Image, word_maps: list[TokenMaps], shown: range, look: Look) -> np.ndarray:
-    """Words across, layers down, overlays in the cells; of long answers ten words stand side by side."""
-    given, layers, aspect = word_maps[0], list(word_maps[0].maps), photo.width / photo.height
+def word_figures(
+    photo: Image.Image, word_maps: list[TokenMaps], look: Look = PLAIN, paper: Paper = PAGE
+) -> dict[str, object]:
+    """{file name: function that draws a page of the figure}; long answers take several pages."""
+    table, files = _Table(photo, word_maps, paper), {}
+    for i, blocks in enumerate(table.pages, 1):
+        name = "words_by_layer" if i == 1 else f"words_by_layer_{i}"
+        files |= paper.figure(name, functools.partial(_words_figure, photo, word_maps, table, blocks, look, paper))
+    return files
+
+
+def _words_figure(photo, word_maps: list[TokenMaps], table: _Table, blocks: list, look: Look, paper: Paper) -> Page:
+    """Words across, layers down, overlays in the cells; blocks of words one below the other."""
+    given = word_maps[0]
     rows = [(label, text, (0, 0)) for label, text, _ in text_rows(given)[:2]]
-    columns = min(len(word_maps), 10)
-    side, cell = 0.55, min(1.5, max(1.0, (INNER - 0.55) / columns - GAP))  # of the layers' labels, of a picture
-    width, height = fit_box(aspect, cell, 1.5 if len(layers) <= AUTO_LAYERS else 1.0)
-    cell, small = max(width, min(cell, 1.0)), shrink(photo, width, height)  # a word needs its room
-    page = Page(max(WIDTH, 2 * MARGIN + side + columns * (cell + GAP)), given.prompt + given.answer)
-    photo_size = fit_box(aspect, 2.3, 1.4)
-    page.picture(MARGIN, MARGIN, *photo_size, np.asarray(shrink(photo, *photo_size)))
+    page, strongest = Page(WIDTHS[paper.width], given.prompt + given.answer), strongest_of(word_maps)
     title = f"{method_title(given.settings)}, word by word"
-    if len(shown) < len(word_maps):
-        title += f" ({shown[0] + 1}–{shown[-1] + 1} of {len(word_maps)})"
-    y = max(header(page, MARGIN + photo_size[0] + 2 * GAP, MARGIN, title, rows), MARGIN + photo_size[1]) + 2 * GAP
+    first, last, layers = blocks[0][0][0], blocks[-1][0][-1], blocks[0][1]
+    if last - first + 1 < len(word_maps):
+        title += f" ({first + 1}–{last + 1} of {len(word_maps)})"
+    if len(layers) < len(table.layers):
+        title += f", layers {layers[0]}–{layers[-1]}" if len(layers) > 1 else f", layer {layers[0]}"
+    y = masthead(page, photo, title, rows, (2.3, 1.4)) + 2 * GAP
 
-    heads, strongest = _columns_of_text(word_maps), strongest_of(word_maps)
-    said = {(i, layer): strength(word_maps[i], layer, strongest) for i in shown for layer in layers}
-    for first in range(shown.start, shown.stop, columns):
-        block = range(first, min(first + columns, shown.stop))
-        xs = [MARGIN + side + (i - first) * (cell + GAP) for i in block]
-        y = _word_heads(page, xs, y, cell, [heads[i] for i in block]) + GAP / 2
+    small, shown = shrink(photo, table.width, table.height), []
+    for words, layers in blocks:
+        xs, heads = [MARGIN + table.side + i * table.pitch for i in range(len(words))], [table.heads[i] for i in words]
+        _word_heads(page, xs, y, heads)
+        y += _heads_height(heads)
         for layer in layers:
-            page.text(MARGIN, y + height / 2, f"layer {layer}", SMALL, va="center")
-            for x, i in zip(xs, block, strict=True):
-                page.picture(x, y, width, height, draw_layer(small, word_maps[i], layer, True, look, strongest))
-                page.text(x, y + height + 0.02, said[i, layer], TINY, color="0.3")
-            y += height + TINY * LINE + GAP
+            page.text(MARGIN, y + table.height / 2, f"layer {layer}", SMALL, va="center")
+            for x, i in zip(xs, words, strict=True):
+                picture = draw_layer(small, word_maps[i], layer, True, look, strongest)
+                page.picture(x, y, table.width, table.height, picture)
+                page.text(x, y + table.height + 0.02, table.said[i][layer], TINY, color="0.3")
+                shown.append((i, layer))
+            y += table.row
         y += 2 * GAP
-    below = caption(given, photo, [], "Each column explains one word of the answer. ", look)
-    if any("weak" in text for text in said.values()):
+    below = caption(given, [], "each layer, a column for each word", look)
+    if any("weak" in table.said[i][layer] for i, layer in shown):
         below += f" Weak: below {100 * WEAK:.0f} % of the strongest of all."
-    if any(word.blank for word in word_maps):
+    if any(layer in word_maps[i].blank for i, layer in shown):
         below += " Grey: the word has no map at that layer, for the reason that stands there."
-    return page.finish(footer(page, y, given.settings.method, below, look))
+    return page.finish(footer(page, y, given.settings.method, below, made_from(given, photo), look))
 
 
 # page and tables
@@ -326,7 +375,7 @@ def words_page(data: dict) -> str:
 
 def draw_words(
     image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens: list[list[str]],
-    look: Look = PLAIN,
+    look: Look = PLAIN, paper: Paper = PAGE,
 ) -> tuple[dict, dict[str, object]]:  # fmt: skip
     """Of all words ({name: {layer: LayerPictures}}, {file name: content}).
 
@@ -350,7 +399,7 @@ def draw_words(
     ]
     about = {"prompt": given.prompt, "answer": given.answer, "grid": list(given.grid), "layers": list(given.maps)}
     about |= {"settings": asdict(given.settings), "words": records}
-    files = word_figures(photo, word_maps, look) | {
+    files = word_figures(photo, word_maps, look, paper) | {
         "index.html": words_page(page_data(photo, file_name, word_maps, probabilities, tokens, look)),
         "words.json": json.dumps(about, ensure_ascii=False, indent=1) + "\n",
         "maps.npz": {
@@ -366,7 +415,7 @@ def draw_words(
 def create_word_maps(
     model, processor, image, prompt, layer_range="auto", save_dir="cam_results_words",
     *, words="content", answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN,
-    **settings,
+    paper=PAGE, **settings,
 ):  # fmt: skip
     """A map of each word of the answer at each layer, all from one answer and one forward pass per noisy copy.
 
@@ -384,6 +433,6 @@ def create_word_maps(
         reading = read(model, processor, image, prompt, answer, max_new_tokens)
         word_maps = map_words(reading, words, layers, settings, show_progress(quiet))
         file_name = Path(image).name if isinstance(image, (str, Path)) else ""
-        results, files = draw_words(reading.photo, file_name, word_maps, *word_tokens(reading, word_maps), look)
+        results, files = draw_words(reading.photo, file_name, word_maps, *word_tokens(reading, word_maps), look, paper)
         write(files)
     return results

@@ -1,11 +1,13 @@
 """A random Qwen2.5-VL of the real classes with a real processor: tiny, and made without a download."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -118,6 +120,27 @@ def demo():
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, local_files_only=True).eval()
     processor = AutoProcessor.from_pretrained(DEMO, local_files_only=True)
     return read(model, processor, DEMO.parent / "demo.jpeg", DESCRIBE)
+
+
+def check_layout(figure):
+    """Nothing overlaps, nothing runs out of the page, and no text is smaller than 6 points."""
+    renderer = figure.canvas.get_renderer()
+    boxes = {f"text {i} {t.get_text()}": t.get_window_extent(renderer) for i, t in enumerate(figure.texts)}
+    boxes = {name: box for name, box in boxes.items() if box.width > 1}
+    boxes |= {f"axes {i}": axes.get_tightbbox(renderer) for i, axes in enumerate(figure.axes)}
+    for name, box in boxes.items():
+        assert box.x0 >= 0, name
+        assert box.y0 >= 0, name
+        assert box.x1 <= figure.bbox.width, name
+        assert box.y1 <= figure.bbox.height, name
+    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
+        wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert min(wide, high) < 2, (one, other)
+    for axes in figure.axes:
+        if axes.get_legend():
+            legend = axes.get_legend().get_window_extent(renderer)
+            assert not legend.overlaps(axes.bbox)
+    assert min(text.get_size() for text in figure.findobj(Text) if text.get_text().strip()) >= 6
 
 
 def make_image(width, height):

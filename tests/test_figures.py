@@ -1,20 +1,35 @@
 """Figures from arrays: what is hot stands where it belongs, what is unknown is grey, text of any kind fits."""
 
 import dataclasses
-import itertools
+import re
+import zlib
 
 import numpy as np
 import pytest
-from conftest import make_image
+from conftest import check_layout, make_image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 import visualization_utils
 from smooth_gradcam import Look, Settings, TokenMaps, colorize_cam, render_cam
-from studies.faithfulness import Faithfulness, draw_faithfulness, draw_randomization, randomization_rows, score_rows
+from studies.faithfulness import (
+    Faithfulness,
+    comparison_rows,
+    draw_comparison,
+    draw_faithfulness,
+    draw_randomization,
+    randomization_rows,
+    score_rows,
+    side_by_side,
+)
 from studies.words import draw_words, page_data
 from visualization_utils import (
+    METHOD_NAMES,
+    WIDTHS,
     LayerPictures,
     Page,
+    Paper,
     comparative_layers,
     draw_comparative,
     draw_grid,
@@ -66,7 +81,7 @@ def make_maps(
 
 def drawn(content):
     """A file's picture: some are drawn only when they are written."""
-    return content() if callable(content) else content
+    return np.asarray(content() if callable(content) else content)
 
 
 def hot_spot(grid, cell):
@@ -235,7 +250,7 @@ def test_explained_part_changes_the_figure_and_is_yellow():
 def test_colour_scales_run_from_cold_to_hot_one_above_the_other():
     page, share = Page(2, ""), np.linspace(0, 1, 256)
     page.colour_scale(0.5, 0.2, 1, 0.2, [colorize_cam(share, "jet"), colorize_cam(share)[::-1]], (0, 1), 7)
-    rows = page.finish(1)[[round(y * visualization_utils.DPI) for y in (0.25, 0.35)]].astype(int)
+    rows = np.asarray(page.finish(1))[[round(y * visualization_utils.DPI) for y in (0.25, 0.35)]].astype(int)
     (cold, hot), (yellow, blue) = rows[:, [round(x * visualization_utils.DPI) for x in (0.51, 1.49)]]
     assert is_blue(cold)
     assert is_red(hot)
@@ -273,7 +288,7 @@ def drawings(monkeypatch):
         if figure.axes:
             pages.append(figure)
         else:
-            panels.append(figure.texts[0].get_text())
+            panels.append("".join(texts_of(figure)))
         return real(figure)
 
     monkeypatch.setattr(visualization_utils, "figure_to_array", keep)
@@ -285,24 +300,114 @@ def pages(drawings):
     return drawings[0]
 
 
-def check_layout(figure):
-    """Nothing overlaps, and nothing runs out of the page."""
-    renderer = figure.canvas.get_renderer()
-    boxes = {f"text {i} {t.get_text()}": t.get_window_extent(renderer) for i, t in enumerate(figure.texts)}
-    boxes = {name: box for name, box in boxes.items() if box.width > 1}
-    boxes |= {f"axes {i}": axes.get_tightbbox(renderer) for i, axes in enumerate(figure.axes)}
-    for name, box in boxes.items():
-        assert box.x0 >= 0, name
-        assert box.y0 >= 0, name
-        assert box.x1 <= figure.bbox.width, name
-        assert box.y1 <= figure.bbox.height, name
-    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
-        wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-        assert min(wide, high) < 2, (one, other)
-    for axes in figure.axes:
-        if axes.get_legend():
-            legend = axes.get_legend().get_window_extent(renderer)
-            assert not legend.overlaps(axes.bbox)
+def laid_out(page, width):
+    """The page's matplotlib figure, once it is known that everything has its place."""
+    assert page.figure.get_size_inches()[0] == WIDTHS[width]
+    FigureCanvasAgg(page.figure)
+    check_layout(page.figure)
+    return page.figure
+
+
+ASPECTS = {"1:5": (28, 140), "3:4": (168, 224), "2:1": (448, 224), "5:1": (280, 56)}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("count", [1, 6, 28, 64])
+@pytest.mark.parametrize("size", ASPECTS.values(), ids=ASPECTS)
+def test_maps_of_any_number_of_layers_of_any_photo_fit_on_page_and_column(size, count, width):
+    grid = (size[1] // 28, size[0] // 28)
+    maps = layered(grid, range(count), [1])
+    tiny = {3: maps.maps[3] / 1e4} if count > 3 else {}
+    maps, photo, paper = dataclasses.replace(maps, maps=maps.maps | tiny), make_image(*size), Paper(width)
+    alone = dataclasses.replace(maps, maps={0: maps.maps[0]})
+    files = draw_single(photo, alone, paper=paper)[1] | draw_multilayer(photo, maps, paper=paper)[1]
+    files |= draw_grid(photo, maps, paper=paper)[1]
+    if count > 1:
+        files |= draw_comparative(photo, maps, {"early": [0], "late": list(range(1, count))}, paper=paper)[1]
+    for name, content in files.items():
+        if callable(content) and "layer_comparison" in name or name.startswith(("visual", "all", "compar")):
+            figure = laid_out(content(), width)
+            assert name.startswith("visual") or {f"layer {layer}" for layer in maps.maps} <= set(texts_of(figure)) or (
+                "/" in name
+            )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("count", [1, 100, 300])
+@pytest.mark.parametrize("size", ASPECTS.values(), ids=ASPECTS)
+def test_any_number_of_words_of_any_photo_fits_on_page_and_column(size, count, width):
+    answer = " ".join(f"a w{i:03d}," for i in range(count))
+    maps = worded([f"w{i:03d}" for i in range(count)], answer, (size[1] // 28, size[0] // 28), [3, 27], [27])
+    files = words_files(make_image(*size), maps, paper=Paper(width))
+    names = [name for name in files if name.endswith(".png")]
+    for name in {names[0], names[-1]}:
+        assert laid_out(files[name](), width).get_size_inches()[1] < 10.5
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("size", ASPECTS.values(), ids=ASPECTS)
+def test_figures_of_measures_fit_on_page_and_column(size, width):
+    maps = layered((size[1] // 28, size[0] // 28), range(28), answer=LONG)
+    photo, result, paper = make_image(*size), measured(maps, 5), Paper(width)
+    staged = {number: dataclasses.replace(maps) for number in (0, 4, 8, 12, 16, 20, 24, 28)}
+    four = {method: layered(maps.grid, [0, 5, 27], seed=i) for i, method in enumerate(METHOD_NAMES)}
+    together = side_by_side(four)
+    compared = measured(together, 5)
+    for figure in (
+        draw_faithfulness(photo, maps, result, score_rows(maps, result, None), paper=paper),
+        draw_randomization(photo, staged, randomization_rows(staged), paper=paper),
+        draw_comparison(photo, together, compared, comparison_rows(four, together, compared, None), paper=paper),
+    ):
+        laid_out(figure, width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_text_in_the_written_pdf_is_6_points_or_more_and_the_page_as_wide_as_said(tmp_path, width):
+    photo, maps = varied(SIDES["landscape"], range(28), blind=[4])
+    paper = Paper(width, ("pdf",))
+    result = measured(maps, 5)
+    files = draw_grid(photo, maps, paper=paper)[1] | draw_comparative(photo, maps, split_thirds(28), paper=paper)[1]
+    rows = score_rows(maps, result, None)
+    files |= paper.figure("faithfulness", lambda: draw_faithfulness(photo, maps, result, rows, paper=paper))
+    files = {name: content for name, content in files.items() if name.endswith(".pdf")}
+    assert len(files) == 6
+    for path in write_files(tmp_path, files):
+        data = path.read_bytes()
+        wide = float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) [\d.]+ ?\]", data)[1])
+        assert wide == pytest.approx(72 * WIDTHS[width])
+        streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", data, re.DOTALL)
+        text = b"".join(map(inflated, streams))
+        sizes = {float(size) for size in re.findall(rb"/\S+ ([\d.]+) Tf", text)}
+        assert {6, 7, 8} <= sizes
+        assert min(sizes) == 6
+        assert not re.search(rb"/Subtype /Type3", data)  # fonts that journals refuse
+
+
+def inflated(stream):
+    try:
+        return zlib.decompress(stream)
+    except zlib.error:  # a picture in another coding
+        return b""
+
+
+def test_vector_files_are_the_same_each_time_and_hold_the_pictures(tmp_path):
+    photo, maps = varied(SIDES["landscape"], [3, 9])
+    files = draw_grid(photo, maps, paper=Paper(formats=("pdf", "svg")))[1]
+    files = {name: content for name, content in files.items() if name.endswith((".pdf", ".svg"))}
+    assert set(files) == {"layer_comparison_grid.pdf", "layer_comparison_grid.svg"}
+    (tmp_path / "again").mkdir()
+    for path, again in zip(write_files(tmp_path, files), write_files(tmp_path / "again", files), strict=True):
+        data = path.read_bytes()
+        assert data == again.read_bytes()
+        assert data.startswith(b"%PDF" if path.suffix == ".pdf" else b"<?xml")
+        assert data.count(b"/Subtype /Image" if path.suffix == ".pdf" else b"<image") == 4  # photo, two maps, scale
+
+
+@pytest.mark.parametrize("options", [{"width": "wide"}, {"formats": ("png",)}, {"formats": "pdf"}])
+def test_paper_of_another_kind_is_refused_by_name(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} must be ")):
+        Paper(**options)
 
 
 def texts_of(figure):
@@ -350,7 +455,7 @@ def test_figure_of_curves_has_room_for_all(pages, layers, shape, mask, orders, b
     photo, result = make_photo(maps.grid), measured(maps, orders)
     pixels = np.tri(photo.height, photo.width, dtype=bool) if mask else None
     rows = score_rows(maps, result, pixels)
-    assert draw_faithfulness(photo, maps, result, rows).shape[1] == round(7.2 * visualization_utils.DPI)
+    assert drawn(draw_faithfulness(photo, maps, result, rows)).shape[1] == round(7.2 * visualization_utils.DPI)
     (figure,) = pages
     check_layout(figure)
     plots = [axes for axes in figure.axes if axes.get_xlabel()]
@@ -359,12 +464,19 @@ def test_figure_of_curves_has_room_for_all(pages, layers, shape, mask, orders, b
     for axes, curves, random in zip(
         plots, (result.insertion, result.deletion), (result.random_insertion, result.random_deletion), strict=False
     ):
-        drawn = {line.get_label(): line.get_ydata() for line in axes.lines}
-        assert set(drawn) == {*(f"layer {layer}" for layer in alive), *["random"] * bool(orders)}
+        lines = {line.get_label(): line for line in axes.lines}
+        assert set(lines) == {*(f"layer {layer}" for layer in alive), *["random"] * bool(orders)}
         for layer in alive:
-            np.testing.assert_array_equal(drawn[f"layer {layer}"], curves[layer])
+            np.testing.assert_array_equal(lines[f"layer {layer}"].get_ydata(), curves[layer])
         if orders:
-            np.testing.assert_allclose(drawn["random"], random.mean(0))
+            np.testing.assert_allclose(lines["random"].get_ydata(), random.mean(0))
+        ordered = sorted(rows[: len(alive)], key=lambda row: -row["difference"])
+        leaders = [f"layer {row['layer']}" for row in ordered[:3]]
+        coloured = {name for name, line in lines.items() if len(set(to_rgb(line.get_color()))) > 1}
+        assert coloured == set(leaders) <= set(texts_of(figure))
+        assert ("other layers" in texts_of(figure)) == (len(alive) > 3)
+        assert axes.get_xscale() == "log"
+        assert axes.get_xlim() == (1 / 8, 1)
     values = [line for axes in plots[2:] for line in axes.lines if len(line.get_xdata()) == len(alive)]
     names = ["insertion", "deletion", *(["near", "energy", "obj_iou"] if mask else ["difference"])]
     by_layer = [line for line in values if list(line.get_xdata()) == alive]
@@ -376,8 +488,8 @@ def test_figure_of_curves_has_room_for_all(pages, layers, shape, mask, orders, b
     caption = prose_of(figure)
     assert ("Left out, as it has no map: layer 27 (no gradient)." in caption) == bool(blind)
     dashed = {1: "one random order", 5: "mean of 5 random orders, with their range"}
-    assert (f" Dashed grey: {dashed.get(orders)}. " in caption) == ("Dashed grey" in caption) == bool(orders)
-    assert ("minus that of the contrast" in caption) == ("contrast" in options)
+    assert (f" Dashed: {dashed.get(orders)}. " in caption) == ("Dashed" in caption) == bool(orders)
+    assert ("score logit minus the contrast's" in caption) == ("contrast" in options)
     assert ("rather than “blue bus" in caption) == ("contrast" in options)
 
 
@@ -388,7 +500,7 @@ def test_second_occurrence_is_the_one_marked(pages):
     marks = []
     for token_maps in (maps, second):
         result = measured(token_maps, 5)
-        draw_faithfulness(make_photo(maps.grid), token_maps, result, score_rows(token_maps, result, None))
+        drawn(draw_faithfulness(make_photo(maps.grid), token_maps, result, score_rows(token_maps, result, None)))
         figure = pages[-1]
         (mark,) = (artist for artist in figure.artists + figure.patches if artist is not figure.patch)
         renderer = figure.canvas.get_renderer()
@@ -419,7 +531,7 @@ def test_figure_of_redrawn_weights_has_room_for_all(pages, layers, numbers, shap
         }
         staged[number] = dataclasses.replace(given, maps=maps)
     rows = randomization_rows(staged)
-    picture = draw_randomization(make_photo(given.grid), staged, rows)
+    picture = drawn(draw_randomization(make_photo(given.grid), staged, rows))
     assert len(picture) < 8 * visualization_utils.DPI
     (figure,) = pages
     check_layout(figure)
@@ -434,8 +546,13 @@ def test_figure_of_redrawn_weights_has_room_for_all(pages, layers, numbers, shap
             assert axes.get_ylim()[0] < min(line.get_ydata())
 
 
-def words_files(photo, maps):
-    return draw_words(photo, "photo.jpg", maps, [[0.5]] * len(maps), [["x"]] * len(maps))[1]
+def words_files(photo, maps, **options):
+    return draw_words(photo, "photo.jpg", maps, [[0.5]] * len(maps), [["x"]] * len(maps), **options)[1]
+
+
+def draw_pages(files):
+    """The drawn pages of the words' figure."""
+    return [drawn(content) for name, content in files.items() if name.endswith(".png")]
 
 
 PLACES = "There is a plane at the top left, a house on the right, a dog at the bottom left and a bicycle at the bottom."
@@ -475,19 +592,20 @@ def worded(words, answer, grid, layers, blind=()):
 def test_figure_of_words_has_room_for_all(pages, words, answer, shape, layers, blind):
     grid = SHAPES[shape]
     maps = worded(words, answer, grid, layers, blind)
-    page = drawn(words_files(make_photo(grid), maps)["words_by_layer.png"])
-    (figure,) = pages
-    check_layout(figure)
-    cells = [axes for axes in figure.axes if axes.images]
-    assert len(cells) == len(words) * len(layers) + 2  # the photo and the colour scale
-    found = "".join(texts_of(figure)).replace(" ", "")
+    drawn_pages = draw_pages(words_files(make_photo(grid), maps))
+    cells, found, rows = 0, "", []
+    for figure, page in zip(pages, drawn_pages, strict=True):
+        check_layout(figure)
+        cells += len([axes for axes in figure.axes if axes.images]) - 2  # but the photo and the colour scale
+        found += "".join(texts_of(figure)).replace(" ", "")
+        rows += [text for text in texts_of(figure) if text.startswith("layer ")]
+        assert len(page) < 10.5 * visualization_utils.DPI
+    assert cells == len(words) * len(layers)
     assert all(word in found for word in words)
-    names = [f"layer {layer}" for layer in layers]
-    assert [text for text in texts_of(figure) if text in names] == names * -(-len(words) // 10)
-    assert len(page) < (2 + 1.7 * len(layers) * -(-len(words) // 10) + 2) * visualization_utils.DPI
-    grey = share_of(page, greyish)
-    assert grey > 0.03 if blind and shape == "landscape" else grey > 0.01 if blind else grey < 0.005
-    assert (GREY_WORDS in prose_of(figure)) == bool(blind)
+    assert set(rows) == {f"layer {layer}" for layer in layers}
+    grey = max(share_of(page, greyish) for page in drawn_pages)
+    assert grey > 0.01 if blind else grey < 0.005
+    assert (GREY_WORDS in " ".join(map(prose_of, pages))) == bool(blind)
 
 
 def test_text_before_a_word_is_that_next_to_it(pages):
@@ -554,9 +672,9 @@ def test_panels_of_a_layer_are_the_written_pictures(pages, size):
     results, files = draw_single(photo, maps)
     page = drawn(files["visualization.png"])
     check_layout(pages[0])
-    heatmap = f"Heatmap, max {maps.maps[7].max():.2g}"
-    found = found_under(pages[0], page, ["Photo", heatmap, "Overlay"])
-    expected = {"Photo": np.asarray(photo), heatmap: results["heatmap"], "Overlay": results["superimposed"]}
+    assert f"max {maps.maps[7].max():.2g}" in texts_of(pages[0])
+    found = found_under(pages[0], page, ["Photo", "Heatmap", "Overlay"])
+    expected = {"Photo": np.asarray(photo), "Heatmap": results["heatmap"], "Overlay": results["superimposed"]}
     for label, (crop,) in found.items():
         assert unlike(crop, expected[label]) < CLOSE
         for other in (crop[::-1], crop[:, ::-1], crop.transpose(1, 0, 2)):
@@ -566,22 +684,23 @@ def test_panels_of_a_layer_are_the_written_pictures(pages, size):
 
 @pytest.mark.parametrize("layers", [[5], [9, 4, 27], range(28)], ids=["one", "three", "all"])
 @pytest.mark.parametrize("size", SIDES.values(), ids=SIDES)
-def test_pictures_under_a_layers_number_are_its_own(pages, size, layers):
+@pytest.mark.parametrize("kinds", [["superimposed"], ["heatmap", "superimposed"]], ids=["overlays", "pairs"])
+def test_pictures_under_a_layers_number_are_its_own(pages, size, layers, kinds):
     photo, maps = varied(size, layers)
-    results, files = draw_grid(photo, maps)
+    results, files = draw_grid(photo, maps, paper=Paper(heatmaps=len(kinds) > 1))
     page = drawn(files["layer_comparison_grid.png"])
     check_layout(pages[0])
     assert unlike(crops(pages[0], page)[0][1], np.asarray(photo)) < CLOSE
-    check_pictures(found_under(pages[0], page, [f"layer {layer}" for layer in layers]), results)
+    check_pictures(found_under(pages[0], page, [f"layer {layer}" for layer in layers]), results, kinds)
 
 
-def check_pictures(found, results):
-    """Under each layer are the heatmap and then the overlay, of none but that layer."""
+def check_pictures(found, results, kinds):
+    """Under each layer are its pictures of these kinds, and of none but that layer."""
     names = [f"layer {layer}" for layer in results]
     assert list(found) == names
     following = [*list(results.values())[1:], *list(results.values())[:1]]
     for name, pictures, others in zip(names, results.values(), following, strict=True):
-        for crop, kind in zip(found[name], ("heatmap", "superimposed"), strict=True):
+        for crop, kind in zip(found[name], kinds, strict=True):
             assert unlike(crop, pictures[kind]) < CLOSE
             assert others is pictures or unlike(crop, others[kind]) > FAR
 
@@ -595,7 +714,8 @@ def test_thirds_are_rows_under_their_names(pages, monkeypatch, side, per_third):
     page = drawn(files["comparative_analysis.png"])
     check_layout(pages[0])
     numbers = {text.get_text(): box_of(text) for text in pages[0].texts if text.get_text().startswith("layer ")}
-    check_pictures(found_under(pages[0], page, numbers), {k: v for part in results.values() for k, v in part.items()})
+    flat = {k: v for part in results.values() for k, v in part.items()}
+    check_pictures(found_under(pages[0], page, numbers), flat, ["heatmap", "superimposed"])
     tops = {name: {numbers[f"layer {layer}"][1] for layer in part} for name, part in thirds.items()}
     assert all(len(top) == 1 for top in tops.values())
     below = [top for (top,) in tops.values()][1:] + [len(page)]
@@ -606,7 +726,7 @@ def test_thirds_are_rows_under_their_names(pages, monkeypatch, side, per_third):
     for name, part in results.items():
         page = drawn(files[f"{name}/layer_comparison_grid.png"])
         assert f"Smooth Grad-CAM, {name} layers" in texts_of(pages[-1])
-        check_pictures(found_under(pages[-1], page, [f"layer {layer}" for layer in part]), part)
+        check_pictures(found_under(pages[-1], page, [f"layer {layer}" for layer in part]), part, ["superimposed"])
 
 
 def check_words(figure, page, maps, results):
@@ -646,7 +766,7 @@ def test_pictures_of_words_stand_under_their_word_and_beside_their_layer(pages):
     photo, maps = numbered_words(13, [3, 27, 9])
     results, files = draw_words(photo, "", maps, [[0.5]] * 13, [["x"]] * 13)
     page = drawn(files["words_by_layer.png"])
-    blocks = [maps[:10], maps[10:]]
+    blocks = [maps[:7], maps[7:]]
     expected = [(word.target, layer) for block in blocks for layer in (3, 27, 9) for word in block]
     assert check_words(pages[0], page, maps, results) == expected
     assert "Smooth Grad-CAM, word by word" in texts_of(pages[0])
@@ -654,19 +774,24 @@ def test_pictures_of_words_stand_under_their_word_and_beside_their_layer(pages):
     assert unlike(first, second) > FAR < unlike(first, results["w00"][27]["superimposed"])
 
 
-def test_long_answers_take_several_pages_and_each_word_stands_once(pages):
-    photo, maps = numbered_words(12, range(28))
-    results, files = draw_words(photo, "", maps, [[0.5]] * 12, [["x"]] * 12)
+@pytest.mark.parametrize(("count", "layers"), [(12, range(28)), (40, [0, 9, 27]), (300, [5])], ids=["12", "40", "300"])
+def test_long_answers_take_several_pages_and_each_word_stands_once(pages, count, layers):
+    photo, maps = numbered_words(count, layers)
+    results, files = draw_words(photo, "", maps, [[0.5]] * count, [["x"]] * count)
     names = [name for name in files if name.endswith(".png")]
-    assert names == ["words_by_layer.png", "words_by_layer_2.png"]
+    assert names == ["words_by_layer.png", *(f"words_by_layer_{i}.png" for i in range(2, len(names) + 1))]
+    found = []
     for i, name in enumerate(names):
-        page, shown = drawn(files[name]), maps[10 * i : 10 * i + 10]
-        assert len(page) / visualization_utils.DPI * 200 < 65_000  # matplotlib's limit is 65 536 pixels
+        page = drawn(files[name])
+        assert len(page) < 10.5 * visualization_utils.DPI  # on a page of a paper
         check_layout(pages[i])
-        expected = [(word.target, layer) for layer in range(28) for word in shown]
-        assert check_words(pages[i], page, maps, results) == expected
-        span = f"{10 * i + 1}–{10 * i + len(shown)}"
-        assert f"Smooth Grad-CAM, word by word ({span} of 12)" in texts_of(pages[i])
+        cells = check_words(pages[i], page, maps, results)
+        words, rows = sorted({int(word[1:]) for word, _ in cells}), sorted({layer for _, layer in cells})
+        (title,) = (text for text in texts_of(pages[i]) if text.startswith("Smooth Grad-CAM, word by word"))
+        assert f" ({words[0] + 1}–{words[-1] + 1} of {count})" in title
+        assert f", layers {rows[0]}–{rows[-1]}" in prose_of(pages[i]) or len(rows) == len(layers)
+        found += cells
+    assert sorted(found) == sorted((word.target, layer) for word in maps for layer in layers)
 
 
 def test_picture_beside_the_curves_is_that_of_the_layer_that_leads(pages):
@@ -674,7 +799,7 @@ def test_picture_beside_the_curves_is_that_of_the_layer_that_leads(pages):
     result = measured(maps, 5)  # of falling difference
     swapped = {3: result.insertion[9], 9: result.insertion[3], 4: result.insertion[4]}
     result = dataclasses.replace(result, insertion=swapped)
-    page = draw_faithfulness(photo, maps, result, score_rows(maps, result, None))
+    page = drawn(draw_faithfulness(photo, maps, result, score_rows(maps, result, None)))
     ((box, crop),) = crops(pages[0], page)
     assert unlike(crop, LayerPictures(photo, maps, 9)["superimposed"]) < CLOSE
     (name,) = (text for text in pages[0].texts if text.get_text() == "layer 9, the largest difference")
@@ -685,7 +810,7 @@ def test_heatmaps_of_redrawn_weights_stand_under_their_number(pages):
     photo, given = varied(SIDES["landscape"], [3, 9, 4])
     staged = {number: varied(SIDES["landscape"], [3, 9, 4], seed=number)[1] for number in (14, 28)}
     staged = {0: given} | staged
-    page = draw_randomization(photo, staged, randomization_rows(staged))
+    page = drawn(draw_randomization(photo, staged, randomization_rows(staged)))
     found = found_under(pages[0], page, ["the model", "14 re-drawn", "28 re-drawn"])
     for (crop,), maps in zip(found.values(), staged.values(), strict=True):
         assert unlike(crop, LayerPictures(photo, maps, 9)["heatmap"]) < CLOSE
@@ -755,7 +880,7 @@ def test_a_layer_without_a_map_is_a_grey_panel_with_words(drawings, grid, why):
             assert np.ptp(panel, axis=-1).max() == 0
             assert 0.01 < np.mean(panel < 150) < 0.4  # the words
         page = drawn(files[figure])
-        assert set(panels) == {f"{why}:\nno map"}
+        assert {" ".join(words.split()) for words in panels} == {f"{why}: no map"}
         assert share_of(page, greyish) > 0.03
         assert f" Grey: no map at layer 8 ({why})." in prose_of(pages[-1])
         pictures = results if draw is draw_single else results[8]
@@ -775,7 +900,7 @@ def test_a_word_without_a_map_is_a_grey_panel_and_has_no_map_in_the_page(drawing
     zero = {3: np.zeros((4, 6), np.float32), 9: maps[1].maps[9]}
     maps[1] = dataclasses.replace(maps[1], maps=zero, no_gradient=frozenset([3] * (why == "no gradient")))
     page = drawn(words_files(photo, maps)["words_by_layer.png"])
-    assert panels == [f"{why}:\nno map"]
+    assert [" ".join(words.split()) for words in panels] == [f"{why}: no map"]
     assert [np.ptp(crop, axis=-1).max() == 0 for _, crop in crops(pages[0], page)[1:]] == [False, True, False, False]
     assert GREY_WORDS in prose_of(pages[0])
     data = page_data(photo, "", maps, [[0.5]] * 2, [["x"]] * 2)
@@ -794,12 +919,11 @@ def test_layers_without_a_map_are_told_with_their_reasons_where_they_are_shown(p
         "late/layer_comparison_grid.png": "layer 7 (no gradient)",
     }.items():
         drawn(files[name])
-        assert prose_of(pages[-1]).endswith(f" image tokens. Grey: no map at {said}.")
+        assert f" stay photo. Grey: no map at {said}. Settings: " in prose_of(pages[-1])
     result = measured(maps, 5)
-    draw_faithfulness(photo, maps, result, score_rows(maps, result, None))
-    assert prose_of(pages[-1]).endswith(
-        " Left out, as it has no map: layer 2 (zero everywhere), layer 4 (zero everywhere), layer 7 (no gradient)."
-    )
+    drawn(draw_faithfulness(photo, maps, result, score_rows(maps, result, None)))
+    left_out = "layer 2 (zero everywhere), layer 4 (zero everywhere), layer 7 (no gradient)"
+    assert f" Left out, as it has no map: {left_out}. Settings: " in prose_of(pages[-1])
 
 
 # what is said of the settings
@@ -809,27 +933,23 @@ STATED = {
     "usual": (
         Settings(5, 0.1),
         "Smooth Grad-CAM",
-        "sum of the logits of the explained tokens; method: Grad-CAM, gradients by AttnLRP's rules; read at "
-        "the hidden states entering a layer; mean of 5 noisy copies, noise 0.1, seed 0.",
+        "method gradcam, score logit, rules attnlrp, tap input, 5 noisy copies, noise 0.1, seed 0",
     ),
     "other": (
         Settings(12, 0.25, seed=7, tap="output", score="logprob", method="hirescam", rules="plain"),
         "Smooth HiResCAM",
-        "sum of the log-probabilities of the explained tokens; method: HiResCAM, plain gradients; read at a "
-        "layer's output; mean of 12 noisy copies, noise 0.25, seed 7.",
+        "method hirescam, score logprob, rules plain, tap output, 12 noisy copies, noise 0.25, seed 7",
     ),
     "one copy": (
         Settings(1, 0.5, seed=2**40, contrast="car"),
         "Smooth Grad-CAM",
-        "sum of the logits of the explained tokens, minus that of the contrast; method: Grad-CAM, gradients by "
-        "AttnLRP's rules; read at the hidden states entering a layer; mean of 1 noisy copy, noise 0.5, seed "
-        "1099511627776.",
+        "method gradcam, score logit minus the contrast's, rules attnlrp, tap input, 1 noisy copy, noise 0.5, seed "
+        "1099511627776",
     ),
     "clean": (
         Settings(use_smooth=False, seed=3, method="product", score="logprob"),
         "Grad-CAM × HiResCAM",
-        "sum of the log-probabilities of the explained tokens; method: Grad-CAM × HiResCAM, gradients by AttnLRP's "
-        "rules; read at the hidden states entering a layer; no noise.",
+        "method product, score logprob, rules attnlrp, tap input, no noise",
     ),
 }
 
@@ -858,13 +978,15 @@ def test_every_figure_states_its_settings(pages, settings, title, stated):
         drawn(content)
         assert heading in texts_of(pages[-1])
         prose = prose_of(pages[-1])
-        assert prose.count(f" Score: {stated}") == prose.count("Score:") == 1
+        made = f" Settings: {stated}; photo 336 × 224 px, 6 × 4 image tokens"
+        assert prose.endswith(made)
+        assert prose.count("Settings:") == 1
         if heading in of_maps:
             assert f"{title.removeprefix('Smooth ')}, share of the map's own maximum; below: over grey" in texts_of(
                 pages[-1]
             )
-            assert " Photo: 336 × 224 pixels, seen as 6 × 4 image tokens." in prose
-    assert page_data(photo, "", words, [[0.5]] * 2, [["x"]] * 2)["settings"] == f"Score: {stated}"
+            assert " Hot: where the explained words come from, as read at " in prose
+    assert page_data(photo, "", words, [[0.5]] * 2, [["x"]] * 2)["settings"] == f"Settings: {stated}"
 
 
 # strength and scale
