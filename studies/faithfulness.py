@@ -544,7 +544,12 @@ def _draw_by_layer(axes, layers: list, rows: dict[str, tuple], levels: dict[str,
 INSERTION, DELETION = "#0072b2", "#d55e00"  # blue and vermilion of the Okabe-Ito palette
 LEADERS = "#0072b2", "#d55e00", "#009e73"  # of layers, the best first
 REST = {"color": "0.72", "linewidth": 0.7}
-STYLES = (("#0072b2", "o"), ("#009e73", "^"), ("#d55e00", "s"), ("#999999", "x"))  # of methods
+STYLES = {  # of methods
+    "gradcam": ("#0072b2", "o"),
+    "hirescam": ("#009e73", "^"),
+    "product": ("#d55e00", "s"),
+    "paper": ("#999999", "x"),
+}
 PLOT = 2.75, 1.75
 
 
@@ -703,7 +708,7 @@ def draw_comparison(
         page.text(middle, top + BAND, f"layer {best}: {decimal(own[best])}", SMALL, ha="center", color="0.3")
         picture = draw_layer(small, token_maps, map_key(method, best), True, look)
         page.picture(middle - width / 2, top + 2 * BAND, width, height, picture)
-        values[METHOD_NAMES[method]] = [own.get(layer, np.nan) for layer in layers], *STYLES[i % len(STYLES)]
+        values[METHOD_NAMES[method]] = [own.get(layer, np.nan) for layer in layers], *STYLES[method]
     y += -(-len(methods) // columns) * row_height + 2 * GAP
     chance = chances(measured)
     low, high = min(chance), max(chance)

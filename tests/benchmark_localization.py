@@ -31,7 +31,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import transformers
@@ -40,9 +39,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo_model")]
 import scenes  # noqa: E402
@@ -50,8 +46,9 @@ from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
 from smooth_gradcam import paper  # noqa: E402
-from studies.faithfulness import auc, insertion_deletion, localization  # noqa: E402
+from studies.faithfulness import PLOT, STYLES, auc, insertion_deletion, localization  # noqa: E402
 from test_gradcam import count_layers, load_model, load_processor  # noqa: E402
+from visualization_utils import BAND, DPI, GAP, MARGIN, TITLE, WIDTHS, Page, small_print  # noqa: E402
 
 MEASURES = ("pointing", "near", "energy", "obj_iou", "border")  # as `localization` has them, and `at_border`
 RESAMPLES = 1000
@@ -514,71 +511,62 @@ def write_tables(folder: Path, everything: list[tuple[dict, dict]]):
 
 # figure
 
-BLUE, RED, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"  # Okabe and Ito
-LOOKS = {
-    **{name: {"color": colour, "lw": 3.2} for name, colour in zip(OURS, (BLUE, RED, GREEN), strict=True)},
-    **{f"{n}, plain gradients": {"color": c, "lw": 1.2} for n, c in zip(OURS, (BLUE, RED, GREEN), strict=True)},
-    "Grad-CAM of the output": {"color": BLUE, "lw": 1.2, "ls": ":"},
-    "ReLU'd gradients, halved": {"color": "#7F5A2A", "lw": 1.2},
-    "Grad-CAM++": {"color": SKY, "lw": 1.2},
-    "LayerCAM": {"color": PINK, "lw": 1.2},
-    "LayerCAM, AttnLRP": {"color": PINK, "lw": 2.2},
-    "LayerCAM by channel": {"color": PINK, "lw": 1.2, "ls": "--"},
-    "LayerCAM by channel, AttnLRP": {"color": PINK, "lw": 2.2, "ls": "--"},
-    "input x gradient": {"color": "black", "lw": 1.2},
-    "attention": {"color": ORANGE, "lw": 1.2},
-    "attention x gradient": {"color": ORANGE, "lw": 1.2, "ls": ":"},
-    "logit lens": {"color": "black", "lw": 1.2, "ls": "-."},
-    "TAM": {"color": RED, "lw": 1.2, "ls": "-."},
-    "random map": {"color": "0.55", "lw": 1.2, "ls": "--"},
-    "centre": {"color": "0.7", "lw": 1.2, "ls": (0, (6, 4))},
-    "object (oracle)": {"color": "0.35", "lw": 1.2, "ls": (0, (1, 1))},
-    "random order": {"color": "0.55"},
-}
+OTHERS = {"attention": "#e69f00", "LayerCAM": "#cc79a7", "Grad-CAM of the output": "#56b4e9", "TAM": "#7f5a2a"}
+BOUNDARIES = {"object (oracle)": "black", "random map": "0.4", "random order": "0.4"}
+COLOURS = {name: STYLES[name][0] for name in OURS} | OTHERS | BOUNDARIES  # the rest is grey
 
 
-def draw_curves(axes, setup: Setup, rows: dict):
-    for ax, measure, title in zip(axes, (0, 1, 2, 3), ("pointing", "near (15 px)", "energy", "Obj-IoU"), strict=True):
-        for name, values in rows.items():
-            heights = values[:, measure, 0]
-            if name in ROWS:
-                ax.plot(setup.layers, heights, label=name, **LOOKS[name])
-            else:
-                ax.axhline(heights[0], label=name, **LOOKS[name])
-        ax.set(ylim=(0, 1.02), xlim=(setup.layers[0], setup.layers[-1]), ylabel=title)
-        ax.grid(alpha=0.3)
+def draw_curves(axes, layers: list[int], values: dict[str, np.ndarray]) -> None:
+    """A measure of each row by layer: ours in front, the rest in grey behind the others."""
+    for name, heights in values.items():
+        level = name not in ROWS
+        style = {"color": COLOURS.get(name, "0.78"), "linewidth": 0.7, "zorder": 1}
+        style |= {"linewidth": 1, "zorder": 2} if name in COLOURS else {}
+        style |= {"linewidth": 1.8, "zorder": 3} if name in OURS else {}
+        style |= {"linestyle": "--"} if name in BOUNDARIES else {}
+        axes.plot(layers, np.repeat(heights, len(layers)) if level else heights, label=name, **style)
 
 
-def draw_bars(ax, result: dict, found: dict):
-    """Insertion minus deletion of each row, where it points best of the layers that were tried."""
+def best_rows(result: dict, found: dict) -> list[tuple]:
+    """(mean, low, high, label, colour) of insertion minus deletion of each row, at the layer where it points best."""
     bars = []
     for label, values in found["faithfulness"].items():
         name, layer = result["labels"].get(label, (label, None))
         if layer is None or layer == points_best(found["rows"][name][..., 0], result["setup"]):
-            bars.append((*values[2], label, LOOKS[name]["color"]))
-    mean, low, high, labels, colours = zip(*sorted(bars), strict=True)
+            bars.append((*values[2], label, COLOURS.get(name, "0.78")))
+    return sorted(bars)
+
+
+def draw_bars(axes, bars: list[tuple]) -> None:
+    mean, low, high, labels, colours = zip(*bars, strict=True)
     ends = np.abs(np.array([low, high]) - mean)
-    ax.barh(labels, mean, color=colours, xerr=ends, error_kw={"lw": 1, "ecolor": "0.2"}, height=0.7)
-    ax.set(xlabel="insertion minus deletion", ylim=(-0.6, len(labels) - 0.4))
-    ax.grid(alpha=0.3, axis="x")
+    axes.barh(range(len(labels)), mean, color=colours, xerr=ends, error_kw={"lw": 0.8, "ecolor": "0.2"}, height=0.7)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(-0.6, len(labels) - 0.4)
 
 
-def draw(path: Path, everything: list[tuple[dict, dict]]):
-    with plt.rc_context({"font.size": 11}):
-        figure = plt.figure(figsize=(11, 15 * len(everything)), layout="constrained")
-        for block, (result, found) in zip(
-            np.atleast_1d(figure.subfigures(len(everything), 1)), everything, strict=True
-        ):
-            upper, lower = block.subfigures(2, 1, height_ratios=(9.5, 5.5))
-            axes = upper.subplots(2, 2, sharex=True)
-            draw_curves(axes.ravel(), result["setup"], found["rows"])
-            for ax in axes[1]:
-                ax.set_xlabel("decoder layer")
-            upper.suptitle(Path(result["setup"].path).name)
-            upper.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=10)
-            draw_bars(lower.subplots(), result, found)
-        figure.savefig(path, dpi=90)
-        plt.close(figure)
+def draw(path: Path, everything: list[tuple[dict, dict]]) -> None:
+    page, y, (width, height) = Page(WIDTHS["page"], ""), MARGIN, PLOT
+    for result, found in everything:
+        layers, model = result["setup"].layers, Path(result["setup"].path).name
+        title = f"Whose map points at the object of a word? {model}"
+        y = page.lines(MARGIN, y, page.inner, title, TITLE, weight="bold") + GAP
+        measures = {"pointing": 0, "near (15 pixels)": 1, "energy": 2, "Obj-IoU": 3}
+        places, y = page.places(y, len(measures), width, BAND + height + 0.45)
+        for (x, top, wide), (name, measure) in zip(places, measures.items(), strict=True):
+            axes = page.plot(x, top, wide, height, name, xlabel="layer", ylim=(-0.02, 1.02))
+            draw_curves(axes, layers, {row: values[:, measure, 0] for row, values in found["rows"].items()})
+        named = {name: colour for name, colour in COLOURS.items() if name != "random order"}
+        y = page.legend(y, named | {"other rows of the table": "0.78"}) + 2 * GAP
+        bars = best_rows(result, found)
+        long = 0.15 * len(bars)
+        draw_bars(page.plot(2.2, y, page.width - 2.2 - 2 * MARGIN, long, "insertion − deletion"), bars)
+        y += BAND + long + 0.45
+    text = (
+        "Above: means over the words of unseen scenes. Below: each row at the layer where it points best, with 95 % "
+        "intervals; dashed: the object's own mask, and a random map. With AttnLRP: other methods with our gradients."
+    )
+    Image.fromarray(np.asarray(page.finish(small_print(page, y, text)))).save(path, dpi=(DPI, DPI), optimize=True)
 
 
 # command line

@@ -23,8 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -33,8 +31,9 @@ import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
-from studies.faithfulness import auc, insertion_deletion, localization, spearman  # noqa: E402
+from studies.faithfulness import STYLES, auc, insertion_deletion, localization, spearman  # noqa: E402
 from test_gradcam import load_model, load_processor  # noqa: E402
+from visualization_utils import BAND, DPI, GAP, MARGIN, TITLE, WIDTHS, Page  # noqa: E402
 
 DRAWN = ("gradcam", "hirescam", "product")  # methods
 MEASURES = ("near", "obj_iou", "insertion", "likeness")
@@ -100,42 +99,37 @@ def mean(rows: list[dict], measure: str, **wanted) -> float:
 
 def draw(rows: list[dict], noises: list[float], counts: list[int], path: Path) -> None:
     """Each measure by noise at 10 copies (above) and by copies at each noise, for the default (below)."""
-    figure = Figure(figsize=(9.5, 5.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(MEASURES))
-    names = {"near": "maximum on or near the object", "obj_iou": "Obj-IoU", "insertion": "insertion (area)"}
-    names["likeness"] = f"likeness to {OTHERS} other copies"
+    page = Page(WIDTHS["page"], "")
+    names = {"near": "on or near the object", "obj_iou": "Obj-IoU", "insertion": "insertion"}
+    names["likeness"] = f"likeness to {OTHERS} others"
     middle = min(counts, key=lambda count: abs(count - 10))
-    for column, measure in enumerate(MEASURES):
-        above, below = axes[:, column]
-        for drawn, colour in zip(DRAWN, ("#0072b2", "#d55e00", "#009e73"), strict=True):
-            values = [
-                mean(rows, measure, drawn=drawn, noise_std=noise, num_samples=middle if noise else 1, averaging="raw")
-                for noise in noises
-            ]
-            above.plot(noises, values, marker="o", markersize=3, color=colour, label=drawn)
-        noisy = [noise for noise in noises if noise]
-        for noise, shade in zip(noisy, np.linspace(0.75, 0.0, len(noisy)), strict=True):
-            values = [
-                mean(rows, measure, drawn="gradcam", noise_std=noise, num_samples=count, averaging="raw")
-                for count in counts
-            ]
-            colour = (0, 0.45 * shade + 0.1, 0.35 + 0.6 * shade)
-            below.plot(counts, values, marker="o", markersize=3, color=colour, label=f"noise {noise:g}")
-        above.set(title=names[measure], xlabel=f"noise_std, {middle} copies", ylim=(0, 1.03))
-        below.set(xlabel="num_samples", xscale="log", xticks=counts, ylim=(0, 1.03))
-        below.set_xticklabels(counts)
-        below.minorticks_off()
-        for axis in (above, below):
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.tick_params(labelsize=7)
-            axis.xaxis.label.set_size(8)
-            axis.title.set_size(9)
-    axes[0, 0].legend(fontsize=7, frameon=False, loc="lower left")
-    axes[1, 0].legend(fontsize=7, frameon=False, loc="lower left")
-    axes[0, 0].set_ylabel("three maps", fontsize=8)
-    axes[1, 0].set_ylabel("the default, gradcam", fontsize=8)
-    figure.savefig(path)
+    noisy = [noise for noise in noises if noise]
+    colours = {method: STYLES[method][0] for method in DRAWN}
+    blues = dict(zip(noisy, np.linspace(0.75, 0.0, len(noisy)), strict=True))
+    blues = {noise: (0, 0.45 * shade + 0.1, 0.35 + 0.6 * shade) for noise, shade in blues.items()}
+
+    def column(measure, drawn, noise, count):
+        return mean(rows, measure, drawn=drawn, noise_std=noise, num_samples=count, averaging="raw")
+
+    y = page.lines(MARGIN, MARGIN, page.inner, "What noisy copies do for a map", TITLE, weight="bold") + GAP
+    y = page.legend(y, colours) + GAP
+    places, y = page.places(y, len(MEASURES), 1.25, BAND + 1.2 + 0.45)
+    for (x, top, width), measure in zip(places, MEASURES, strict=True):
+        label = f"noise_std, {middle} copies"
+        axes = page.plot(x, top, width, 1.2, names[measure], xlabel=label, ylim=(0, 1.03))
+        for drawn, colour in colours.items():
+            values = [column(measure, drawn, noise, middle if noise else 1) for noise in noises]
+            axes.plot(noises, values, marker="o", markersize=3, color=colour)
+    y = page.legend(y, {f"gradcam, noise {noise:g}": blue for noise, blue in blues.items()}) + GAP
+    places, y = page.places(y, len(MEASURES), 1.25, BAND + 1.2 + 0.45)
+    for (x, top, width), measure in zip(places, MEASURES, strict=True):
+        axes = page.plot(x, top, width, 1.2, names[measure], xlabel="num_samples", ylim=(0, 1.03), xscale="log")
+        for noise, blue in blues.items():
+            values = [column(measure, "gradcam", noise, count) for count in counts]
+            axes.plot(counts, values, marker="o", markersize=3, color=blue)
+        axes.set_xticks(counts, counts)
+        axes.minorticks_off()
+    Image.fromarray(np.asarray(page.finish(y))).save(path, dpi=(DPI, DPI), optimize=True)
 
 
 def main():

@@ -612,6 +612,7 @@ OUTSIDE |= {"--baseline": "mean", "--steps": "3", "--batch_size": "1", "--compar
 OUTSIDE |= {"--num_samples": "3", "--noise_std": "0.3", "--seed": "1", "--method": "hirescam", "--score": "logprob"}
 OUTSIDE |= {"--rules": "plain", "--tap": "output", "--attention_maps": None, "--taps": None}
 OUTSIDE |= {"--colormap": "jet", "--opacity": "fixed:0.5", "--upsample": "cells", "--scale": "all"}
+OUTSIDE |= {"--heatmaps": None, "--width": "column"}
 OUTSIDE |= {"--window": "2", "--keep": "3", "--answers": "list.jsonl"}
 PAIRS = [(flag, mode) for flag in MODES_OF_FLAG for mode in FOLDERS]
 
@@ -651,7 +652,7 @@ def usual():
 ACTING = [(flag, mode) for flag, mode in PAIRS if mode in MODES_OF_FLAG[flag]]
 ACTING.remove(("--batch_size", "evaluate"))  # changes how much is computed at once: see above
 ACTING.remove(("--batch_size", "knockout"))
-LOOKS = ("--colormap", "--opacity", "--upsample", "--scale")  # act on pictures alone: see below
+LOOKS = ("--colormap", "--opacity", "--upsample", "--scale", "--heatmaps", "--width")  # act on pictures: see below
 ACTING = [pair for pair in ACTING if pair[0] not in LOOKS]
 ACTING.remove(("--answers", "knockout"))  # stands in the place of the others: see below
 
@@ -685,7 +686,7 @@ def test_flag_changes_what_is_written_where_it_is_accepted(drive, tmp_path, mask
         assert all(files.get(name) != before[name] for name in watched)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in FOLDERS if mode != "knockout"])
+@pytest.mark.parametrize("mode", FOLDERS)
 def test_flags_of_the_look_change_pictures_and_nothing_else(drive, tmp_path, mode):
     def outcome(*flags):
         code, _, err = drive("--mode", mode, *IN_MODE[mode], *flags)
@@ -694,11 +695,22 @@ def test_flags_of_the_look_change_pictures_and_nothing_else(drive, tmp_path, mod
 
     before = outcome()
     for flag in LOOKS:
-        if mode in MODES_OF_FLAG[flag]:
-            files = outcome(flag, OUTSIDE[flag])
+        if mode in MODES_OF_FLAG.get(flag, FOLDERS):
+            files = outcome(flag, *filter(None, [OUTSIDE[flag]]))
             changed = {name for name in before if files[name] != before[name]}
             assert changed
             assert all(name.endswith((".png", "index.html")) for name in changed if not name.endswith(".npz"))
+
+
+@pytest.mark.parametrize("mode", FOLDERS)
+def test_every_figure_of_a_mode_is_written_in_the_formats_that_are_asked_for(drive, tmp_path, mode):
+    extra = {"flow": ["--attention_maps", "--taps"], "evaluate": ["--randomize"]}.get(mode, [])
+    code, _, err = drive("--mode", mode, *IN_MODE[mode], *extra, "--format", "svg", "pdf", "svg")
+    assert code == 0, err
+    files = written(tmp_path / "out")
+    pdf, svg, png = ({name[:-4] for name in files if name.endswith(suffix)} for suffix in (".pdf", ".svg", ".png"))
+    pictures = {name for name in png if name.endswith(("heatmap", "superimposed", "superimposed_result", "image"))}
+    assert pdf == svg == png - pictures
 
 
 @pytest.mark.parametrize("value", ["half", "fixed:1.5", "fixed:", "0.5", "fixed:-1"])

@@ -7,6 +7,9 @@ import zlib
 import numpy as np
 import pytest
 from conftest import check_layout, make_image
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -207,6 +210,51 @@ def test_any_text_can_be_drawn(text):
     assert figure.shape[1] == round(7.2 * visualization_utils.DPI)
     assert len(figure) < 8 * visualization_utils.DPI
     assert (figure[:, -4:] == 255).all()  # nothing runs out of the page
+
+
+def make_font(path, character):
+    """A font of that one character, a square."""
+    builder, pen = FontBuilder(1000), TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 700), (700, 700), (700, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    builder.setupGlyphOrder([".notdef", "one"])
+    builder.setupCharacterMap({ord(character): "one"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "one": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (800, 0), "one": (800, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Late Comer", "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    builder.setupPost()
+    builder.save(path)
+
+
+def test_font_that_was_installed_after_matplotlib_made_its_list_is_found(pages, monkeypatch, tmp_path):
+    character = "\U0003134a"  # the last Chinese character of Unicode
+    maps = make_maps({0: hot_spot((4, 6), (0, 0))}, answer=f"A {character}.")
+    boxes = "Boxes: characters that no installed font can draw."
+
+    def draw():
+        font_families.cache_clear()
+        visualization_utils._add_new_fonts.cache_clear()
+        page = drawn(draw_single(make_photo((4, 6)), maps)[1]["visualization.png"])
+        return page, boxes in prose_of(pages[-1])
+
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    installed, real = [], font_manager.findSystemFonts
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda *args, **kwargs: [*real(*args, **kwargs), *installed])
+    before, lacking = draw()
+    assert lacking
+    broken, font = tmp_path / "broken.ttf", tmp_path / "late.ttf"
+    broken.write_bytes(b"no font")
+    make_font(font, character)
+    installed += [str(broken), str(font)]
+    after, lacking = draw()
+    assert not lacking
+    assert "Late Comer" in font_families(character)[0]
+    assert before.shape != after.shape or (before != after).any()
+    font_families.cache_clear()
 
 
 def test_wrapped_lines_fit_and_hold_all_of_the_text():

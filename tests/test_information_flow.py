@@ -9,7 +9,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import DESCRIBE, make_image
+from conftest import DESCRIBE, check_layout, make_image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageOps
 from test_core import ANSWER, PROMPT, decoder, forced_by_hand, state_of, unruly
 
@@ -46,6 +47,7 @@ from studies.information_flow import (
     trace_photo,
     truncation_finding,
 )
+from visualization_utils import WIDTHS, Paper
 
 LAYERS = 3  # of the model
 PLAIN = Settings(use_smooth=False, rules="plain")
@@ -215,6 +217,28 @@ def test_trace_keeps_attention_gradients_and_maps_as_they_are_alone(reading):
     np.testing.assert_array_equal(arrays["gradient_0"], gradient_flow(reading, span, settings))
     assert arrays["maps_0"].max() > 0
     assert any("the image gets" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("size", [(56, 280), (168, 224), (448, 224), (560, 112)], ids=["1:5", "3:4", "2:1", "5:1"])
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_figures_of_the_flow_fit_on_page_and_column(model, processor, size, width):
+    photo, paper = make_image(*size), Paper(width)
+    mask = np.tri(*photo.size[::-1], dtype=bool)
+    several = [read(model, processor, photo, PROMPT, answer) for answer in (ANSWER, ANSWER + " " + ANSWER)]
+    settings = Settings(use_smooth=False)
+    for readings in (several[:1], several):
+        names, spans = ["a.jpg", "b.jpg"][: len(readings)], [find_target(reading.answer, "red") for reading in readings]
+        options, part = {"quiet": True, "paper": paper}, mask if len(readings) == 1 else None
+        files = trace(readings, names, spans, range(LAYERS), settings, attention_map=True, taps=True, **options)[0]
+        files |= sever(readings, names, spans, window=1, keep=3, mask=part, **options)[0]
+        figures = {name: content for name, content in files.items() if name.endswith(".png")}
+        assert set(figures) == {"information_flow.png", "attention_maps.png", "taps.png", "knockout.png"}
+        for draw in figures.values():
+            page = draw()
+            assert page.figure.get_size_inches()[0] == WIDTHS[width]
+            FigureCanvasAgg(page.figure)
+            check_layout(page.figure)
 
 
 def test_rows_of_each_photo_and_layer_have_the_groups_shares(reading, own, full):
