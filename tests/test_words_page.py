@@ -156,6 +156,18 @@ class Page:
 
         ActionChains(self.driver, duration=0).move_to_element(element).perform()
 
+    def shift_click(self, element):
+        from selenium.webdriver import ActionChains
+        from selenium.webdriver.common.keys import Keys
+
+        ActionChains(self.driver, duration=0).key_down(Keys.SHIFT).click(element).key_up(Keys.SHIFT).perform()
+
+    def tap(self, x, y):
+        self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+        for kind, points in (("touchStart", [{"x": x, "y": y}]), ("touchEnd", [])):
+            self.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
     def choose(self, name, value):
         self.find(f"#{name} option[value='{value}']").click()
 
@@ -396,13 +408,9 @@ def test_click_pins(page):
 def test_tap_pins(page):
     data, photo, cams = make_data()
     page.open(data, "#word=0&layer=0", width=390, height=844, mobile=True)
-    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
     box = page.word(1).rect
-    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
-    for kind, points in (("touchStart", [at]), ("touchEnd", [])):
-        page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    page.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait("document.querySelector('.word.pinned').dataset.word === '1'")
-    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
     is_shown(page, photo, cams[1, 0])
     assert page.address() == "#word=1&layer=0"
 
@@ -608,8 +616,16 @@ def test_numbers_are_saved_as_csv(page, downloads):
     page.open(data, "#word=1&layer=16")
     rows = downloads("save-numbers", "photo_cat_layer_16.csv").read_text().strip().split("\n")
     assert rows[0] == "row\\column,0,1,2,3,4,5"
-    values = np.array([[float(cell) for cell in row.split(",")[1:]] for row in rows[1:]])
-    np.testing.assert_allclose(values, cams[1, 2], atol=2e-5 * cams[1, 2].max())
+    np.testing.assert_allclose(numbers_of(rows), cams[1, 2], atol=2e-5 * cams[1, 2].max())
+    page.choose("second", 2)
+    page.choose("compare", "difference")
+    rows = downloads("save-numbers", f"photo_cat_minus_{WORDS[2]}_layer_16.csv").read_text().strip().split("\n")
+    difference = cams[1, 2] / cams[1, 2].max() - cams[2, 2] / cams[2, 2].max()
+    np.testing.assert_allclose(numbers_of(rows), difference / np.abs(difference).max(), atol=1e-4)
+
+
+def numbers_of(rows):
+    return np.array([[float(cell) for cell in row.split(",")[1:]] for row in rows[1:]])
 
 
 # cells, places, comparison, strengths
@@ -731,6 +747,35 @@ def test_link_keeps_the_whole_view_and_can_be_copied(page):
     expected = render_cam(photo, cams[2, 1], Look("viridis", opacity=0.5), peak=peak)[0]
     assert_same(page.pixels("#second-canvas"), expected)
     assert page.address() == address
+
+
+def test_kept_cell_is_in_the_link_and_a_tap_keeps_one(page):
+    data, _, cams = make_data()
+    page.open(data, "#word=1&layer=5&row=2&column=4")
+    assert "row 2, column 4" in page.find("#readout").text
+    page.find("h1").click()
+    assert "row 2, column 4" in page.find("#readout").text  # a kept one stays
+    page.keys("ESCAPE")
+    assert page.address() == "#word=1&layer=5"
+    page.open(data, "#word=1&layer=5&row=4&column=1")  # there are four rows
+    assert not page.find("#readout").is_displayed()
+    page.open(data, "#word=1&layer=5", width=390, height=844, mobile=True)
+    box = page.js("return document.getElementById('canvas').getBoundingClientRect()")
+    page.tap(box["x"] + box["width"] * 1.5 / 6, box["y"] + box["height"] * 3.5 / 4)
+    page.wait("document.querySelector('#photo .cell.pinned')")
+    assert page.address() == "#word=1&layer=5&row=3&column=1"
+    assert f"({cams[1, 1][3, 1]:.3g})"[:4] in page.find("#readout").text
+
+
+def test_shift_and_click_compares_with_a_word_and_again_with_none(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=1&layer=5")
+    for second, address in ((2, "#word=1&layer=5&with=2&compare=side"), (None, "#word=1&layer=5")):
+        page.shift_click(page.word(2))
+        page.point_at(page.find("h1"))
+        assert page.address() == address
+        is_shown(page, photo, cams[1, 1])
+        assert page.find("#second-canvas").is_displayed() == (second is not None)
 
 
 def test_where_copying_is_not_allowed_the_link_is_selected(page):
