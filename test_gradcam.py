@@ -2,18 +2,24 @@
 
 Exit code 0: everything that was asked for is written. 2: the request cannot be met as it stands (a wrong flag, photo,
 model folder or layer, an answer that is empty or not finite), with one line that says why. 1: anything else, such as
-memory that ran out. Nothing is written unless everything is.
+memory that ran out, or a photo of a list that cannot be explained. Of a photo, nothing is written unless everything is.
 
 The flags stand first: torch and transformers, which take seconds to load, are imported once they are known to be good.
 """
 
 import argparse
+import csv
+import functools
+import glob
+import hashlib
+import io
 import json
 import logging
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from contextlib import contextmanager, suppress
@@ -56,6 +62,8 @@ MODES_OF_FLAG = {  # flags that act in some modes only
     **dict.fromkeys(("--attention_maps", "--taps"), ("flow",)),
     **dict.fromkeys(("--window", "--keep", "--answers"), ("knockout",)),
 }
+OF_ONE_PHOTO = ("--mask", "--answers", "--randomize")  # cannot act beside a list
+NO_MATTER = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
 ASKED_BY_LIST = (
     "--image_path",
     "--prompt",
@@ -155,7 +163,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[str(HERE / "demo.jpeg")],
         metavar="IMAGE_PATH",
-        help=f"photo to explain; {', '.join(OF_PHOTOS)} mode: one or several",
+        help="photo to explain, or a list of them: a folder, a glob, a .jsonl of {image, prompt?, answer?, target?, "
+        "contrast?, mask? | box? | segmentation?}, several photos (one figure of all in flow and knockout mode)",
     )
     add("--prompt", default="Describe the main content in this image in detail.", help="question about the photo")
     add("--num_samples", type=int, default=10, help="noisy copies: 3-5 preview, 10 standard, 20-50 high quality")
@@ -222,6 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--keep", type=int, help="knockout mode: also leave so many image tokens, those with most attention, visible")
     add("--answers", help="knockout mode: a .jsonl of {image, prompt, answer}; the accuracy is measured over it")
     add("--save_raw", action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
+    add("--overwrite", action="store_true", help="of a list: explain again what is there already")
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="what the libraries report, and the traceback of an error")
     return parser
@@ -233,12 +243,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = [f" {word}" if re.fullmatch(r"-\d+[,-][-,\d]*", word) else word for word in argv]  # a list, and no flag
     parser = make_parser()
     args = parser.parse_args(argv)
+    args.listed = any(map(is_list, args.image_path)) or (len(args.image_path) > 1 and args.mode not in OF_PHOTOS)
     try:
         check_flags(args, {word.split("=")[0] for word in argv})
     except ValueError as exc:
         parser.error(str(exc))
     args.image_path, args.photos = args.image_path[0], args.image_path
     return args
+
+
+def is_list(path: str) -> bool:
+    """Whether a path names several photos: a folder, a .jsonl, or a glob that is no file's name."""
+    return Path(path).is_dir() or path.endswith(".jsonl") or (glob.has_magic(path) and not Path(path).exists())
 
 
 def check_flags(args: argparse.Namespace, given: set[str]) -> None:
@@ -285,10 +301,11 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     for flag in ASKED_BY_LIST:
         if args.answers is not None and flag in given:
             raise ValueError(f"{flag} cannot act beside --answers: the list has the photos, prompts and answers")
-    if len(args.image_path) > 1 and args.mode not in OF_PHOTOS:
-        modes = ", ".join(OF_PHOTOS)
-        count = len(args.image_path)
-        raise ValueError(f"--image_path takes one photo in {args.mode} mode, and {count} are given ({modes}: several)")
+    for flag in OF_ONE_PHOTO if args.listed else ():
+        if flag in given:
+            raise ValueError(f"{flag} cannot act beside a list of photos (--image_path {args.image_path[0]})")
+    if args.overwrite and not args.listed:
+        raise ValueError("--overwrite acts on a list of photos only: what one photo writes is always replaced")
     if len(set(args.image_path)) < len(args.image_path):
         raise ValueError(f"--image_path has a photo twice: {max(args.image_path, key=args.image_path.count)}")
     if args.mask is not None and args.mode == "knockout":
@@ -369,7 +386,9 @@ from visualization_utils import (  # noqa: E402
     output_folder,
     select_layers,
     show_progress,
+    to_csv,
     visualize_multiple_layers,  # noqa: F401
+    write_files,
 )
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
@@ -675,8 +694,19 @@ def read_all(args: argparse.Namespace, model, processor, asked: list[Asked]) -> 
     return readings
 
 
-def run(args: argparse.Namespace) -> tuple[dict[str, str], list[Path], list[str]]:
-    """Check, load, explain, draw and write; returns {photo: the model's or given answer}, files, what is to be said."""
+class Done(NamedTuple):
+    """What a run has to say."""
+
+    answers: dict[str, str]  # of each photo, the model's or a given one
+    paths: list[Path]
+    lines: list[str]
+    code: int = 0
+
+
+def run(args: argparse.Namespace) -> Done:
+    """Check, load, explain, draw and write."""
+    if args.listed:
+        return run_list(args)
     asked = asked_by(args)
     mask = None if args.mask is None else read_mask(args.mask, asked[0].photo.size)
     if args.answer is not None:
@@ -688,18 +718,163 @@ def run(args: argparse.Namespace) -> tuple[dict[str, str], list[Path], list[str]
         processor = load_processor(args.model_path, args.max_pixels)
         model = load_model(args.model_path, device, args.dtype)
         readings = read_all(args, model, processor, asked)
-        if args.mode == "knockout":
-            files, lines = sever_photos(args, readings, [one.name for one in asked], mask)
-        else:
-            settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
-            if args.mode == "flow":
-                files, lines = trace_photos(args, readings, [one.name for one in asked], layers, settings)
-            elif args.mode == "words":
-                files, lines = explain_words(args, readings[0], layers, settings)
-            else:
-                files, lines = explain_target(args, readings[0], layers, settings, mask)
+        files, lines = explain_readings(args, readings, [one.name for one in asked], layers, mask)
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
-        return answers, write(files), lines
+        return Done(answers, write(files), lines)
+
+
+def explain_readings(args, readings: list[Reading], names: list[str], layers, mask) -> tuple[dict, list[str]]:
+    """({file name: content}, lines to be said) of the mode, of one photo or of several together."""
+    if args.mode == "knockout":
+        return sever_photos(args, readings, names, mask)
+    settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
+    if args.mode == "flow":
+        return trace_photos(args, readings, names, layers, settings)
+    if args.mode == "words":
+        return explain_words(args, readings[0], layers, settings)
+    return explain_target(args, readings[0], layers, settings, mask)
+
+
+# a list of photos
+
+
+def model_identity(model_path: str) -> list:
+    """What tells a model folder from another: its config and the sizes of its weights; the name of one on the hub."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return [model_path]
+    weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    return [hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(), weights]
+
+
+def asked_of(args: argparse.Namespace, item) -> argparse.Namespace:
+    """The flags as they are for an item of a list. Raises ValueError for what it asks and the mode cannot do."""
+    own = {name: getattr(item, name) for name in ("prompt", "answer", "target", "contrast")}
+    own = {name: text for name, text in own.items() if text is not None}
+    for name in own:
+        modes = MODES_OF_FLAG.get(f"--{name}", FOLDERS)
+        if args.mode not in modes:
+            del own[name]  # a list serves several modes: words needs no target
+    asked = argparse.Namespace(**vars(args) | own | {"image_path": str(item.image), "photos": [str(item.image)]})
+    if asked.contrast is not None and asked.target is None:
+        raise ValueError(f"a contrast {asked.contrast!r} needs a target, whose place it takes")
+    return asked
+
+
+def run_list(args: argparse.Namespace) -> Done:
+    """Explain each photo of a list in a folder of its own; what is whole already is left as it is."""
+    from importlib.metadata import version
+
+    from studies.faithfulness import object_mask
+    from studies.photo_list import RESULTS, Processes, read_list, work_off
+
+    try:
+        items = read_list(args.photos)
+    except ValueError as exc:
+        raise ValueError(f"--image_path: {exc}") from exc
+    processes = Processes(cpu=args.device == "cpu" or not torch.cuda.is_available())
+    device = processes.device if args.device == "auto" else resolve_device(args.device)
+    layers = choose_layers(args, count_layers(args.model_path))
+    thirds = layers if args.mode == "comparative" else ()
+    settings = {name: value for name, value in vars(args).items() if name not in NO_MATTER}
+    settings["model_path"] = model_identity(args.model_path)
+    versions = {name: version(name) for name in PACKAGES}
+
+    @functools.cache
+    def loaded():  # once there is something to do
+        processor = load_processor(args.model_path, args.max_pixels)
+        return load_model(args.model_path, device, args.dtype), processor
+
+    def explain_item(item, photo):
+        start, asked = time.monotonic(), asked_of(args, item)
+        reading = read(*loaded(), photo, asked.prompt, asked.answer, asked.max_new_tokens)
+        wanted = args.mode == "evaluate" or (args.mode == "knockout" and args.window is not None)
+        mask = object_mask(item.object, photo.size) if item.object and wanted else None
+        if args.mode == "evaluate":
+            files, lines = benchmark_photo(asked, reading, layers, mask)
+        else:
+            files, lines = explain_readings(asked, [reading], [item.image.name], layers, mask)
+        about = {"name": item.name, "image": str(item.image), "prompt": reading.prompt, "answer": reading.answer}
+        about |= {"mode": args.mode, "said": lines, "seconds": round(time.monotonic() - start, 3)}
+        about |= tables_of(files) | {"settings": settings, "versions": versions}
+        return about, files
+
+    folder, start = Path(args.output_dir, FOLDERS[args.mode]), time.monotonic()
+    quiet, args.quiet = args.quiet, True  # one bar for all
+    records, before = work_off(
+        items, folder, settings, processes, lambda item: load_photo(str(item.image)), explain_item,
+        subfolders=thirds, overwrite=args.overwrite, quiet=quiet,
+        tell=lambda line: print(f"test_gradcam.py: {line.removeprefix('--image_path: ')}", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    if not processes.first:
+        return Done({}, [], [])
+    failed = [record for record in records if "error" in record]
+    now = len(records) - len(failed) - before
+    lines = [f"{len(items)} photos: {now} explained in {time.monotonic() - start:.0f} s, {before} were whole already"]
+    lines[0] += f", {len(failed)} failed: see {RESULTS}" if failed else ""
+    left_out = sum(any(line.startswith("left out: ") for line in record.get("said", ())) for record in records)
+    lines += [f"{left_out} left out: the model does not say the target"] if left_out else []
+    paths = [folder / RESULTS]
+    if args.mode == "evaluate":
+        tables, said = benchmark_tables(args, records)
+        paths, lines = paths + write_files(folder, tables), lines + said
+    return Done({}, paths, lines, 1 if failed else 0)
+
+
+def tables_of(files: dict[str, object]) -> dict:
+    """What of a photo's files goes into the record of a list: words with their probabilities, rows of tables."""
+    tables = {name: files[name] for name in files if name.endswith(".csv")}
+    found = {"measures": {name: list(csv.DictReader(io.StringIO(text))) for name, text in tables.items()}}
+    if "words.json" in files:
+        found["words"] = json.loads(files["words.json"])["words"]
+    return found
+
+
+def benchmark_photo(args, reading: Reading, layers, mask) -> tuple[dict, list[str]]:
+    """The same of evaluate mode over a list: the measures of every method and layer, and the maps of one method.
+
+    A target that the model's own answer does not have is no failure of the photo: it is left out.
+    """
+    from studies.faithfulness import benchmark_rows
+
+    try:
+        span = find_target(reading.answer, args.target, args.target_occurrence)
+    except ValueError:
+        if args.answer is not None:
+            raise
+        return {}, [f"left out: the model does not say {args.target!r}"]
+    tokens = reading.tokens_of(span)
+    spans = [span, *(reading.spans[i] for i in tokens)] if mask is not None and len(tokens) > 1 else [span]
+    methods, asked = CHOICES["method"] if args.compare else [args.method], {n: getattr(args, n) for n in SETTINGS}
+    maps = {method: explain(reading, spans, layers, Settings(**asked | {"method": method})) for method in methods}
+    options = {name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed")}
+    rows, given = benchmark_rows(reading, maps, mask, **options), maps[methods[0]][0]
+    figures = draw_grid(reading.photo, given, **drawing(args))[1]
+    files = {name: draw for name, draw in figures.items() if name.startswith("layer_comparison_grid")}
+    return files | {"scores.csv": to_csv(rows)}, [f"explained: {given.target!r} at layer {', '.join(map(str, layers))}"]
+
+
+def benchmark_tables(args, records: list[dict]) -> tuple[dict, list[str]]:
+    """({file name: content}, the table in lines) of evaluate mode over a list."""
+    from studies.benchmark import summarise, to_latex, to_table
+
+    def numbers(row):
+        return {k: v if k in ("method", "layer") else float(v) for k, v in row.items() if v or k == "layer"}
+
+    found = [
+        (record["image"], [numbers(row) for row in record["measures"]["scores.csv"]])
+        for record in records
+        if "scores.csv" in record.get("measures", {})
+    ]
+    if not found:
+        return {}, ["no word could be measured, so there is no table"]
+    table = summarise(found)
+    photos = len({photo for photo, _ in found})
+    caption = f"{len(found)} words in {photos} photos; 95 % of 1000 resamples of the photos"
+    return {"benchmark.csv": to_csv(table), "benchmark.tex": to_latex(table, caption)}, [caption, *to_table(table)]
+
+
+# one photo, or several together
 
 
 def drawing(args: argparse.Namespace) -> dict[str, Look | Paper]:
@@ -859,7 +1034,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"test_gradcam.py: error: {message}", file=sys.stderr)
         return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
     try:
-        report(*done)
+        report(*done[:3])
         if sys.stdout is not None:  # closed from the start
             sys.stdout.flush()
     except OSError as exc:
@@ -867,7 +1042,7 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(exc, BrokenPipeError):  # else whoever reads the output has read enough
             print(f"test_gradcam.py: error: the files are written, but not this report: {exc}", file=sys.stderr)
             return 1
-    return 0
+    return done.code
 
 
 if __name__ == "__main__":

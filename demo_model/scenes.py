@@ -361,17 +361,35 @@ def write_questions(folder: Path, count: int, topic: str, seed: int) -> None:
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def write_list(folder: Path, count: int, seed: int) -> None:
+    """Scenes, the mask of an object of each, and list.jsonl with a line for each: {"image", "target", "mask"}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(seed, seed + count):
+        scene, name = make_scene(number), f"scene_{number}"
+        thing = scene.objects[number % len(scene.objects)]
+        Image.fromarray(scene.image).save(folder / f"{name}.jpg", quality=90)
+        Image.fromarray(thing.mask).convert("1").save(folder / f"{name}_mask.png")
+        lines.append({"image": f"{name}.jpg", "target": thing.kind, "mask": f"{name}_mask.png"})
+    (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Write a scene and the mask of each of its objects, or questions.")
+    parser = argparse.ArgumentParser(description="Write a scene and its objects' masks, or a list.")
     parser.add_argument("path", type=Path, help="where the picture goes; with --questions, a folder")
     parser.add_argument("--masks", type=Path, help="folder of the masks (default: the picture's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--demo", action="store_true", help="the scene of demo.jpeg")
     parser.add_argument("--questions", type=int, help="write so many scenes, and a question about each")
+    parser.add_argument("--list", type=int, help="write so many scenes, a mask of each, and a list of them")
     parser.add_argument("--topic", default="there", choices=TOPICS, help="of the questions")
     options = parser.parse_args()
-    if options.questions is not None and options.questions < 1:
-        parser.error(f"--questions {options.questions}: give 1 or more")
+    for name in ("questions", "list"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: give 1 or more")
+    if options.list is not None:
+        write_list(options.path, options.list, options.seed)
+        return
     if options.questions is not None:
         write_questions(options.path, options.questions, options.topic, options.seed)
         return

@@ -70,7 +70,7 @@ from visualization_utils import (
 
 __all__ = [
     *("insertion_deletion", "Faithfulness", "auc", "localization", "load_mask", "cascading_randomization"),
-    *("spearman", "ssim", "evaluate", "compare"),
+    *("spearman", "ssim", "evaluate", "compare", "object_mask", "benchmark_rows"),
 ]
 
 
@@ -95,6 +95,51 @@ def load_mask(mask, size: tuple[int, int]) -> np.ndarray:
     return pixels
 
 
+def object_mask(given: dict, size: tuple[int, int]) -> np.ndarray:
+    """The object's pixels, bool (height, width), of {"mask": path}, {"box": ...} or {"segmentation": ...}, as in COCO.
+
+    A box is [x, y, width, height] in pixels of the photo. A segmentation is a list of polygons [x, y, x, y, ...], a
+    run-length mask {"size": [height, width], "counts": ...}, which needs pycocotools, or a list of both: their union.
+    Raises ValueError for anything else, and if nothing or everything is the object.
+    """
+    ((kind, value),) = given.items()
+    if kind == "mask":
+        return load_mask(value, size)
+    pixels = np.zeros(size[::-1], np.uint8)
+    try:
+        if kind == "box":
+            x, y, width, height = (float(number) for number in value)
+            left, top, right, bottom = (max(round(edge), 0) for edge in (x, y, x + width, y + height))
+            pixels[top:bottom, left:right] = 1
+        else:
+            for part in [value] if isinstance(value, dict) else value:
+                if isinstance(part, dict):
+                    pixels |= run_lengths(part, size)
+                else:  # drawn twice as large: a pixel is inside if its middle is
+                    large, corners = np.zeros((2 * size[1], 2 * size[0]), np.uint8), np.array(part, float)
+                    cv2.fillPoly(large, [np.round(2 * corners.reshape(-1, 2)).astype(np.int32)], 1)
+                    pixels |= large[1::2, 1::2]
+    except (TypeError, ValueError, KeyError) as exc:
+        valid = "[x, y, width, height]" if kind == "box" else "polygons [[x, y, ...], ...] or run lengths"
+        raise ValueError(f"the {kind} cannot be read ({exc}): give {valid}") from exc
+    if pixels.all() or not pixels.any():
+        held = "all" if pixels.all() else "nothing"
+        raise ValueError(f"the {kind} holds {held} of the photo's {size[0]} x {size[1]} pixels")
+    return pixels.astype(bool)
+
+
+def run_lengths(part: dict, size: tuple[int, int]) -> np.ndarray:
+    """A run-length mask of COCO, uint8 (height, width). Raises ValueError without pycocotools, or for another size."""
+    try:
+        from pycocotools import mask as coco
+    except ImportError as exc:
+        raise ValueError("a run-length mask needs pycocotools: pip install pycocotools") from exc
+    height, width = part["size"]
+    if (width, height) != size:
+        raise ValueError(f"the run lengths are of {width} x {height} pixels, the photo has {size[0]} x {size[1]}")
+    return coco.decode(coco.frPyObjects(part, height, width) if isinstance(part["counts"], list) else part)
+
+
 def localization(cam: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     """How well a raw (H, W) map fits an object's mask, bool (height, width); shares in [0, 1], all 0 for a zero map.
 
@@ -117,6 +162,19 @@ def localization(cam: np.ndarray, mask: np.ndarray) -> dict[str, float]:
         "energy": float(heat[mask].sum() / heat.sum()),
         "obj_iou": float((hot & mask).sum() / (hot | mask).sum()),
     }
+
+
+def at_border(cam: np.ndarray, fit: dict[str, float]) -> float:
+    """1 if the map's maximum lies in its outermost cells, a corner or a border, and off the object: a sink, perhaps."""
+    y, x = np.unravel_index(cam.argmax(), cam.shape)
+    outermost = y in (0, cam.shape[0] - 1) or x in (0, cam.shape[1] - 1)
+    return float(outermost and not fit["near"] and cam.any())
+
+
+def centre_map(grid: tuple[int, int]) -> np.ndarray:
+    """A map that knows nothing of the photo: a Gaussian in its middle, half a half side wide, float32 (H, W)."""
+    y, x = (np.linspace(-1, 1, side) for side in grid)
+    return np.exp(-2 * (y[:, None] ** 2 + x**2)).astype(np.float32)
 
 
 # insertion and deletion
@@ -725,6 +783,67 @@ def draw_comparison(
     )
     caption = " ".join([caption, *(f"{line[0].upper()}{line[1:]}." for line in reservations(scores, measured))])
     return page.finish(small_print(page, y, caption))
+
+
+# of one photo of a benchmark
+
+SENSITIVE = 0.2  # of probability that a token loses on the baseline picture, if it needs the photo (EAGLE)
+
+
+def sensitive_tokens(reading: Reading, tokens: list[int], baseline: str) -> list[int]:
+    """Those of the answer's tokens whose probability falls by more than 0.2 on the baseline picture (EAGLE, 2025)."""
+    blank = baseline_image(reading.photo, baseline)
+    with borrowed(reading.model):
+        blank = prepare_inputs(reading.model, reading.processor, blank, reading.prompt)["pixel_values"]
+        forced, (scored,) = score_parts(reading.inputs, reading.tokens, [tokens])
+        pixels = torch.stack([reading.inputs["pixel_values"], blank])
+        full, empty = token_probabilities(reading.model, forced, pixels, scored)
+    return [token for token, fall in zip(tokens, full - empty, strict=True) if fall > SENSITIVE]
+
+
+def fit_of(cams: list[np.ndarray], mask: np.ndarray) -> dict[str, float]:
+    """`localization` and `at_border` of the first of the maps; Obj-IoU is the best of the others, those of its tokens.
+
+    This is how TAM (ICCV 2025) grades a word of several tokens.
+    """
+    first, *others = (localization(cam, mask) for cam in cams)
+    best = max(fit["obj_iou"] for fit in others or [first])
+    return first | {"obj_iou": best, "border": at_border(cams[0], first)}
+
+
+def benchmark_rows(
+    reading: Reading, maps: dict[str, list[TokenMaps]], mask: np.ndarray | None = None, *, steps=64, baseline="blur",
+    batch_size=8, seed=0,
+) -> list[dict]:  # fmt: skip
+    """Rows {"method", "layer", measures} of the maps, then of a map of the centre and of random ones.
+
+    `maps` are of each method the maps of the explained part and, if it has several tokens, of each of them. Insertion
+    and deletion are of its tokens that need the photo, see `sensitive_tokens`; None if there is none. The measures of
+    `localization` and `at_border` need the `mask`. A layer without a map misses: 0, and None.
+    """
+    together, rng = side_by_side({method: parts[0] for method, parts in maps.items()}), np.random.default_rng(seed)
+    centre = centre_map(reading.grid)
+    sensitive = sensitive_tokens(reading, together.target_tokens, baseline)
+    areas = {}
+    if sensitive:
+        given = replace(together, maps=together.maps | {"centre": centre}, target_tokens=sensitive)
+        options = {"steps": steps, "baseline": baseline, "batch_size": batch_size, "seed": seed}
+        measured = insertion_deletion(reading, given, random_orders=ORDERS, tolerance=TOLERANCE, **options)
+        kept = ("insertion", "deletion", "difference")
+        areas = {row["layer"]: {name: row[name] for name in kept} for row in score_rows(given, measured, None)}
+
+    def row(method, layer, key, drawn):
+        fits = [fit_of(cams, mask) for cams in drawn] if mask is not None else [{}]
+        means = {name: float(np.mean([fit[name] for fit in fits])) for name in fits[0]}
+        return {"method": method, "layer": layer} | means | areas.get(key, {})
+
+    rows = [
+        row(method, layer, map_key(method, layer), [[part.maps[layer] for part in parts]])
+        for method, parts in maps.items()
+        for layer in parts[0].maps
+    ]
+    random = [[rng.random(reading.grid).astype(np.float32)] for _ in range(ORDERS)]
+    return [*rows, row("centre", "", "centre", [[centre]]), row("random", "", "random", random)]
 
 
 # the mode

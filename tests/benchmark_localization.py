@@ -46,7 +46,7 @@ from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
 from smooth_gradcam import paper  # noqa: E402
-from studies.faithfulness import PLOT, STYLES, auc, insertion_deletion, localization  # noqa: E402
+from studies.faithfulness import PLOT, STYLES, at_border, auc, centre_map, insertion_deletion, localization  # noqa: E402
 from test_gradcam import count_layers, load_model, load_processor  # noqa: E402
 from visualization_utils import BAND, DPI, GAP, MARGIN, TITLE, WIDTHS, Page, small_print  # noqa: E402
 
@@ -182,9 +182,8 @@ def tam(logits: Tensor, ids: Tensor, positions: Tensor, grid, token: int, predic
 
 def bounds(mask: np.ndarray, grid: tuple[int, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Floors that know nothing of the picture, and the share of the object's mask in each image token."""
-    y, x = (np.linspace(-1, 1, side) for side in grid)
     share = F.adaptive_avg_pool2d(torch.as_tensor(mask, dtype=torch.float32)[None], grid)[0].numpy()
-    maps = rng.random(grid), np.exp(-2 * (y[:, None] ** 2 + x**2)), share  # sigma is half of the half side
+    maps = rng.random(grid), centre_map(grid), share
     return dict(zip(BOUNDS, maps, strict=True))
 
 
@@ -283,13 +282,6 @@ def row_maps(pairs: dict, logits: Tensor, ids: Tensor, reading, word: Word, laye
     activations = [tam(logits, ids, *place, token, predicting) for token, predicting in chosen]
     drawn |= {"logit lens": [np.mean(lenses, 0)], "TAM": [np.mean(activations, 0)]}
     return drawn | {name: [heat] for name, heat in bounds(word.mask, reading.grid, rng).items()}
-
-
-def at_border(heat: np.ndarray, fit: dict[str, float]) -> float:
-    """1 if the map's maximum lies in its outermost cells, a corner or a border, and off the object: a sink, perhaps."""
-    y, x = np.unravel_index(heat.argmax(), heat.shape)
-    outermost = y in (0, heat.shape[0] - 1) or x in (0, heat.shape[1] - 1)
-    return float(outermost and not fit["near"] and heat.any())
 
 
 def measure(maps: list[np.ndarray], mask: np.ndarray) -> np.ndarray:

@@ -1,0 +1,121 @@
+"""A benchmark over photos: from the rows of each to a table of methods and layers, ready for a paper.
+
+    [(photo, rows)]                 rows of `benchmark_rows` of faithfulness.py, one for each method and layer
+      -> mean and interval          summarise: 95 % of resampled photos, as the words of a photo are not independent
+      -> benchmark.csv, .tex        to_table, to_latex
+
+Shapes:  P  photos     R  resamples
+"""
+
+import numpy as np
+
+from visualization_utils import decimal
+
+__all__ = ["summarise", "to_latex", "to_table"]
+
+MEASURES = {  # as `benchmark_rows` has them: heads of the table
+    "pointing": "pointing",
+    "near": "near",
+    "energy": "energy",
+    "obj_iou": "Obj-IoU",
+    "border": "border",
+    "insertion": "insertion",
+    "deletion": "deletion",
+    "difference": "ins. − del.",
+}
+RESAMPLES = 1000
+LOWER_IS_BETTER = ("border", "deletion")
+
+
+def interval(values: np.ndarray, photos: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """(mean, 2.5th and 97.5th percentile of the means of resampled photos) of values (n,) of these photos (n,)."""
+    _, which = np.unique(photos, return_inverse=True)
+    sums, counts = (np.bincount(which, weights) for weights in (values, np.ones(len(values))))  # (P,)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))  # (R, P)
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
+def summarise(found: list[tuple[str, list[dict]]]) -> list[dict]:
+    """Of each method and layer {"method", "layer", "words", "photos", measure, measure_low, measure_high, ...}.
+
+    A measure is the mean over the words that have it; words without a mask or without a token that needs the photo lack
+    some.
+    """
+    values = {}
+    for photo, rows in found:
+        for row in rows:
+            values.setdefault((row["method"], row["layer"]), []).append((photo, row))
+    table = []
+    for (method, layer), pairs in values.items():
+        photos = [photo for photo, _ in pairs]
+        line = {"method": method, "layer": layer, "words": len(pairs), "photos": len(set(photos))}
+        for measure in MEASURES:
+            known = [(row[measure], photo) for photo, row in pairs if row.get(measure) is not None]
+            if known:
+                numbers, of = (np.array(part) for part in zip(*known, strict=True))
+                ends = interval(numbers.astype(float), of)
+                line |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), ends, strict=True))
+        table.append(line)
+    return table
+
+
+def shown_measures(table: list[dict]) -> list[str]:
+    return [measure for measure in MEASURES if any(measure in line for line in table)]
+
+
+def to_table(table: list[dict]) -> list[str]:
+    """Lines of text, a mean and its interval in each cell."""
+    measures = shown_measures(table)
+    rows = [["method", "layer", *(MEASURES[measure] for measure in measures)]]
+    for line in table:
+        cells = [
+            f"{decimal(line[m])} ({decimal(line[f'{m}_low'])}-{decimal(line[f'{m}_high'])})" if m in line else ""
+            for m in measures
+        ]
+        rows.append([line["method"], str(line["layer"]), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def to_latex(table: list[dict], caption: str) -> str:
+    """A table for LaTeX with booktabs: means with half the width of their interval, the best of each measure bold."""
+    measures, lines = shown_measures(table), []
+    maps = [line for line in table if line["layer"] != ""]
+    best = {}
+    for m in measures:
+        known = [float(decimal(line[m])) for line in maps if m in line]
+        best[m] = (min if m in LOWER_IS_BETTER else max)(known, default=None)
+    for line in table:
+        cells = []
+        for m in measures:
+            value = decimal(line[m]) if m in line else "--"
+            half = f" \\tiny$\\pm${decimal((line[f'{m}_high'] - line[f'{m}_low']) / 2)}" if m in line else ""
+            bold = m in line and line["layer"] != "" and float(value) == best[m]
+            cells.append(f"\\textbf{{{value}}}{half}" if bold else value + half)
+        lines.append(" & ".join([escaped(line["method"]), str(line["layer"]), *cells]) + " \\\\")
+    heads = " & ".join(["method", "layer", *(MEASURES[m].replace("−", "$-$") for m in measures)])
+    return "\n".join(
+        [
+            "% \\usepackage{booktabs}",
+            "\\begin{table}",
+            f"\\caption{{{escaped(caption)}}}",
+            f"\\begin{{tabular}}{{ll{'r' * len(measures)}}}",
+            "\\toprule",
+            f"{heads} \\\\",
+            "\\midrule",
+            *lines,
+            "\\bottomrule",
+            "\\end{tabular}",
+            "\\end{table}",
+            "",
+        ]
+    )
+
+
+def escaped(text: str) -> str:
+    """The text with what LaTeX takes for a command in it made harmless."""
+    for character in "&%$#_{}":
+        text = text.replace(character, f"\\{character}")
+    return text

@@ -1,0 +1,294 @@
+"""A list of photos: what is in it, what of it is done, who does what, and what came out.
+
+    folder, glob, list.jsonl        read_list: Items, each with the name of its folder
+      -> those not whole yet        plan: the same settings and the same photo, by content, are not computed again
+      -> a folder and record each   work_off: shared among processes; a bad photo is told, and the others go on
+      -> results.jsonl              all records, in the list's order
+
+What is done with a photo is a function that is given: nothing here knows a model.
+"""
+
+import errno
+import glob
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from visualization_utils import output_folder
+
+__all__ = ["Item", "Processes", "plan", "read_list", "work_off"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # what counts as a photo in a folder
+TEXTS = ("prompt", "answer", "target", "contrast")
+OBJECTS = ("mask", "box", "segmentation")
+EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
+RECORD, RESULTS = "result.json", "results.jsonl"
+
+
+# what is in it
+
+
+@dataclass(frozen=True)
+class Item:
+    """A photo of a list, and what is asked of it; None is what the flags say."""
+
+    name: str  # of its folder
+    image: Path
+    prompt: str | None = None
+    answer: str | None = None
+    target: str | None = None
+    contrast: str | None = None
+    object: dict = field(default_factory=dict)  # of the explained object: {"mask" | "box" | "segmentation": ...}
+    where: str = ""  # in a list
+
+
+def read_list(paths: Iterable[str]) -> list[Item]:
+    """The items of photos, folders, globs and lists, in this order; folders and globs by name.
+
+    A line of a list is {"image", "prompt"?, "answer"?, "target"?, "contrast"?, "mask"? | "box"? | "segmentation"?},
+    with paths relative to the list: `EXAMPLE`, see `object_mask` of faithfulness.py; what else it has is ignored.
+    Raises ValueError naming file and line, or if there is no photo at all.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.suffix == ".jsonl":
+            found += read_lines(path)
+        elif path.is_dir():
+            found += [Item("", photo) for photo in sorted(path.iterdir()) if photo.suffix.lower() in SUFFIXES]
+        elif path.exists() or not glob.has_magic(str(path)):
+            found.append(Item("", path))
+        else:
+            found += [Item("", Path(photo)) for photo in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+    if not found:
+        raise ValueError(f"{', '.join(map(str, paths))}: no photo ({', '.join(SUFFIXES)}) is there")
+    return named(found)
+
+
+def read_lines(path: Path) -> list[Item]:
+    """The items of a .jsonl. Raises ValueError saying where it is wrong."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ValueError(f"{path} cannot be read: {exc}") from exc
+    items = [read_line(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise ValueError(f"{path} is empty: give lines such as {EXAMPLE}")
+    return items
+
+
+def read_line(line: str, path: Path, number: int) -> Item:
+    """The item of a line. Raises ValueError saying what would be valid."""
+    where = f"{path}, line {number}"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"{where} is no JSON ({exc}): give {EXAMPLE}") from exc
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is no record: give {EXAMPLE}")
+    for name in ("image", *TEXTS):
+        text = record.get(name)
+        if (text is not None or name == "image") and (not isinstance(text, str) or not text.strip()):
+            raise ValueError(f"{where} has no text for {name!r}: give {EXAMPLE}")
+    given = {name: record[name] for name in OBJECTS if record.get(name) is not None}
+    if len(given) > 1:
+        raise ValueError(f"{where} has {' and '.join(given)}: give one of {', '.join(OBJECTS)}")
+    if "mask" in given:
+        if not isinstance(given["mask"], str):
+            raise ValueError(f"{where} has a mask that is no path: give {EXAMPLE}")
+        given = {"mask": str(path.parent / given["mask"])}
+    return Item("", path.parent / record["image"], *(record.get(name) for name in TEXTS), given, where)
+
+
+def named(items: list[Item]) -> list[Item]:
+    """The items with the names of their photos, those of equal names with a mark of what is asked of them.
+
+    Raises ValueError for an item that is there twice.
+    """
+    stems, found = [item.image.stem for item in items], {}
+    for item, stem in zip(items, stems, strict=True):
+        asked = {name: str(value) for name, value in asdict(item).items() if name not in ("name", "where")}
+        mark = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+        name = stem if stems.count(stem) == 1 else f"{stem}_{mark}"
+        if name in found:
+            raise ValueError(f"{item.where or item.image} is there twice: the same photo, asked the same")
+        found[name] = Item(**{**vars(item), "name": name})
+    return list(found.values())
+
+
+# what is done
+
+
+def digest(path: Path) -> str:
+    """Of a file's content; of one that cannot be read, nothing: it is told when its turn comes."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def key_of(item: Item, settings: dict) -> str:
+    """Tells items apart whose results would differ: by content of photo and mask, what is asked, and the settings."""
+    asked = {name: getattr(item, name) for name in (*TEXTS, "object")}
+    if "mask" in item.object:
+        asked["object"] = digest(Path(item.object["mask"]))
+    asked |= {"photo": digest(item.image), "settings": settings}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def whole_record(folder: Path, key: str) -> dict | None:
+    """The record of a folder whose files are all there, and of this key."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        there = all((folder / name).stat().st_size == size for name, size in record["sizes"].items())
+        return record if there and record["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or it is damaged
+        return None
+
+
+def plan(items: list[Item], folder: Path, settings: dict, overwrite: bool) -> tuple[dict[str, str], list[Item]]:
+    """({name: key} of all items, those whose results are not whole)."""
+    keys = {item.name: key_of(item, settings) for item in items}
+    todo = [item for item in items if overwrite or whole_record(folder / item.name, keys[item.name]) is None]
+    return keys, todo
+
+
+# who does what
+
+
+class Processes:
+    """The processes that share a list, started by accelerate or torchrun; one alone otherwise."""
+
+    def __init__(self, cpu: bool):
+        from accelerate import PartialState
+
+        self.state = PartialState(cpu=cpu, timeout=timedelta(days=30))  # a process waits for the slowest
+
+    @property
+    def first(self) -> bool:
+        return self.state.is_main_process
+
+    @property
+    def device(self) -> str:
+        return str(self.state.device)
+
+    def agreed(self, value):
+        """The first process' value, in all of them."""
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0] if self.state.num_processes > 1 else value
+
+    def share(self, todo: list) -> list:
+        """This process' part."""
+        return todo[self.state.process_index :: self.state.num_processes]
+
+    def gathered(self, found: dict) -> dict:
+        """What all processes found, once all have finished."""
+        from accelerate.utils import gather_object
+
+        if self.state.num_processes == 1:
+            return found
+        return {name: value for part in gather_object([found]) for name, value in part.items()}
+
+
+def prefetched(items: Iterable, load: Callable) -> Iterator[tuple]:
+    """(item, function that gives what `load` made of it, or raises): the next is loaded while one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            loading = item, pool.submit(load, item)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result
+            waiting = loading
+        if waiting is not None:
+            yield waiting[0], waiting[1].result
+
+
+@contextmanager
+def progress_bar(todo: list[Item], folder: Path, keys: dict[str, str], quiet: bool):
+    """A bar over what all processes have finished, with the time left; its position is read from the folders."""
+    finished = threading.Event()
+    with tqdm(total=len(todo), desc="photos", unit="photo", disable=True if quiet else None) as bar:
+
+        def follow():
+            rest = list(todo)
+            while rest and not finished.wait(0.5):
+                rest = [item for item in rest if not written(folder / item.name, keys[item.name])]
+                bar.update(len(todo) - len(rest) - bar.n)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        if not bar.disable:
+            thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            if thread.ident:
+                thread.join()
+
+
+def written(folder: Path, key: str) -> bool:
+    try:
+        return key in (folder / RECORD).read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def work_off(
+    items: list[Item], folder: Path, settings: dict, processes: Processes, load: Callable, explain: Callable,
+    *, subfolders=(), overwrite=False, quiet=False, tell: Callable = print,
+) -> tuple[list[dict], int]:  # fmt: skip
+    """Explain what is not whole; returns (records of all items, in order, how many were whole already).
+
+    `load(item)` is called in a thread ahead of time; `explain(item, loaded)` gives (record, {file name: content}) and
+    may raise. A photo that fails has a record {"name", "image", "error"}, its reason goes to `tell`. results.jsonl is
+    written at the end, if it is a Ctrl-C, too. Files appear all at once, the record last: what a kill leaves behind has
+    no record, and is computed again. Raises OSError where the disk is full, and what `output_folder` raises.
+    """
+    failed = {}
+    with output_folder(folder, name="--output_dir") if processes.first else nothing_written() as write:
+        keys, todo = processes.agreed(plan(items, folder, settings, overwrite) if processes.first else None)
+
+        def records():
+            found = (failed.get(item.name) or whole_record(folder / item.name, keys[item.name]) for item in items)
+            return [{k: v for k, v in record.items() if k != "sizes"} for record in found if record is not None]
+
+        try:
+            with progress_bar(todo, folder, keys, quiet or not processes.first):
+                for item, loaded in prefetched(processes.share(todo), load):
+                    try:
+                        with output_folder(folder / item.name, subfolders, "--output_dir") as write_item:
+                            record, files = explain(item, loaded())
+                            write_whole(write_item, folder / item.name, record | {"key": keys[item.name]}, files)
+                    except Exception as exc:
+                        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                            raise
+                        reason = " ".join(str(exc).split()) or type(exc).__name__
+                        failed[item.name] = {"name": item.name, "image": str(item.image), "error": reason}
+                        tell(f"{item.where or item.image}: {reason}")
+            failed |= processes.gathered(failed)
+        finally:
+            write({RESULTS: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records())})
+        return records(), len(items) - len(todo)
+
+
+@contextmanager
+def nothing_written():
+    """What other processes than the first have in place of a folder."""
+    yield lambda files: None
+
+
+def write_whole(write: Callable, folder: Path, record: dict, files: dict) -> None:
+    """Write the files and, last of all, the record, which knows their names and sizes."""
+    (folder / RECORD).unlink(missing_ok=True)  # from here on the folder is not whole
+    paths = write(files)
+    record["files"] = [str(path.relative_to(folder)) for path in paths]
+    record["sizes"] = {name: (folder / name).stat().st_size for name in record["files"]}
+    write({RECORD: json.dumps(record, ensure_ascii=False, indent=1) + "\n"})

@@ -1,0 +1,301 @@
+"""Lists of photos: what they hold, that nothing is lost or done twice, and that processes share them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_image
+from kill_runs import count_lost
+
+from studies import coco
+from studies.benchmark import interval, summarise, to_latex, to_table
+from studies.faithfulness import object_mask
+from studies.photo_list import Item, Processes, key_of, named, read_list, work_off
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of five photos."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(5):
+        make_image(40 + i, 30).save(folder / f"p{i}.png")
+    (folder / "notes.txt").write_text("no photo")
+    return folder
+
+
+# what is in it
+
+
+def test_folders_globs_lists_and_photos_are_read_in_order(photos, tmp_path):
+    lines = [{"image": "photos/p3.png", "target": "dog", "box": [1, 2, 3, 4]}, {"image": "photos/p1.png", "id": 7}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    names = [f"p{i}" for i in range(5)]
+    assert [item.name for item in read_list([str(photos)])] == names
+    assert [item.name for item in read_list([str(photos / "*.png")])] == names
+    first, second = read_list([str(tmp_path / "list.jsonl")])
+    assert (first.image, first.target, first.object) == (photos / "p3.png", "dog", {"box": [1, 2, 3, 4]})
+    assert (second.name, second.target, second.object) == ("p1", None, {})
+    several = read_list([str(photos / "p4.png"), str(tmp_path / "list.jsonl")])
+    assert [item.name for item in several] == ["p4", "p3", "p1"]
+
+
+def test_photos_of_one_name_have_folders_of_their_own(tmp_path):
+    a, b, c = (Item("", tmp_path / name) for name in ("a/x.png", "b/x.png", "y.png"))
+    asked = Item("", tmp_path / "a/x.png", prompt="Why?")
+    names = [item.name for item in named([a, b, c, asked])]
+    assert len(set(names)) == 4
+    assert names[2] == "y"
+    assert all(name.startswith("x_") for name in (names[0], names[1], names[3]))
+    assert [item.name for item in named([asked, c, b, a])] == names[3:1:-1] + names[1::-1]  # whatever the order
+    with pytest.raises(ValueError, match="is there twice"):
+        named([a, c, a])
+
+
+BAD_LINES = {
+    "{": "is no JSON",
+    "[1]": "is no record",
+    '{"prompt": "Why?"}': "has no text for 'image'",
+    '{"image": "a.png", "target": ""}': "has no text for 'target'",
+    '{"image": "a.png", "box": [1], "mask": "m.png"}': "has mask and box: give one of mask, box, segmentation",
+    '{"image": "a.png", "mask": 3}': "has a mask that is no path",
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=BAD_LINES.values())
+def test_what_is_wrong_with_a_list_is_told_with_its_line(tmp_path, line, reason):
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"image": "a.png"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"list.jsonl, line 2 {reason}"):
+        read_list([str(path)])
+
+
+def test_lists_of_nothing_are_refused(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    reasons = {"empty.jsonl": "is empty", "no.jsonl": "cannot be read", ".": "no photo", "*.png": "no photo"}
+    for path, reason in reasons.items():
+        with pytest.raises(ValueError, match=reason):
+            read_list([str(tmp_path / path)])
+
+
+def test_objects_of_coco_are_their_pixels():
+    size = (8, 6)
+    expected = np.zeros((6, 8), bool)
+    expected[1:4, 2:7] = True
+    square = [2, 1, 7, 1, 7, 4, 2, 4]
+    assert (object_mask({"box": [2, 1, 5, 3]}, size) == expected).all()
+    assert (object_mask({"segmentation": [square]}, size) == expected).all()
+    both = object_mask({"segmentation": [[0, 0, 2, 0, 2, 2, 0, 2], [5, 3, 8, 3, 8, 6, 5, 6]]}, size)
+    assert both[0, 0]
+    assert both[5, 7]
+    assert not both[5, 0]
+    for given, reason in (
+        ({"box": [1, 2, 3]}, "the box cannot be read"),
+        ({"box": "abcd"}, "the box cannot be read"),
+        ({"box": [9, 9, 2, 2]}, "the box holds nothing"),
+        ({"box": [0, 0, 8, 6]}, "the box holds all"),
+        ({"segmentation": [[1, 2, 3]]}, "the segmentation cannot be read"),
+        ({"segmentation": 3}, "the segmentation cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            object_mask(given, size)
+
+
+def test_run_lengths_need_pycocotools_and_the_photos_size():
+    part = {"size": [6, 8], "counts": [13, 3, 3, 3, 26]}
+    try:
+        import pycocotools  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install pycocotools"):
+            object_mask({"segmentation": part}, (8, 6))
+        return
+    pixels = object_mask({"segmentation": part}, (8, 6))  # column by column
+    assert (pixels.T.ravel() == np.repeat([False, True, False, True, False], part["counts"])).all()
+    with pytest.raises(ValueError, match="run lengths are of 8 x 6 pixels"):
+        object_mask({"segmentation": part}, (8, 7))
+
+
+# what is done
+
+
+ALONE = Processes(cpu=True)
+
+
+class Work:
+    """Explains a photo by its size; counts what was explained, and can fail."""
+
+    def __init__(self, folder, failing=(), error=None):
+        self.folder, self.failing, self.error = folder, failing, error or ValueError("no good")
+        self.done, self.told = [], []
+
+    def load(self, item):
+        return item.image.read_bytes()
+
+    def explain(self, item, data):
+        if item.name in self.failing:
+            raise self.error
+        self.done.append(item.name)
+        return {"name": item.name, "bytes": len(data)}, {"a.txt": f"{len(data)}", "b.txt": lambda: item.name * 1000}
+
+    def run(self, items, settings=None, **options):
+        options = {"quiet": True, "tell": self.told.append} | options
+        self.done.clear()
+        return work_off(items, self.folder, settings or {}, ALONE, self.load, self.explain, **options)
+
+
+def records_in(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_second_run_does_what_is_not_whole_and_nothing_else(photos, tmp_path):
+    work, items = Work(tmp_path / "out"), read_list([str(photos)])
+    records, before = work.run(items)
+    assert (work.done, before) == ([f"p{i}" for i in range(5)], 0)
+    assert [record["name"] for record in records] == work.done
+    assert records == records_in(tmp_path / "out")
+    assert records[0]["files"] == ["a.txt", "b.txt"]
+    assert (tmp_path / "out/p3/a.txt").read_text() == str((photos / "p3.png").stat().st_size)
+
+    again, before = work.run(items)
+    assert (work.done, before, again) == ([], 5, records)
+    make_image(90, 30).save(photos / "p2.png")  # another photo of the same name
+    (tmp_path / "out/p4/b.txt").write_text("cut")
+    (tmp_path / "out/p0/result.json").write_text("{")
+    _, before = work.run(items)
+    assert (work.done, before) == (["p0", "p2", "p4"], 2)
+    work.run(items, {"layer": 3})
+    assert len(work.done) == 5
+    work.run(items, {"layer": 3}, overwrite=True)
+    assert len(work.done) == 5
+    assert work.run(items[1:3], {"layer": 3})[0] == records_in(tmp_path / "out")
+    assert len(records_in(tmp_path / "out")) == 2
+
+
+def test_key_knows_photo_mask_and_what_is_asked(photos, tmp_path):
+    mask = tmp_path / "m.png"
+    make_image(40, 30).save(mask)
+    base = Item("a", photos / "p0.png", target="dog", object={"mask": str(mask)})
+    key = key_of(base, {"layer": 1})
+    cat = Item("a", photos / "p0.png", target="cat", object=base.object)
+    others = [key_of(base, {"layer": 2}), key_of(cat, {"layer": 1})]
+    make_image(41, 30).save(mask)
+    others.append(key_of(base, {"layer": 1}))
+    assert len({key, *others}) == 4
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy/q.png").write_bytes((photos / "p0.png").read_bytes())
+    assert key_of(Item("b", tmp_path / "copy/q.png"), {}) == key_of(Item("a", photos / "p0.png"), {})  # by content
+
+
+def test_a_bad_photo_is_told_and_the_others_go_on(photos, tmp_path):
+    work, items = Work(tmp_path / "out", failing=["p1"]), read_list([str(photos)])
+    records, before = work.run(items)
+    assert before == 0
+    assert work.done == ["p0", "p2", "p3", "p4"]
+    assert work.told == [f"{photos / 'p1.png'}: no good"]
+    assert records[1] == {"name": "p1", "image": str(photos / "p1.png"), "error": "no good"}
+    assert not (tmp_path / "out/p1").exists()
+    work.failing = ()
+    assert work.run(items)[1] == 4
+    assert work.done == ["p1"]
+    (photos / "p3.png").unlink()
+    records, _ = work.run(items)
+    assert "No such file" in records[3]["error"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space left on device")])
+def test_an_interrupted_list_keeps_what_is_whole_and_its_records(photos, tmp_path, error):
+    work, items = Work(tmp_path / "out", failing=["p2"], error=error), read_list([str(photos)])
+    with pytest.raises(type(error)):
+        work.run(items)
+    assert [record["name"] for record in records_in(tmp_path / "out")] == ["p0", "p1"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["p0", "p1", "results.jsonl"]
+    work.failing = ()
+    assert work.run(items)[1] == 2
+    assert work.done == ["p2", "p3", "p4"]
+
+
+def test_killed_runs_lose_no_finished_result(photos, tmp_path):
+    assert count_lost(photos, tmp_path / "out", times=5, seed=1) == 0
+
+
+# a benchmark
+
+
+def test_interval_resamples_photos_and_not_words():
+    values, photos = np.array([1.0, 1, 1, 1, 0, 0]), np.array(list("aaaabc"))
+    mean, low, high = interval(values, photos)
+    assert mean == pytest.approx(4 / 6)
+    assert low == 0  # only b and c are drawn, which words alone would hardly give
+    assert high == 1
+    assert interval(np.ones(4), np.array(list("abcd"))) == (1, 1, 1)
+
+
+def test_table_has_means_over_the_words_that_have_the_measure():
+    def row(method, pointing, difference=None):
+        found = {"method": method, "layer": "7", "pointing": pointing}
+        return found if difference is None else found | {"difference": difference}
+
+    found = [
+        ("a", [row("gradcam", 1.0, 0.5), row("product", 0.0)]),
+        ("a", [row("gradcam", 0.0), row("product", 0.0)]),
+        ("b", [row("gradcam", 1.0, 0.7), row("product", 1.0)]),
+    ]
+    gradcam, product = summarise(found)
+    assert (gradcam["words"], gradcam["photos"]) == (3, 2)
+    assert gradcam["pointing"] == pytest.approx(2 / 3)
+    assert gradcam["difference"] == pytest.approx(0.6)
+    assert "difference" not in product
+    head, first, second = to_table([gradcam, product])
+    assert head.split() == ["method", "layer", "pointing", "ins.", "−", "del."]
+    assert first.startswith("gradcam  7      0.67 (0.50-1.00)  0.60 (0.50-0.70)")
+    assert second.split() == ["product", "7", "0.33", "(0.00-1.00)"]
+    latex = to_latex([gradcam, product], "95 % of photos_1")
+    assert "\\caption{95 \\% of photos\\_1}" in latex
+    assert "gradcam & 7 & \\textbf{0.67}" in latex
+    assert "product & 7 & 0.33" in latex
+    assert " & -- \\\\" in latex
+
+
+COCO = {
+    "images": [
+        {"id": 1, "file_name": "one.jpg", "width": 100, "height": 50},
+        {"id": 2, "file_name": "two.jpg", "width": 100, "height": 50},
+    ],
+    "categories": [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}],
+    "annotations": [
+        {"image_id": 1, "category_id": 18, "iscrowd": 0, "area": 400, "segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]]},
+        {"image_id": 1, "category_id": 18, "iscrowd": 0, "area": 100, "segmentation": [[50, 0, 60, 0, 60, 10, 50, 10]]},
+        {"image_id": 1, "category_id": 17, "iscrowd": 0, "area": 9, "segmentation": [[0, 0, 3, 0, 3, 3, 0, 3]]},
+        {"image_id": 2, "category_id": 17, "iscrowd": 1, "area": 900, "segmentation": {"counts": [1]}},
+        {"image_id": 2, "category_id": 18, "iscrowd": 0, "area": 900, "segmentation": [[9, 9, 39, 9, 39, 39, 9, 39]]},
+    ],
+}
+
+
+def test_converter_joins_the_objects_of_a_category_and_leaves_crowds_and_crumbs_out(tmp_path, capsys):
+    photos = tmp_path / "val"
+    photos.mkdir()
+    for name in ("one.jpg", "two.jpg"):
+        make_image(100, 50).save(photos / name)
+    (tmp_path / "instances.json").write_text(json.dumps(COCO))
+    coco.main([str(tmp_path / "instances.json"), str(photos), "--output", str(tmp_path / "coco.jsonl")])
+    assert "2 words in 2 photos" in capsys.readouterr().out
+    first, second = read_list([str(tmp_path / "coco.jsonl")])
+    assert (first.name, first.target, second.target) == ("one", "dog", "dog")
+    mask = object_mask(first.object, (100, 50))
+    assert mask[10, 10]
+    assert mask[5, 55]
+    assert not mask[5, 40]
+    coco.main([str(tmp_path / "instances.json"), str(photos), "--output", str(tmp_path / "one.jsonl"), "--count", "1"])
+    assert len(read_list([str(tmp_path / "one.jsonl")])) == 1
+    (photos / "one.jpg").unlink()
+    wrong = {json.dumps(COCO): "one.jpg", "{}": "images, annotations, categories is lacking", "[": "json"}
+    for content, reason in wrong.items():
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(SystemExit):
+            coco.main([str(tmp_path / "bad.json"), str(photos), "--output", str(tmp_path / "no.jsonl")])
+        assert reason in capsys.readouterr().err
+    assert not (tmp_path / "no.jsonl").exists()
