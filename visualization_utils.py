@@ -29,10 +29,11 @@ from signal import SIGINT, SIGTERM
 
 import numpy as np
 from matplotlib import font_manager, rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import AutoLocator
 from matplotlib.transforms import Affine2D
 from PIL import Image
@@ -224,7 +225,9 @@ def excerpt(text: str, span: tuple[int, int], columns: int) -> tuple[str, tuple[
     start = word if 0 < word - start < 20 and start else start
     before, after = "… " if start else "", " …" if start + limit < len(text) else ""
     shift = len(before) - start
-    cut = before + text[start : start + limit] + after
+    end = start + limit
+    word = text.rfind(" ", max(end - 20, span[1]), end) if after else -1  # nor at the end
+    cut = before + text[start : end if word < 0 else word] + after
     return cut, (span[0] + shift, min(span[1] + shift, len(cut) - len(after)))
 
 
@@ -261,15 +264,12 @@ def font_families(text: str) -> tuple[list[str], bool]:
     return families, not missing
 
 
-_renderer = functools.cache(RendererAgg)  # one measures all text
-
-
 def text_width(text: str, size: float, families: list[str], weight: str = "normal") -> float:
-    """Inches that the text takes on one line."""
+    """Inches that the text takes on one line, in pictures and in vector files: letters are not fitted to pixels."""
     font = font_manager.FontProperties(family=families, size=size, weight=weight)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that no installed font has
-        return _renderer(8, 8, DPI).get_text_width_height_descent(text, font, ismath=False)[0] / DPI
+        return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
 
 
 def wrap(text: str, width: float, size: float, families: list[str], weight: str = "normal") -> list[tuple[int, int]]:
@@ -304,7 +304,7 @@ def split_at_span(text: str, line: tuple[int, int], span: tuple[int, int]) -> li
 def figure_to_array(figure: Figure) -> np.ndarray:
     """The figure's pixels, uint8 RGB (height, width, 3)."""
     canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
+    with rc_context({"text.hinting": "none"}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that no installed font has: drawn as boxes
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -557,7 +557,7 @@ def look_text(look: Look) -> str:
     scale = {
         "map": "shares of each map's own maximum, which do not compare the strength of two maps",
         "word": "shares of the maximum of each word's maps",
-        "all": "shares of the maximum of all maps here",
+        "all": "shares of the maximum of all maps of this run",
     }[look.scale]
     cover = "cold areas stay photo" if look.opacity is None else f"{100 * look.opacity:.0f} % heatmap over the photo"
     return f"Colours: {scale}; overlays: {cover}."
@@ -567,7 +567,10 @@ def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look
     """What is to be read in a figure of maps at the layers."""
     blank = [f"layer {layer} ({why})" for layer, why in token_maps.blank.items() if layer in layers]
     grey = f" Grey: no map at {', '.join(blank)}." if blank else ""
-    return f"Hot: where the explained words come from, as read at {arrangement}. {look_text(look)}{grey}"
+    what = "where the explained words come from"
+    if token_maps.settings.contrast is not None:
+        what = "what speaks for the explained words rather than for the other text"
+    return f"Hot: {what}, as read at {arrangement}. {look_text(look)}{grey}"
 
 
 def made_from(token_maps: TokenMaps, photo: Image.Image) -> str:
@@ -628,7 +631,7 @@ def footer(page: Page, y: float, method: str, text: str, settings: str, look: Lo
     bars, ticks = [colours[0], over_grey[0]], (0, 0.25, 0.5, 0.75, 1)
     page.colour_scale((page.width - width) / 2, y, width, height, bars, ticks, SMALL)
     y += height + SMALL * LINE + 0.05
-    of = {"map": "the map's own maximum", "word": "its word's maximum", "all": "the maximum of all"}[look.scale]
+    of = {"map": "the map's own maximum", "word": "its word's maximum", "all": "the maximum of all maps"}[look.scale]
     y = page.centred(y, f"{METHOD_NAMES[method]}, share of {of}; below: over grey", SMALL)
     return small_print(page, y + GAP, text, settings)
 

@@ -56,9 +56,11 @@ from visualization_utils import (
     draw_layer,
     fit_box,
     header,
+    look_text,
     made_from,
     masthead,
     method_title,
+    settings_text,
     show_progress,
     shrink,
     small_print,
@@ -295,7 +297,8 @@ def insertion_deletion(
                 for layer, cam in token_maps.maps.items()
                 if layer not in token_maps.blank
             }
-            orders |= {("random", i): rng.permutation(count) for i in range(random_orders)}
+            random = np.random.default_rng([seed, 1])  # the same ones, however many maps there are
+            orders |= {("random", i): random.permutation(count) for i in range(random_orders)}
             curves = {}
             for key in (progress or iter)(orders):
                 order = torch.as_tensor(orders[key])
@@ -682,9 +685,11 @@ def draw_faithfulness(
     caption = (
         f"A map is faithful if revealing its hottest image tokens restores the answer early and removing them destroys "
         f"it early. Removed tokens show {blank[measured.baseline]}. {f'Dashed: {mean}. ' if orders else ''}"
+        f"{look_text(look)} "
         f"{f'Left out, as it has no map: {left_out}.' if left_out else ''}"
     )
-    return page.finish(small_print(page, y, caption, made_from(token_maps, photo)))
+    made = f"{made_from(token_maps, photo)}; baseline {measured.baseline}"
+    return page.finish(small_print(page, y, caption, made))
 
 
 def _layer_legend(page: Page, y: float, colours: dict) -> float:
@@ -736,7 +741,7 @@ def draw_randomization(
     caption = (
         f"A map that stays the same shows the picture and not what the model has learned (Adebayo et al., 2018). "
         f"Above: the heatmap of layer {shown} as the weights are re-drawn from the top layer down; the last step also "
-        f"re-draws the vision tower."
+        f"re-draws the vision tower. {look_text(look)}"
     )
     return page.finish(small_print(page, y, caption, made_from(given, photo)))
 
@@ -763,7 +768,8 @@ def draw_comparison(
         middle = MARGIN + (page.inner + GAP - pitch * beside) / 2 + (i % columns + 0.5) * pitch - GAP / 2
         top = y + i // columns * row_height
         page.text(middle, top, METHOD_NAMES[method], SMALL, ha="center", weight="bold")
-        page.text(middle, top + BAND, f"layer {best}: {decimal(own[best])}", SMALL, ha="center", color="0.3")
+        under = f"layer {best}, ins. − del. {decimal(own[best])}"
+        page.text(middle, top + BAND, under, SMALL, ha="center", color="0.3")
         picture = draw_layer(small, token_maps, map_key(method, best), True, look)
         page.picture(middle - width / 2, top + 2 * BAND, width, height, picture)
         values[METHOD_NAMES[method]] = [own.get(layer, np.nan) for layer in layers], *STYLES[method]
@@ -781,8 +787,12 @@ def draw_comparison(
         f"and goes, if image tokens are revealed or removed hottest first. Less than {TIE} apart is a tie. It prefers "
         "maps that cover all of what the answer needs to maps that find its densest part."
     )
+    blank = ", ".join(f"{key} ({why})" for key, why in token_maps.blank.items())
+    caption += f" {look_text(look)}{f' Left out, as it has no map: {blank}.' if blank else ''}"
     caption = " ".join([caption, *(f"{line[0].upper()}{line[1:]}." for line in reservations(scores, measured))])
-    return page.finish(small_print(page, y, caption))
+    noise = settings_text(token_maps.settings).split(", ")[-3:]  # what all methods share
+    made = f"Settings: {', '.join(noise)}; baseline {measured.baseline}"
+    return page.finish(small_print(page, y, caption, made))
 
 
 # of one photo of a benchmark

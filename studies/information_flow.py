@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgba
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 from torch import Tensor
@@ -64,6 +65,7 @@ from visualization_utils import (
     PLAIN,
     SMALL,
     TEXT,
+    WEAK,
     WIDTHS,
     Page,
     Paper,
@@ -423,6 +425,7 @@ def image_hidden(model, layer: int):
 
 # the two studies
 
+HARDLY = 0.8  # share that is left without the image, if it is hardly needed
 KEPT = 0.95  # of the full value: what counts as no loss
 EXPLAINED = 5  # photos whose explained tokens are told
 UNLIKELY = 0.01  # probability below which there is nothing that could be lost
@@ -545,10 +548,10 @@ def find_cliff(curve: np.ndarray, kept: float = KEPT) -> int | None:
     """The smallest k with curve[k'] >= kept * curve[-1] for all k' >= k: from layer k on the image is not needed.
 
     `curve` (K + 1,) is what is left if the image is hidden from layer k on, all of it at its end. None if there is no
-    cliff: the full value is below 0.01, or as much is left if the image is hidden from the first layer on.
+    cliff: the full value is below 0.01, or four fifths of it are left if the image is hidden from the first layer on.
     """
     short = np.flatnonzero(curve < kept * curve[-1])
-    needed = curve[-1] >= UNLIKELY and curve[0] < kept * curve[-1]
+    needed = curve[-1] >= UNLIKELY and curve[0] < min(kept, HARDLY) * curve[-1]
     return int(short[-1]) + 1 if needed else None
 
 
@@ -576,7 +579,7 @@ def truncation_finding(curves: np.ndarray, what: str) -> str:
         return f"no cliff: {what} is {curve[-1]:.4f} with the whole image, so there is nothing to lose"
     if cliff is None:
         kept = f"{what} is {decimal(curve[0])} if the image is hidden from layer 0 on, {decimal(curve[-1])} with it"
-        return f"no cliff: {kept}, so the answer does not need the photo"
+        return f"no cliff: {kept}, so the answer hardly needs the photo"
     half = find_cliff(curve, 0.5)
     where = "the image is needed to the last layer" if cliff == total else f"from layer {cliff} on it can be removed"
     line = (
@@ -585,7 +588,7 @@ def truncation_finding(curves: np.ndarray, what: str) -> str:
     )
     line += f", {decimal(curve[cliff], 3)} if hidden from {cliff} on" if cliff < total else ""
     line += f", half of it or more from layer {half} on" if half is not None else ""
-    if len(curves) > 1 and (interval := cliff_interval(curves)):
+    if len(curves) >= 10 and (interval := cliff_interval(curves)):
         line += f" (cliff at {interval[0]} to {interval[1]} in 95 % of resampled photos)"
     return line
 
@@ -633,6 +636,7 @@ EDGE_STYLES = (
     ("#e69f00", ":"),
 )  # fmt: skip
 PLOT = 1.9, 1.35  # inches of one plot
+THIN = "Thick lines: mean of the photos; thin ones: each."
 STRIP, NARROW = 7, 0.7  # pictures side by side, at most, and inches of one, at least
 LINES = 24  # of one group in a panel of flow lines, at most
 BROADEST = 22  # points: a flow line that has all of the attention
@@ -704,13 +708,12 @@ def flow_lines(axes, attention: np.ndarray, groups: dict[str, slice], rows: int)
         count = min(rows if name == "image" else LINES, len(values))
         parts += [(name, piece.sum()) for piece in np.array_split(values, max(count, 1))]
         parts.append((None, 0.0))  # a gap
-    heights = np.linspace(1, 0, len(parts))
+    heights, thin = np.linspace(1, 0, len(parts)), 0.3  # points: below it some programs draw no thinner line
     shown = [(height, name, value) for height, (name, value) in zip(heights, parts, strict=True) if name]
     lines = LineCollection(
         [[(0, height), (0.35, height), (1, 0.5)] for height, _, _ in shown],
-        linewidths=[BROADEST * value for _, _, value in shown],
-        colors=[COLOURS[name] for _, name, _ in shown],
-        alpha=0.75,
+        linewidths=[max(BROADEST * value, thin) for _, _, value in shown],
+        colors=[to_rgba(COLOURS[name], 0.75 * min(1, BROADEST * value / thin)) for _, name, value in shown],
     )
     axes.add_collection(lines)
     for height, name, _ in shown:
@@ -762,7 +765,7 @@ def draw_flow(
         f"system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). {which[1]}: the same for each token "
         f"of the group, with the answer's own. {which[2]}: share of each group in the sum of |gradient × hidden state| "
         "at the layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as "
-        f"their attention. {look_text(look)}{' ' + numbered(names) if len(traced) > 1 else ''}"
+        f"their attention. {look_text(look)}{f' {THIN} {numbered(names)}' if len(traced) > 1 else ''}"
     )
     return page.finish(small_print(page, y, caption, settings_text(traced[0].maps.settings)))
 
@@ -844,8 +847,8 @@ def draw_taps(
             y += HEAD + height + GAP
     y += GAP
     caption = (
-        f"Bold: where the layer is read; merger: the image tokens before the decoder; grey: no gradient. "
-        f"{look_text(look)}"
+        f"Bold: where the layer is read, of at most {STRIP - 1} layers; merger: the image tokens before the decoder; "
+        f"grey: no gradient; weak: below {100 * WEAK:.0f} % of the strongest read at that place. {look_text(look)}"
     )
     return page.finish(small_print(page, y, caption, settings_text(maps.settings, "read at the named places")))
 
@@ -860,8 +863,10 @@ def _severed_heads(severed: Severed) -> list[tuple]:
     """Rows of the header of one photo: what was asked, answered and explained."""
     reading, part = severed.reading, severed.explained
     which = f"{len(part)} of {len(reading.tokens)} tokens: {excerpt(_words(severed), (0, 0), 200)[0]}"
-    rows = [("Prompt", reading.prompt), ("Answer", reading.answer), ("Explained", which)]
-    return [(label, excerpt(text, (0, 0), 300)[0], (0, 0)) for label, text in rows]
+    whole = list(part) == list(range(part[0], part[-1] + 1))  # one piece of the answer, which can be marked
+    span = (reading.spans[part[0]][0], reading.spans[part[-1]][1]) if whole else (0, 0)
+    rows = [("Prompt", reading.prompt, (0, 0)), ("Answer", reading.answer, span), ("Explained", which, (0, 0))]
+    return [(label, *excerpt(text, marked, 300)) for label, text, marked in rows]
 
 
 def _legend_below(axes) -> None:
@@ -907,6 +912,8 @@ def draw_knockout(
     if len(severed) == 1:
         y = masthead(page, severed[0].reading.photo, "Knockout: what the answer needs", heads, (1.6, 1.2))
     else:
+        said = "; ".join(f"{i} {_words(part)}" for i, part in enumerate(severed[:6], 1))
+        heads += [("Explained", excerpt(said, (0, 0), 200)[0], (0, 0))] if what != "accuracy" else []
         y = header(page, MARGIN, MARGIN, "Knockout: what the answers need", heads)
     y += 2 * GAP
     windows, height = list(severed[0].windows), 1.9
@@ -926,6 +933,8 @@ def draw_knockout(
         "hiding begins; yellow: from where all is lost to where all is kept. What these layers read may also be read "
         "elsewhere."
     )
+    if len(curves) > 1:
+        caption += f" Dashed: {list(curves)[-1]}, those with most attention from the explained tokens kept."
     if windows:
         caption += (
             f" Blocked: in {window} layers around each (fewer at the ends), what stands behind the arrow cannot attend "
@@ -933,7 +942,7 @@ def draw_knockout(
             "is blocked, attention moves to the rest; it may cost more than blocking all."
         )
     if len(severed) > 1:
-        caption += " " + numbered(names)
+        caption += f" {THIN} {numbered(names)}"
     return page.finish(small_print(page, y, caption))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from matplotlib.text import Text
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
@@ -122,6 +123,7 @@ def demo():
     return read(model, processor, DEMO.parent / "demo.jpeg", DESCRIBE)
 
 
+@rc_context({"text.hinting": "none"})  # as pages are drawn
 def check_layout(figure):
     """Nothing overlaps, nothing runs out of the page, and no text is smaller than 6 points."""
     renderer = figure.canvas.get_renderer()
