@@ -288,7 +288,7 @@ def nothing_written():
 def write_whole(write: Callable, folder: Path, record: dict, files: dict) -> None:
     """Write the files and, last of all, the record, which knows their names and sizes."""
     (folder / RECORD).unlink(missing_ok=True)  # from here on the folder is not whole
-    paths = write(files)
-    record["files"] = [str(path.relative_to(folder)) for path in paths]
+    write(files)
+    record["files"] = list(files)
     record["sizes"] = {name: (folder / name).stat().st_size for name in record["files"]}
     write({RECORD: json.dumps(record, ensure_ascii=False, indent=1) + "\n"})

@@ -1033,7 +1033,10 @@ def test_every_figure_states_its_settings(pages, settings, title, stated):
             assert f"{title.removeprefix('Smooth ')}, share of the map's own maximum; below: over grey" in texts_of(
                 pages[-1]
             )
-            assert " Hot: where the explained words come from, as read at " in prose
+            hot = "where the explained words come from"
+            if settings.contrast is not None:
+                hot = "what speaks for the explained words rather than for the other text"
+            assert f" Hot: {hot}, as read at " in prose
     assert page_data(photo, "", words, [[0.5]] * 2, [["x"]] * 2)["settings"] == f"Settings: {stated}"
 
 

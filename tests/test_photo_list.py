@@ -174,6 +174,15 @@ def test_a_second_run_does_what_is_not_whole_and_nothing_else(photos, tmp_path):
     assert len(records_in(tmp_path / "out")) == 2
 
 
+def test_paths_may_be_relative(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    work = Work(Path("out"))
+    records, _ = work.run(read_list(["photos"]))
+    assert work.told == []
+    assert [record["files"] for record in records] == [["a.txt", "b.txt"]] * 5
+    assert work.run(read_list(["photos"]))[1] == 5
+
+
 def test_key_knows_photo_mask_and_what_is_asked(photos, tmp_path):
     mask = tmp_path / "m.png"
     make_image(40, 30).save(mask)
