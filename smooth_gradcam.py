@@ -135,7 +135,8 @@ class Settings:
     use_smooth   False: one clean copy, without noise
     seed         of the noise: the same seed gives the same maps
     tap          read decoder layers at the hidden states that enter them ("input"), at their "output", or at the output
-                 of their "post_attention_layernorm"; at the last two the last layer has no gradient
+                 of their "post_attention_layernorm"; at the last two the last layer has no gradient. Qwen3-VL's first
+                 layers lack what is added to the photo's tokens behind them (see `find_taps`)
     score        "logit" (the paper's) or "logprob": what is summed over the explained tokens
     contrast     explain the target's score minus that of this text in its place, after the same words; scores are sums
                  over tokens, so both should have the same number
@@ -552,6 +553,8 @@ class Tap(NamedTuple):
 def find_taps(model, layers, tap: str) -> list[Tap]:
     """Decoder layers are tapped as `tap` says, all other modules at their output.
 
+    Qwen3-VL adds features of the photo to the hidden states behind its first layers (deepstack). Read at the input of
+    one of those or at its output, they are as they are there: what is added behind is held constant, and left out.
     Keys are the index of a decoder layer, whichever the tap, and the name in the model of any other module.
     """
     decoder, total = get_model_layers(model)
@@ -589,7 +592,10 @@ def captured(taps: list[Tap]):
         return hook
 
     def at_output(key):  # a tensor, or a tuple that begins with it (decoder layers before 5.6)
-        return lambda module, args, out: (keep(key, out[0]), *out[1:]) if isinstance(out, tuple) else keep(key, out)
+        def hook(module, args, out):  # copied, because Qwen3-VL adds to its first layers' outputs in place (before 5)
+            return (keep(key, out[0]).clone(), *out[1:]) if isinstance(out, tuple) else keep(key, out).clone()
+
+        return hook
 
     handles = [
         module.register_forward_pre_hook(at_input(key), with_kwargs=True)
@@ -606,23 +612,41 @@ def captured(taps: list[Tap]):
 
 @contextmanager
 def detached_norms(model):
-    """Inside, gradients pass every RMSNorm as if its denominator were a constant; values stay as they are.
+    """Inside, gradients pass every RMSNorm and LayerNorm as if its denominator were a constant; values stay the same.
 
     y = w x / rms(x) does not change with the length of x, so the gradient that comes back through it is orthogonal to
     x: what a token contributes through a norm, sum_k g_k x_k, is zero but for eps. With a stop-gradient on rms(x) it is
     what y contributes, and contributions add up over the tokens: the rule of Ali et al. ("XAI for Transformers: Better
     Explanations through Conservative Propagation", ICML 2022) and of AttnLRP (Achtibat et al., ICML 2024) for norms.
+
+    Qwen3-VL has such norms on the queries and keys of each head as well: without the rule, which passes on all that
+    reaches them, nothing would be left of what queries and keys contribute. A LayerNorm, as the vision towers of
+    Qwen2-VL and Qwen3-VL have them, is w (x - mean(x)) / std(x) + b: the mean is linear in x and stays.
     """
 
-    def hook(module, args, output):
+    def rms_norm(module, args, output):
         if not output.requires_grad:  # below the first tap
             return output
         scale = (output / args[0]).detach().nan_to_num(0, 0, 0)  # w / rms(x)
         linear = args[0] * scale
         return output.detach() + (linear - linear.detach())
 
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    handles = [module.register_forward_hook(hook) for module in norms]
+    def layer_norm(module, args, output):
+        if not output.requires_grad:
+            return output
+        with torch.no_grad():
+            centred = args[0] - args[0].mean(-1, keepdim=True)
+            variance = centred.square().mean(-1, keepdim=True) + module.eps
+            shown = output - module.forward(torch.zeros_like(args[0][:1]))  # w (x - mean(x)) / std(x), without b
+        growth = (centred * args[0]).mean(-1, keepdim=True) / variance  # of std(x), relative: what the gradient lacks
+        return output + shown * (growth - growth.detach())
+
+    handles = []
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            handles.append(module.register_forward_hook(rms_norm))
+        elif isinstance(module, nn.LayerNorm):
+            handles.append(module.register_forward_hook(layer_norm))
     try:
         yield
     finally:
