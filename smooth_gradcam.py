@@ -282,6 +282,19 @@ def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator
 # reading: photo, prompt and answer as the model has them
 
 
+FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}  # by model_type
+SUPPORTED = "supported are " + ", ".join(f"{name} ({kind})" for kind, name in FAMILIES.items())
+
+
+def check_family(model) -> None:
+    """Raises ValueError, with the list of what is supported, for a model of another family, or one that is no model."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        raise ValueError(f"{type(model).__name__} is of type {kind}, which is not supported: {SUPPORTED}")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} cannot answer: load it with AutoModelForImageTextToText")
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """A photo, a prompt and an answer as a model reads them: made once by `read`, explained as often as you like."""
@@ -308,6 +321,7 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
 
     Raises ValueError for bad arguments, ExplanationError if the model answers with nothing.
     """
+    check_family(model)
     check_whole("max_new_tokens", max_new_tokens, 1)
     texts = {"prompt": prompt} if answer is None else {"prompt": prompt, "answer": answer}
     for name, text in texts.items():
@@ -316,8 +330,6 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
             raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} cannot answer: load it with AutoModelForImageTextToText")
     photo, tokenizer = load_rgb(image), processor.tokenizer
     with borrowed(model):
         inputs = prepare_inputs(model, processor, photo, prompt)
@@ -509,7 +521,7 @@ def put_in_place(reading: Reading, span: tuple[int, int], contrast: str) -> tupl
 
 
 def get_model_layers(model) -> tuple[nn.ModuleList, int]:
-    """The decoder layers of a Qwen2.5-VL (or a model laid out like it) and their number.
+    """The decoder layers of a Qwen2.5-VL (or a model laid out like it, of whatever family) and their number.
 
     Raises ValueError if the model has them in none of the known places.
     """
@@ -940,6 +952,7 @@ def compute_token_maps(
     settings, layers = Settings(**settings), list(_listed(layers))
     if settings.contrast is not None and target is None:
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
+    check_family(model)
     find_taps(model, layers, settings.tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
     return explain(reading, [find_target(reading.answer, target, target_occurrence)], layers, settings, progress)[0]

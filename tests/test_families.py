@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import json
+import re
 
 import numpy as np
 import pytest
@@ -483,3 +485,52 @@ def test_deepstack_is_refused_where_the_decoder_is_run_in_parts(drive, family, t
     assert code == (2 if refused else 0), err
     assert ("feeds its image features to several layers: flow does not know how" in err) == refused
     assert refused != (tmp_path / "out").exists()
+
+
+# other families
+
+
+def others():
+    """Tiny models whose decoders are laid out like those of the families, and a module that is no model."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 300}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    vision |= {"deepstack_visual_indexes": [0]}
+    experts = small | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "head_dim": 8}
+    experts |= {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    clip = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    yield "Qwen2ForCausalLM is of type qwen2,", transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**small))
+    config = transformers.Qwen3VLMoeConfig(text_config=experts, vision_config=vision)
+    yield (
+        "Qwen3VLMoeForConditionalGeneration is of type qwen3_vl_moe,",
+        transformers.Qwen3VLMoeForConditionalGeneration(config),
+    )
+    config = transformers.LlavaConfig(
+        text_config=small | {"model_type": "llama"}, vision_config=clip | {"model_type": "clip_vision_model"}
+    )
+    yield "LlavaForConditionalGeneration is of type llava,", transformers.LlavaForConditionalGeneration(config)
+    yield "Linear is of type None,", nn.Linear(2, 2)
+    yield "NoneType is of type None,", None
+
+
+@pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
+def test_other_families_are_refused_by_name_with_what_is_supported(processor, image):
+    supported = "which is not supported: supported are "
+    supported += "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl), Qwen3-VL (qwen3_vl)"
+    for message, other in others():
+        with pytest.raises(ValueError, match=re.escape(f"{message} {supported}") + "$"):
+            read(other, processor, image, PROMPT)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            compute_token_maps(other, processor, image, PROMPT, [0])
+
+
+@pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
+@pytest.mark.parametrize("kind", ["qwen2", "llava", "qwen3_vl_moe", "qwen2_5_omni", None, ["qwen3_vl"]])
+def test_driver_refuses_other_families_before_it_loads_them(drive, tmp_path, kind):
+    config = {"model_type": kind, "num_hidden_layers": 4}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    code, err = drive("--model_path", tmp_path / "other")
+    assert code == 2
+    assert f"is of type {kind}, which is not supported: supported are Qwen2-VL (qwen2_vl), Qwen2.5-VL" in err
+    assert not (tmp_path / "out").exists()
