@@ -201,6 +201,7 @@ class TokenMaps:
     target_tokens: list[int]  # T indices into `tokens`: what was scored
     no_gradient: frozenset  # layers whose gradient is exactly zero
     settings: Settings
+    image: int = 0  # which of the prompt's images: 0 is the first
 
     @cached_property
     def blank(self) -> dict[int | str, str]:
@@ -297,18 +298,36 @@ def check_family(model) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A photo, a prompt and an answer as a model reads them: made once by `read`, explained as often as you like."""
+    """A photo, a prompt and an answer as a model reads them: made once by `read`, explained as often as you like.
+
+    There may be several photos; `photo` and `grid` are of the only one.
+    """
 
     model: nn.Module
     processor: object
-    photo: Image.Image  # RGB
+    photos: tuple[Image.Image, ...]  # RGB, in the order of the prompt
     prompt: str
-    inputs: dict[str, Tensor]  # what the processor makes of photo and prompt
-    positions: Tensor  # (N,) of the image tokens in the sequence
-    grid: tuple[int, int]  # (H, W)
+    inputs: dict[str, Tensor]  # what the processor makes of photos and prompt
+    positions: Tensor  # (N,) of the image tokens in the sequence, those of all photos
+    grids: tuple[tuple[int, int], ...]  # (H, W) of each photo
     tokens: list[int]  # A token ids of the answer
     spans: list[tuple[int, int]]  # A: the characters of `answer` that each token has a part in
     answer: str
+
+    @property
+    def photo(self) -> Image.Image:
+        """The only photo. Raises ValueError if there are several."""
+        return self._only(self.photos)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the only photo. Raises ValueError if there are several."""
+        return self._only(self.grids)
+
+    def _only(self, of_photos: tuple):
+        if len(of_photos) > 1:
+            raise ValueError(f"the prompt has {len(of_photos)} images, and this is made for one: use read and explain")
+        return of_photos[0]
 
     def tokens_of(self, span: tuple[int, int]) -> list[int]:
         """T indices of the answer's tokens that have a part in these characters (start, end)."""
@@ -319,6 +338,7 @@ class Reading:
 def read(model, processor, image, prompt: str, answer: str | None = None, max_new_tokens: int = 128) -> Reading:
     """Photo, prompt and answer, the model's own (greedy) if none is given, as `explain` needs them.
 
+    `image` is what `load_rgb` opens, or a list of such: photos that stand before the prompt, in their order.
     Raises ValueError for bad arguments, ExplanationError if the model answers with nothing.
     """
     check_family(model)
@@ -330,10 +350,10 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
             raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
-    photo, tokenizer = load_rgb(image), processor.tokenizer
+    photos, tokenizer = tuple(map(load_rgb, _each(image))), processor.tokenizer
     with borrowed(model):
-        inputs = prepare_inputs(model, processor, photo, prompt)
-        positions, grid = image_grid(model, inputs)
+        inputs = prepare_inputs(model, processor, photos, prompt)
+        positions, grids = image_grids(model, inputs)
         with memory_explained(len(positions)):
             if answer is None:
                 tokens = generate(model, tokenizer, inputs, max_new_tokens)
@@ -342,20 +362,34 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     text = decode(tokenizer, tokens)
     if not text.strip():
         raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
-    if len(positions) < 9:
-        caution(f"the photo is seen as {grid[1]} x {grid[0]} image tokens: so few cells tell hardly any places apart")
+    for height, width in grids:
+        if height * width < 9:
+            caution(f"the photo is seen as {width} x {height} image tokens: so few cells tell hardly any places apart")
     spans = token_spans(tokenizer, tokens)
-    return Reading(model, processor, photo, prompt, inputs, positions, grid, tokens, spans, text)
+    return Reading(model, processor, photos, prompt, inputs, positions, grids, tokens, spans, text)
 
 
-def prepare_inputs(model, processor, image: Image.Image, prompt: str) -> dict[str, Tensor]:
-    """What the processor makes of a photo and a prompt, with its chat template, where the model's embeddings are."""
+def _each(image) -> Iterable:
+    """The photos that are given, one or a list."""
+    if not isinstance(image, (list, tuple)):
+        return (image,)
+    if not image:
+        raise ValueError(f"image={image!r} has no photo: give one or more")
+    return image
+
+
+def prepare_inputs(model, processor, image, prompt: str) -> dict[str, Tensor]:
+    """What the processor makes of a photo, or a list of them, and a prompt behind it, with its chat template.
+
+    The tensors are where the model's embeddings are.
+    """
+    images = list(_each(image))
     for marker in processor.tokenizer.all_special_tokens:
         if marker in prompt and not re.search("object|box|quad", marker):  # but for those of grounding
             raise ValueError(f"prompt={prompt!r} contains {marker}, which stands for a picture or a turn of the chat")
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    message = {"role": "user", "content": [*[{"type": "image"}] * len(images), {"type": "text", "text": prompt}]}
     text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
+    inputs = dict(processor(text=[text], images=images, return_tensors="pt"))
     if "mm_token_type_ids" in accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
         inputs.setdefault("mm_token_type_ids", (inputs["input_ids"] == model.config.image_token_id).long())
     device = model.get_input_embeddings().weight.device
@@ -377,17 +411,17 @@ def grid_from_count(count: int) -> tuple[int, int]:
     return height, count // height
 
 
-def image_grid(model, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
-    """Positions (N,) of the image tokens in the sequence and their grid (H, W), raster order."""
+def image_grids(model, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """Positions (N,) of the image tokens in the sequence and the grid (H, W) of each image, raster order."""
     positions = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]  # (N,)
     if "image_grid_thw" not in inputs:
-        return positions, grid_from_count(len(positions))
-    _, height, width = inputs["image_grid_thw"][0].tolist()  # in patches
+        return positions, (grid_from_count(len(positions)),)
     merge = model.config.vision_config.spatial_merge_size
-    grid = height // merge, width // merge
-    if len(positions) != grid[0] * grid[1]:
-        raise ValueError(f"{len(positions)} image tokens do not fill the processor's grid of {grid[0]} x {grid[1]}")
-    return positions, grid
+    grids = tuple((height // merge, width // merge) for _, height, width in inputs["image_grid_thw"].tolist())
+    if len(positions) != sum(map(math.prod, grids)):
+        known = " and ".join(f"{height} x {width}" for height, width in grids)
+        raise ValueError(f"{len(positions)} image tokens do not fill the processor's grid of {known}")
+    return positions, grids
 
 
 def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
@@ -866,7 +900,7 @@ def to_grid(key, heat: np.ndarray, grid: tuple[int, int], vision_config) -> np.n
 
 
 def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, method: str) -> np.ndarray | None:
-    """(H, W) of one copy, None if no path leads from the image tokens at this layer to the answer."""
+    """(N,) of one copy, image after image, None if no path leads from the image tokens at this layer to the answer."""
     if gradient is None:
         return None
     features, gradient = (image_rows(key, tensor, reading.positions) for tensor in (features, gradient))  # (k * N, C)
@@ -876,7 +910,10 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
     if not gradient.any():
         return None
     heat = METHODS[method](features, gradient).float().cpu().numpy()
-    return to_grid(key, heat, reading.grid, reading.model.config.vision_config)
+    counts = np.multiply([math.prod(grid) for grid in reading.grids], len(heat) // len(reading.positions))
+    parts = zip(np.split(heat, np.cumsum(counts)[:-1]), reading.grids, strict=True)  # the vision tower's, too
+    config = reading.model.config.vision_config
+    return np.concatenate([to_grid(key, part, grid, config).ravel() for part, grid in parts])
 
 
 def explain(
@@ -890,6 +927,10 @@ def explain(
 ) -> list[TokenMaps]:
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
+    One TokenMaps for each part; of a reading of several photos, for each part one for each photo in turn. Their tokens
+    are pooled and centred together, as the image tokens they all are, so that maps of one part compare: a photo that
+    the part is not taken from is darker.
+
     `spans` are the parts, (start, end) in characters of `reading.answer`, one or more (one for a contrast); see
     `find_target`. `watch` is called with {key: (features, gradient or None)} of every pass, in the layers' own shapes.
     `layers`, `progress` and errors are described in `compute_token_maps`.
@@ -899,7 +940,7 @@ def explain(
     if not spans:
         raise ValueError("spans=[] names no part of the answer: give one or more, (start, end) in characters")
     taps = find_taps(reading.model, layers, settings.tap)
-    maps = [{tap.key: np.zeros(reading.grid, np.float32) for tap in taps} for _ in spans]
+    maps = [{tap.key: np.zeros(len(reading.positions), np.float32) for tap in taps} for _ in spans]
     alive = [set() for _ in spans]
     with borrowed(reading.model), memory_explained(len(reading.positions)):
         for _, part, pairs in noisy_passes(reading, spans, taps, settings, progress):
@@ -910,13 +951,15 @@ def explain(
                 if heat is not None:
                     maps[part][key] += heat / settings.num_samples
                     alive[part].add(key)
-    about = reading.grid, reading.prompt, reading.answer, list(reading.tokens)
-    return [
-        TokenMaps(
-            cams, *about, reading.answer[slice(*span)], span, reading.tokens_of(span), frozenset(cams) - live, settings
-        )
-        for span, cams, live in zip(spans, maps, alive, strict=True)
-    ]
+    about = reading.prompt, reading.answer, list(reading.tokens)
+    ends = np.cumsum([math.prod(grid) for grid in reading.grids])
+    results = []
+    for span, cams, live in zip(spans, maps, alive, strict=True):
+        told = reading.answer[slice(*span)], span, reading.tokens_of(span), frozenset(cams) - live, settings
+        for image, (grid, end) in enumerate(zip(reading.grids, ends, strict=True)):
+            own = {key: cam[end - math.prod(grid) : end].reshape(grid) for key, cam in cams.items()}
+            results.append(TokenMaps(own, grid, *about, *told, image))
+    return results
 
 
 def compute_token_maps(
@@ -952,6 +995,8 @@ def compute_token_maps(
     settings, layers = Settings(**settings), list(_listed(layers))
     if settings.contrast is not None and target is None:
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
+    if isinstance(image, (list, tuple)):
+        raise ValueError(f"{len(image)} images, and this is made for one: use read and explain, with a map each")
     check_family(model)
     find_taps(model, layers, settings.tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)

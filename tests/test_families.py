@@ -16,14 +16,18 @@ import smooth_gradcam as core
 import test_gradcam
 import visualization_utils
 from smooth_gradcam import Settings, compute_token_maps, explain, find_target, get_model_layers, read
+from studies.faithfulness import insertion_deletion
+from studies.information_flow import token_groups
+from studies.words import create_word_maps
 from test_gradcam import cap_pixels, load_model, load_processor
 
 PROMPT = "What is it?"
 ANSWER = "the red cat 猫"
 CLEAN = {"use_smooth": False, "answer": ANSWER}
 FAMILIES = ("qwen2_vl", "qwen3_vl")
-CLASSES = {"qwen2_vl": "Qwen2VL", "qwen3_vl": "Qwen3VL"}
-SIDES = {"qwen2_vl": 28, "qwen3_vl": 32}  # pixels of an image token
+ALL = (*FAMILIES, "qwen2_5_vl")  # where its own tests have nothing
+CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+SIDES = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}  # pixels of an image token
 STDS = {"qwen2_vl": (0.26862954, 0.26130258, 0.27577711), "qwen3_vl": (0.5, 0.5, 0.5)}
 LAYERS = 5
 DEEPSTACK = 2  # Qwen3-VL adds vision features behind layers 0 and 1
@@ -35,6 +39,11 @@ OF_FAMILY = {
     "qwen2_vl": (
         {"use_sliding_window": False},
         {"depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2},
+    ),
+    "qwen2_5_vl": (
+        {"use_sliding_window": False},
+        {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+        | {"fullatt_block_indexes": [1], "window_size": 112},
     ),
     "qwen3_vl": (
         {"head_dim": 8},
@@ -56,7 +65,7 @@ def make_processor(family, tokenizer):
     if family == "qwen3_vl":
         images = {"size": {"shortest_edge": 4 * side**2, "longest_edge": 200 * side**2}}
         images |= {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    videos = getattr(transformers, f"{CLASSES[family]}VideoProcessor")()
+    videos = getattr(transformers, f"{CLASSES[family].replace('2_5_', '2')}VideoProcessor")()
     make = getattr(transformers, f"{CLASSES[family]}Processor")
     return make(transformers.Qwen2VLImageProcessor(**images), tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
@@ -379,7 +388,7 @@ def test_the_rules_share_the_whole_score_out_but_for_what_deepstack_adds_behind(
     taps = [core.Tap(i, layer, True) for i, layer in enumerate(layers)]
     taps += [core.Tap(("out", i), layer, False) for i, layer in enumerate(layers)]
     with core.borrowed(model), core.attnlrp(model), core.captured(taps) as found:
-        score = model(**inputs, use_cache=False).logits[0, core.image_grid(model, inputs)[0][7], 5]
+        score = model(**inputs, use_cache=False).logits[0, core.image_grids(model, inputs)[0][7], 5]
         gradients = dict(zip(found, torch.autograd.grad(score, list(found.values())), strict=True))
     score = float(score.detach())
     found = {key: tensor.detach() for key, tensor in found.items()}
@@ -534,3 +543,139 @@ def test_driver_refuses_other_families_before_it_loads_them(drive, tmp_path, kin
     assert code == 2
     assert f"is of type {kind}, which is not supported: supported are Qwen2-VL (qwen2_vl), Qwen2.5-VL" in err
     assert not (tmp_path / "out").exists()
+
+
+# several images
+
+
+@pytest.fixture(scope="session")
+def several(model, processor, family):
+    """Of three photos of different sizes: 24 + 6 * 9 + 12 image tokens."""
+    side = SIDES[family]
+    photos = [make_image(6 * side, 4 * side), make_image(9 * side, 6 * side), make_image(3 * side, 4 * side)]
+    return read(model, processor, photos, PROMPT, ANSWER)
+
+
+SIZES = ((4, 6), (6, 9), (4, 3))
+of_all = pytest.mark.parametrize("family", ALL, indirect=True)
+
+
+@of_all
+def test_several_images_stand_before_the_prompt_in_their_order(several, processor):
+    assert several.grids == SIZES
+    message = {"role": "user", "content": [{"type": "image"}] * 3 + [{"type": "text", "text": PROMPT}]}
+    text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    expected = processor(text=[text], images=list(several.photos), return_tensors="pt")
+    for name in ("input_ids", "pixel_values", "image_grid_thw"):
+        assert torch.equal(several.inputs[name], expected[name])
+    ids = several.inputs["input_ids"][0]
+    assert (ids == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).nonzero()[:, 0].tolist() == list(
+        several.positions
+    )
+    assert len(several.positions) == 24 + 54 + 12
+
+
+@of_all
+@pytest.mark.parametrize("method", core.METHODS)
+def test_each_image_has_its_part_of_the_map_of_all_image_tokens(model, oracles, several, method):
+    settings = Settings(use_smooth=False, method=method, tap="input")
+    found = explain(several, [(0, len(several.answer))], range(LAYERS), settings)
+    assert [(one.image, one.grid) for one in found] == list(enumerate(SIZES))
+    answer = several.tokens + [several.processor.tokenizer.eos_token_id] * (method == "paper")
+    book = oracles[settings.rules]
+    expected = autograd(book, several, decoder(book), answer)
+    for layer in range(LAYERS):
+        cams = [one.maps[layer] for one in found]
+        assert tuple(cam.shape for cam in cams) == SIZES
+        pair = (tensor[0, several.positions] for tensor in expected[layer])
+        together = np.concatenate([cam.ravel() for cam in cams])
+        np.testing.assert_allclose(together, map_by_hand(*pair, method), rtol=1e-4, atol=1e-7)
+
+
+@of_all
+def test_maps_are_listed_part_by_part_and_image_by_image(several):
+    spans = [find_target(several.answer, word) for word in ("red", "cat")]
+    together = explain(several, spans, [1], Settings(num_samples=2))
+    apart = sum((explain(several, [span], [1], Settings(num_samples=2)) for span in spans), [])
+    assert [(one.target, one.image) for one in together] == [(w, i) for w in ("red", "cat") for i in range(3)]
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_allclose(one.maps[1], other.maps[1], rtol=1e-5, atol=1e-9)
+
+
+@of_all
+def test_vision_merger_of_several_images_is_in_raster_order(model, several):
+    """The windows of Qwen2.5-VL's tower are walked image by image."""
+    settings, tower = Settings(use_smooth=False, method="hirescam"), model.model.visual
+    for one in explain(several, [(0, len(several.answer))], [0, tower.merger, tower.blocks[-1]], settings):
+        np.testing.assert_allclose(one.maps["model.visual.merger"], one.maps[0], rtol=1e-5)
+        assert one.maps[f"model.visual.blocks.{len(tower.blocks) - 1}"].shape == one.grid
+
+
+@of_all
+def test_every_image_gets_noise_of_its_own(several, processor, monkeypatch):
+    """The maps are the mean over copies in which all photos are noisy."""
+    seen, plain = [], core.add_noise
+    monkeypatch.setattr(core, "add_noise", lambda *args: seen.append(plain(*args)) or seen[-1])
+    explain(several, [(0, 3)], [1], Settings(num_samples=3, noise_std=0.2))
+    noise = torch.stack(seen) - several.inputs["pixel_values"]
+    ends = np.cumsum([4 * rows * columns for rows, columns in SIZES])[:-1].tolist()
+    std = float(np.mean(processor.image_processor.image_std))
+    for part in noise.tensor_split(ends, dim=1):
+        assert float(part.std()) * std == pytest.approx(0.2, rel=0.05)
+    assert noise.flatten(0, 1).unique(dim=0).shape[0] == noise.shape[0] * noise.shape[1]
+
+
+@of_all
+def test_an_object_is_found_in_the_image_and_the_corner_where_it_is(model, processor, family, several, monkeypatch):
+    """A method that marks the odd token out of the features as they enter layer 0."""
+    side = SIDES[family]
+    photos = [np.full((rows * side, columns * side, 3), 128, np.uint8) for rows, columns in SIZES]
+    photos[1][:side, -side:] = 255
+    reading = read(model, processor, photos, PROMPT, ANSWER)
+    monkeypatch.setitem(core.METHODS, "hirescam", lambda a, g: (a - a.median(0).values).square().sum(-1))
+    settings = Settings(use_smooth=False, method="hirescam")
+    cams = [one.maps["model.visual.patch_embed"] for one in explain(
+        reading, [(0, 3)], [model.model.visual.patch_embed], settings
+    )]  # fmt: skip
+    assert np.argmax([cam.max() for cam in cams]) == 1
+    assert np.unravel_index(cams[1].argmax(), cams[1].shape) == (0, SIZES[1][1] - 1)
+
+
+@of_all
+def test_a_list_of_one_image_is_that_image(model, processor, image):
+    one, other = (read(model, processor, given, PROMPT, ANSWER) for given in (image, [image]))
+    assert one.inputs.keys() == other.inputs.keys()
+    assert all(torch.equal(one.inputs[name], other.inputs[name]) for name in one.inputs)
+    assert (one.photo.tobytes(), one.grid) == (other.photo.tobytes(), other.grid)
+    found = [explain(reading, [(0, 3)], [1])[0].maps[1] for reading in (one, other)]
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_what_is_made_for_one_image_refuses_several(model, processor, several, tmp_path):
+    photos = list(several.photos)
+    with pytest.raises(ValueError, match="^3 images, and this is made for one: use read and explain, with a map each$"):
+        compute_token_maps(model, processor, photos, PROMPT, [0])
+    with pytest.raises(ValueError, match="^3 images, and this"):
+        core.SmoothQwenGradCAM(model, processor, 0).generate_cam(photos, PROMPT)
+    message = "^the prompt has 3 images, and this is made for one: use read and explain$"
+    with pytest.raises(ValueError, match=message):
+        several.photo  # noqa: B018
+    with pytest.raises(ValueError, match=message):
+        create_word_maps(model, processor, photos, PROMPT, answer=ANSWER, save_dir=tmp_path / "words")
+    with pytest.raises(ValueError, match=message):
+        insertion_deletion(several, explain(several, [(0, 3)], [0])[0])
+    with pytest.raises(ValueError, match="several pictures in one prompt are not supported"):
+        token_groups(several)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_lists_that_hold_no_photos_are_named(model, processor, image):
+    for given, message in (
+        ([], "image=.. has no photo: give one or more"),
+        ([image, None], "image of type NoneType must be a path"),
+        ([image, [image]], "image of type list must be a path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(model, processor, given, PROMPT)
