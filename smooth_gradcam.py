@@ -37,7 +37,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 __all__ = [
     *("SmoothQwenGradCAM", "get_model_layers", "compute_token_maps", "render_cam"),
     *("gradcam", "hirescam", "product", "paper"),
-    *("Settings", "Look", "Reading", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
+    *("Settings", "Look", "Reading", "Video", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
 ]
 
 
@@ -201,7 +201,7 @@ class TokenMaps:
     target_tokens: list[int]  # T indices into `tokens`: what was scored
     no_gradient: frozenset  # layers whose gradient is exactly zero
     settings: Settings
-    image: int = 0  # which of the prompt's images: 0 is the first
+    image: int = 0  # which of the prompt's images, or of a video's temporal patches: 0 is the first
 
     @cached_property
     def blank(self) -> dict[int | str, str]:
@@ -266,17 +266,37 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
-def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Video:
+    """Frames in their order, each what `load_rgb` opens, all of one size; `fps` of them are a second."""
+
+    frames: Iterable
+    fps: float = 2.0
+
+    def __post_init__(self):
+        if not (isinstance(self.fps, (int, float)) and 0 < self.fps < math.inf):
+            raise ValueError(f"fps={self.fps!r} must be frames per second, above 0")
+        frames = tuple(map(load_rgb, self.frames))
+        if len(frames) < 2 or len({frame.size for frame in frames}) > 1:
+            sizes = ", ".join(f"{width} x {height}" for width, height in dict.fromkeys(frame.size for frame in frames))
+            raise ValueError(f"a video of {len(frames)} frames ({sizes}): give two or more, all of one size")
+        object.__setattr__(self, "frames", frames)
+
+
+def add_noise(
+    pixel_values: Tensor, noise_std: float, image_processor, generator: torch.Generator, still: bool = True
+) -> Tensor:
     """One SmoothGrad copy of the processor's pixels, (patches, channels * temporal copies * P * P).
 
     `noise_std` is in units of pixel values in [0, 1] (Smilkov et al., 2017: sigma / (max - min)). A still image is
-    stored twice along time: every distinct pixel gets one draw, the same in both copies. Drawn on the CPU, so that a
-    seed means the same noise on every device.
+    stored twice along time: every distinct pixel gets one draw, the same in both copies; not `still`, they are frames
+    of a video, with a draw each. Drawn on the CPU, so that a seed means the same noise on every device.
     """
     std = torch.tensor(image_processor.image_std if image_processor.do_normalize else 1.0).expand(3)
     copies = image_processor.temporal_patch_size
     pixels = pixel_values.unflatten(1, (len(std), copies, -1))  # (patches, channels, copies, P * P)
-    noise = torch.randn(pixels[:, :, :1].shape, generator=generator) * (noise_std / std[:, None, None])
+    drawn = pixels[:, :, :1] if still else pixels
+    noise = torch.randn(drawn.shape, generator=generator) * (noise_std / std[:, None, None])
     return (pixels + noise.to(pixels)).flatten(1)
 
 
@@ -300,7 +320,8 @@ def check_family(model) -> None:
 class Reading:
     """A photo, a prompt and an answer as a model reads them: made once by `read`, explained as often as you like.
 
-    There may be several photos; `photo` and `grid` are of the only one.
+    There may be several photos; `photo` and `grid` are of the only one. A video is read as its temporal patches, of two
+    frames each, with the first of them as photo.
     """
 
     model: nn.Module
@@ -316,17 +337,18 @@ class Reading:
 
     @property
     def photo(self) -> Image.Image:
-        """The only photo. Raises ValueError if there are several."""
+        """The only photo. Raises ValueError if there are several, or a video."""
         return self._only(self.photos)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H, W) of the only photo. Raises ValueError if there are several."""
+        """(H, W) of the only photo. Raises ValueError if there are several, or a video."""
         return self._only(self.grids)
 
     def _only(self, of_photos: tuple):
-        if len(of_photos) > 1:
-            raise ValueError(f"the prompt has {len(of_photos)} images, and this is made for one: use read and explain")
+        if len(of_photos) > 1 or "pixel_values_videos" in self.inputs:
+            given = "a video" if "pixel_values_videos" in self.inputs else f"{len(of_photos)} images"
+            raise ValueError(f"the prompt has {given}, and this is made for one photo: use read and explain")
         return of_photos[0]
 
     def tokens_of(self, span: tuple[int, int]) -> list[int]:
@@ -338,7 +360,7 @@ class Reading:
 def read(model, processor, image, prompt: str, answer: str | None = None, max_new_tokens: int = 128) -> Reading:
     """Photo, prompt and answer, the model's own (greedy) if none is given, as `explain` needs them.
 
-    `image` is what `load_rgb` opens, or a list of such: photos that stand before the prompt, in their order.
+    `image` is what `load_rgb` opens, a list of such, or a `Video`: they stand before the prompt, in their order.
     Raises ValueError for bad arguments, ExplanationError if the model answers with nothing.
     """
     check_family(model)
@@ -350,9 +372,12 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
             raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
-    photos, tokenizer = tuple(map(load_rgb, _each(image))), processor.tokenizer
+    image = image if isinstance(image, Video) else tuple(map(load_rgb, _each(image)))
+    photos, tokenizer = image, processor.tokenizer
+    if isinstance(image, Video):
+        photos = image.frames[:: processor.video_processor.temporal_patch_size]
     with borrowed(model):
-        inputs = prepare_inputs(model, processor, photos, prompt)
+        inputs = prepare_inputs(model, processor, image, prompt)
         positions, grids = image_grids(model, inputs)
         with memory_explained(len(positions)):
             if answer is None:
@@ -379,22 +404,38 @@ def _each(image) -> Iterable:
 
 
 def prepare_inputs(model, processor, image, prompt: str) -> dict[str, Tensor]:
-    """What the processor makes of a photo, or a list of them, and a prompt behind it, with its chat template.
+    """What the processor makes of a photo, a list of them or a video, and a prompt behind it, with its chat template.
 
     The tensors are where the model's embeddings are.
     """
-    images = list(_each(image))
+    if isinstance(image, Video):
+        kind, count, given = "video", 1, video_arguments(image)
+    else:
+        images = list(_each(image))
+        kind, count, given = "image", len(images), {"images": images}
     for marker in processor.tokenizer.all_special_tokens:
         if marker in prompt and not re.search("object|box|quad", marker):  # but for those of grounding
             raise ValueError(f"prompt={prompt!r} contains {marker}, which stands for a picture or a turn of the chat")
-    message = {"role": "user", "content": [*[{"type": "image"}] * len(images), {"type": "text", "text": prompt}]}
+    message = {"role": "user", "content": [*[{"type": kind}] * count, {"type": "text", "text": prompt}]}
     text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    inputs = dict(processor(text=[text], images=images, return_tensors="pt"))
+    inputs = dict(processor(text=[text], **given, return_tensors="pt"))
     if "mm_token_type_ids" in accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
-        inputs.setdefault("mm_token_type_ids", (inputs["input_ids"] == model.config.image_token_id).long())
+        ids = inputs["input_ids"]
+        kinds = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
+        inputs.setdefault("mm_token_type_ids", kinds)
     device = model.get_input_embeddings().weight.device
     device = "cpu" if device.type == "meta" else device  # weights that accelerate offloads
     return {name: value.to(device) for name, value in inputs.items() if torch.is_tensor(value)}
+
+
+def video_arguments(video: Video) -> dict:
+    """The processor's arguments for all frames of a video, none left out."""
+    from transformers.video_utils import VideoMetadata
+
+    count = len(video.frames)
+    about = VideoMetadata(total_num_frames=count, fps=video.fps, frames_indices=list(range(count)))
+    frames = np.stack([np.asarray(frame) for frame in video.frames])
+    return {"videos": [frames], "video_metadata": [about], "fps": video.fps, "do_sample_frames": False}
 
 
 def accepted(model) -> Iterable[str]:
@@ -412,12 +453,18 @@ def grid_from_count(count: int) -> tuple[int, int]:
 
 
 def image_grids(model, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-    """Positions (N,) of the image tokens in the sequence and the grid (H, W) of each image, raster order."""
-    positions = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]  # (N,)
-    if "image_grid_thw" not in inputs:
+    """Positions (N,) of the image tokens in the sequence and the grid (H, W) of each image, raster order.
+
+    Of a video the grid of each temporal patch.
+    """
+    kind = "video" if "video_grid_thw" in inputs else "image"
+    token = getattr(model.config, f"{kind}_token_id")
+    positions = (inputs["input_ids"][0] == token).nonzero()[:, 0]  # (N,)
+    if f"{kind}_grid_thw" not in inputs:
         return positions, (grid_from_count(len(positions)),)
     merge = model.config.vision_config.spatial_merge_size
-    grids = tuple((height // merge, width // merge) for _, height, width in inputs["image_grid_thw"].tolist())
+    sizes = inputs[f"{kind}_grid_thw"].tolist()  # in patches
+    grids = tuple((height // merge, width // merge) for patches, height, width in sizes for _ in range(patches))
     if len(positions) != sum(map(math.prod, grids)):
         known = " and ".join(f"{height} x {width}" for height, width in grids)
         raise ValueError(f"{len(positions)} image tokens do not fill the processor's grid of {known}")
@@ -858,10 +905,13 @@ def noisy_passes(reading: Reading, spans, taps: list[Tap], settings: Settings, p
     if settings.contrast is not None:
         tokens, part = put_in_place(reading, spans[0], settings.contrast)
         readings.append(score_parts(reading.inputs, tokens, [part]))
-    clean, images = reading.inputs["pixel_values"], reading.processor.image_processor
+    name, still, images = "pixel_values", True, reading.processor.image_processor
+    if "pixel_values_videos" in reading.inputs:
+        name, still, images = "pixel_values_videos", False, reading.processor.video_processor
+    clean = reading.inputs[name]
     generator = torch.Generator().manual_seed(operator.index(settings.seed))
     for copy in (progress or iter)(range(settings.num_samples)):
-        pixels = {"pixel_values": add_noise(clean, settings.noise_std, images, generator)}
+        pixels = {name: add_noise(clean, settings.noise_std, images, generator, still)}
         runs = [
             features_and_gradients(reading.model, forced | pixels, taps, targets, settings)
             for forced, targets in readings
@@ -927,9 +977,9 @@ def explain(
 ) -> list[TokenMaps]:
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
-    One TokenMaps for each part; of a reading of several photos, for each part one for each photo in turn. Their tokens
-    are pooled and centred together, as the image tokens they all are, so that maps of one part compare: a photo that
-    the part is not taken from is darker.
+    One TokenMaps for each part; of several photos, or of a video's temporal patches, for each part one for each of them
+    in turn. Their tokens are pooled and centred together, as the image tokens they all are, so that maps of one part
+    compare: a photo that the part is not taken from is darker.
 
     `spans` are the parts, (start, end) in characters of `reading.answer`, one or more (one for a contrast); see
     `find_target`. `watch` is called with {key: (features, gradient or None)} of every pass, in the layers' own shapes.
@@ -995,8 +1045,9 @@ def compute_token_maps(
     settings, layers = Settings(**settings), list(_listed(layers))
     if settings.contrast is not None and target is None:
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
-    if isinstance(image, (list, tuple)):
-        raise ValueError(f"{len(image)} images, and this is made for one: use read and explain, with a map each")
+    if isinstance(image, (list, tuple, Video)):
+        given = "a video" if isinstance(image, Video) else f"{len(image)} images"
+        raise ValueError(f"{given}, and this is made for one photo: use read and explain, with a map each")
     check_family(model)
     find_taps(model, layers, settings.tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
