@@ -37,7 +37,7 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 __all__ = [
     *("SmoothQwenGradCAM", "get_model_layers", "compute_token_maps", "render_cam"),
     *("gradcam", "hirescam", "product", "paper"),
-    *("Settings", "Look", "Reading", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
+    *("Settings", "Look", "Reading", "Video", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
 ]
 
 
@@ -135,7 +135,8 @@ class Settings:
     use_smooth   False: one clean copy, without noise
     seed         of the noise: the same seed gives the same maps
     tap          read decoder layers at the hidden states that enter them ("input"), at their "output", or at the output
-                 of their "post_attention_layernorm"; at the last two the last layer has no gradient
+                 of their "post_attention_layernorm"; at the last two the last layer has no gradient. Qwen3-VL's first
+                 layers lack what is added to the photo's tokens behind them (see `find_taps`)
     score        "logit" (the paper's) or "logprob": what is summed over the explained tokens
     contrast     explain the target's score minus that of this text in its place, after the same words; scores are sums
                  over tokens, so both should have the same number
@@ -200,6 +201,7 @@ class TokenMaps:
     target_tokens: list[int]  # T indices into `tokens`: what was scored
     no_gradient: frozenset  # layers whose gradient is exactly zero
     settings: Settings
+    image: int = 0  # which of the prompt's images, or of a video's temporal patches: 0 is the first
 
     @cached_property
     def blank(self) -> dict[int | str, str]:
@@ -264,37 +266,90 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
-def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Video:
+    """Frames in their order, each what `load_rgb` opens, all of one size; `fps` of them are a second."""
+
+    frames: Iterable
+    fps: float = 2.0
+
+    def __post_init__(self):
+        if not (isinstance(self.fps, (int, float)) and 0 < self.fps < math.inf):
+            raise ValueError(f"fps={self.fps!r} must be frames per second, above 0")
+        frames = tuple(map(load_rgb, self.frames))
+        if len(frames) < 2 or len({frame.size for frame in frames}) > 1:
+            sizes = ", ".join(f"{width} x {height}" for width, height in dict.fromkeys(frame.size for frame in frames))
+            raise ValueError(f"a video of {len(frames)} frames ({sizes}): give two or more, all of one size")
+        object.__setattr__(self, "frames", frames)
+
+
+def add_noise(
+    pixel_values: Tensor, noise_std: float, image_processor, generator: torch.Generator, still: bool = True
+) -> Tensor:
     """One SmoothGrad copy of the processor's pixels, (patches, channels * temporal copies * P * P).
 
     `noise_std` is in units of pixel values in [0, 1] (Smilkov et al., 2017: sigma / (max - min)). A still image is
-    stored twice along time: every distinct pixel gets one draw, the same in both copies. Drawn on the CPU, so that a
-    seed means the same noise on every device.
+    stored twice along time: every distinct pixel gets one draw, the same in both copies; not `still`, they are frames
+    of a video, with a draw each. Drawn on the CPU, so that a seed means the same noise on every device.
     """
     std = torch.tensor(image_processor.image_std if image_processor.do_normalize else 1.0).expand(3)
     copies = image_processor.temporal_patch_size
     pixels = pixel_values.unflatten(1, (len(std), copies, -1))  # (patches, channels, copies, P * P)
-    noise = torch.randn(pixels[:, :, :1].shape, generator=generator) * (noise_std / std[:, None, None])
+    drawn = pixels[:, :, :1] if still else pixels
+    noise = torch.randn(drawn.shape, generator=generator) * (noise_std / std[:, None, None])
     return (pixels + noise.to(pixels)).flatten(1)
 
 
 # reading: photo, prompt and answer as the model has them
 
 
+FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}  # by model_type
+SUPPORTED = "supported are " + ", ".join(f"{name} ({kind})" for kind, name in FAMILIES.items())
+
+
+def check_family(model) -> None:
+    """Raises ValueError, with the list of what is supported, for a model of another family, or one that is no model."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        raise ValueError(f"{type(model).__name__} is of type {kind}, which is not supported: {SUPPORTED}")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} cannot answer: load it with AutoModelForImageTextToText")
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A photo, a prompt and an answer as a model reads them: made once by `read`, explained as often as you like."""
+    """A photo, a prompt and an answer as a model reads them: made once by `read`, explained as often as you like.
+
+    There may be several photos; `photo` and `grid` are of the only one. A video is read as its temporal patches, of two
+    frames each, with the first of them as photo.
+    """
 
     model: nn.Module
     processor: object
-    photo: Image.Image  # RGB
+    photos: tuple[Image.Image, ...]  # RGB, in the order of the prompt
     prompt: str
-    inputs: dict[str, Tensor]  # what the processor makes of photo and prompt
-    positions: Tensor  # (N,) of the image tokens in the sequence
-    grid: tuple[int, int]  # (H, W)
+    inputs: dict[str, Tensor]  # what the processor makes of photos and prompt
+    positions: Tensor  # (N,) of the image tokens in the sequence, those of all photos
+    grids: tuple[tuple[int, int], ...]  # (H, W) of each photo
     tokens: list[int]  # A token ids of the answer
     spans: list[tuple[int, int]]  # A: the characters of `answer` that each token has a part in
     answer: str
+
+    @property
+    def photo(self) -> Image.Image:
+        """The only photo. Raises ValueError if there are several, or a video."""
+        return self._only(self.photos)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the only photo. Raises ValueError if there are several, or a video."""
+        return self._only(self.grids)
+
+    def _only(self, of_photos: tuple):
+        if len(of_photos) > 1 or "pixel_values_videos" in self.inputs:
+            given = "a video" if "pixel_values_videos" in self.inputs else f"{len(of_photos)} images"
+            raise ValueError(f"the prompt has {given}, and this is made for one photo: use read and explain")
+        return of_photos[0]
 
     def tokens_of(self, span: tuple[int, int]) -> list[int]:
         """T indices of the answer's tokens that have a part in these characters (start, end)."""
@@ -305,8 +360,10 @@ class Reading:
 def read(model, processor, image, prompt: str, answer: str | None = None, max_new_tokens: int = 128) -> Reading:
     """Photo, prompt and answer, the model's own (greedy) if none is given, as `explain` needs them.
 
+    `image` is what `load_rgb` opens, a list of such, or a `Video`: they stand before the prompt, in their order.
     Raises ValueError for bad arguments, ExplanationError if the model answers with nothing.
     """
+    check_family(model)
     check_whole("max_new_tokens", max_new_tokens, 1)
     texts = {"prompt": prompt} if answer is None else {"prompt": prompt, "answer": answer}
     for name, text in texts.items():
@@ -315,12 +372,13 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
             raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} cannot answer: load it with AutoModelForImageTextToText")
-    photo, tokenizer = load_rgb(image), processor.tokenizer
+    image = image if isinstance(image, Video) else tuple(map(load_rgb, _each(image)))
+    photos, tokenizer = image, processor.tokenizer
+    if isinstance(image, Video):
+        photos = image.frames[:: processor.video_processor.temporal_patch_size]
     with borrowed(model):
-        inputs = prepare_inputs(model, processor, photo, prompt)
-        positions, grid = image_grid(model, inputs)
+        inputs = prepare_inputs(model, processor, image, prompt)
+        positions, grids = image_grids(model, inputs)
         with memory_explained(len(positions)):
             if answer is None:
                 tokens = generate(model, tokenizer, inputs, max_new_tokens)
@@ -329,25 +387,55 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     text = decode(tokenizer, tokens)
     if not text.strip():
         raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
-    if len(positions) < 9:
-        caution(f"the photo is seen as {grid[1]} x {grid[0]} image tokens: so few cells tell hardly any places apart")
+    for height, width in grids:
+        if height * width < 9:
+            caution(f"the photo is seen as {width} x {height} image tokens: so few cells tell hardly any places apart")
     spans = token_spans(tokenizer, tokens)
-    return Reading(model, processor, photo, prompt, inputs, positions, grid, tokens, spans, text)
+    return Reading(model, processor, photos, prompt, inputs, positions, grids, tokens, spans, text)
 
 
-def prepare_inputs(model, processor, image: Image.Image, prompt: str) -> dict[str, Tensor]:
-    """What the processor makes of a photo and a prompt, with its chat template, where the model's embeddings are."""
+def _each(image) -> Iterable:
+    """The photos that are given, one or a list."""
+    if not isinstance(image, (list, tuple)):
+        return (image,)
+    if not image:
+        raise ValueError(f"image={image!r} has no photo: give one or more")
+    return image
+
+
+def prepare_inputs(model, processor, image, prompt: str) -> dict[str, Tensor]:
+    """What the processor makes of a photo, a list of them or a video, and a prompt behind it, with its chat template.
+
+    The tensors are where the model's embeddings are.
+    """
+    if isinstance(image, Video):
+        kind, count, given = "video", 1, video_arguments(image)
+    else:
+        images = list(_each(image))
+        kind, count, given = "image", len(images), {"images": images}
     for marker in processor.tokenizer.all_special_tokens:
         if marker in prompt and not re.search("object|box|quad", marker):  # but for those of grounding
             raise ValueError(f"prompt={prompt!r} contains {marker}, which stands for a picture or a turn of the chat")
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    message = {"role": "user", "content": [*[{"type": kind}] * count, {"type": "text", "text": prompt}]}
     text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    inputs = dict(processor(text=[text], images=[image], return_tensors="pt"))
+    inputs = dict(processor(text=[text], **given, return_tensors="pt"))
     if "mm_token_type_ids" in accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
-        inputs.setdefault("mm_token_type_ids", (inputs["input_ids"] == model.config.image_token_id).long())
+        ids = inputs["input_ids"]
+        kinds = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
+        inputs.setdefault("mm_token_type_ids", kinds)
     device = model.get_input_embeddings().weight.device
     device = "cpu" if device.type == "meta" else device  # weights that accelerate offloads
     return {name: value.to(device) for name, value in inputs.items() if torch.is_tensor(value)}
+
+
+def video_arguments(video: Video) -> dict:
+    """The processor's arguments for all frames of a video, none left out."""
+    from transformers.video_utils import VideoMetadata
+
+    count = len(video.frames)
+    about = VideoMetadata(total_num_frames=count, fps=video.fps, frames_indices=list(range(count)))
+    frames = np.stack([np.asarray(frame) for frame in video.frames])
+    return {"videos": [frames], "video_metadata": [about], "fps": video.fps, "do_sample_frames": False}
 
 
 def accepted(model) -> Iterable[str]:
@@ -364,17 +452,23 @@ def grid_from_count(count: int) -> tuple[int, int]:
     return height, count // height
 
 
-def image_grid(model, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[int, int]]:
-    """Positions (N,) of the image tokens in the sequence and their grid (H, W), raster order."""
-    positions = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]  # (N,)
-    if "image_grid_thw" not in inputs:
-        return positions, grid_from_count(len(positions))
-    _, height, width = inputs["image_grid_thw"][0].tolist()  # in patches
+def image_grids(model, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """Positions (N,) of the image tokens in the sequence and the grid (H, W) of each image, raster order.
+
+    Of a video the grid of each temporal patch.
+    """
+    kind = "video" if "video_grid_thw" in inputs else "image"
+    token = getattr(model.config, f"{kind}_token_id")
+    positions = (inputs["input_ids"][0] == token).nonzero()[:, 0]  # (N,)
+    if f"{kind}_grid_thw" not in inputs:
+        return positions, (grid_from_count(len(positions)),)
     merge = model.config.vision_config.spatial_merge_size
-    grid = height // merge, width // merge
-    if len(positions) != grid[0] * grid[1]:
-        raise ValueError(f"{len(positions)} image tokens do not fill the processor's grid of {grid[0]} x {grid[1]}")
-    return positions, grid
+    sizes = inputs[f"{kind}_grid_thw"].tolist()  # in patches
+    grids = tuple((height // merge, width // merge) for patches, height, width in sizes for _ in range(patches))
+    if len(positions) != sum(map(math.prod, grids)):
+        known = " and ".join(f"{height} x {width}" for height, width in grids)
+        raise ValueError(f"{len(positions)} image tokens do not fill the processor's grid of {known}")
+    return positions, grids
 
 
 def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
@@ -508,7 +602,7 @@ def put_in_place(reading: Reading, span: tuple[int, int], contrast: str) -> tupl
 
 
 def get_model_layers(model) -> tuple[nn.ModuleList, int]:
-    """The decoder layers of a Qwen2.5-VL (or a model laid out like it) and their number.
+    """The decoder layers of a Qwen2.5-VL (or a model laid out like it, of whatever family) and their number.
 
     Raises ValueError if the model has them in none of the known places.
     """
@@ -552,6 +646,8 @@ class Tap(NamedTuple):
 def find_taps(model, layers, tap: str) -> list[Tap]:
     """Decoder layers are tapped as `tap` says, all other modules at their output.
 
+    Qwen3-VL adds features of the photo to the hidden states behind its first layers (deepstack). Read at the input of
+    one of those or at its output, they are as they are there: what is added behind is held constant, and left out.
     Keys are the index of a decoder layer, whichever the tap, and the name in the model of any other module.
     """
     decoder, total = get_model_layers(model)
@@ -589,7 +685,10 @@ def captured(taps: list[Tap]):
         return hook
 
     def at_output(key):  # a tensor, or a tuple that begins with it (decoder layers before 5.6)
-        return lambda module, args, out: (keep(key, out[0]), *out[1:]) if isinstance(out, tuple) else keep(key, out)
+        def hook(module, args, out):  # copied, because Qwen3-VL adds to its first layers' outputs in place (before 5)
+            return (keep(key, out[0]).clone(), *out[1:]) if isinstance(out, tuple) else keep(key, out).clone()
+
+        return hook
 
     handles = [
         module.register_forward_pre_hook(at_input(key), with_kwargs=True)
@@ -606,23 +705,41 @@ def captured(taps: list[Tap]):
 
 @contextmanager
 def detached_norms(model):
-    """Inside, gradients pass every RMSNorm as if its denominator were a constant; values stay as they are.
+    """Inside, gradients pass every RMSNorm and LayerNorm as if its denominator were a constant; values stay the same.
 
     y = w x / rms(x) does not change with the length of x, so the gradient that comes back through it is orthogonal to
     x: what a token contributes through a norm, sum_k g_k x_k, is zero but for eps. With a stop-gradient on rms(x) it is
     what y contributes, and contributions add up over the tokens: the rule of Ali et al. ("XAI for Transformers: Better
     Explanations through Conservative Propagation", ICML 2022) and of AttnLRP (Achtibat et al., ICML 2024) for norms.
+
+    Qwen3-VL has such norms on the queries and keys of each head as well: without the rule, which passes on all that
+    reaches them, nothing would be left of what queries and keys contribute. A LayerNorm, as the vision towers of
+    Qwen2-VL and Qwen3-VL have them, is w (x - mean(x)) / std(x) + b: the mean is linear in x and stays.
     """
 
-    def hook(module, args, output):
+    def rms_norm(module, args, output):
         if not output.requires_grad:  # below the first tap
             return output
         scale = (output / args[0]).detach().nan_to_num(0, 0, 0)  # w / rms(x)
         linear = args[0] * scale
         return output.detach() + (linear - linear.detach())
 
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    handles = [module.register_forward_hook(hook) for module in norms]
+    def layer_norm(module, args, output):
+        if not output.requires_grad:
+            return output
+        with torch.no_grad():
+            centred = args[0] - args[0].mean(-1, keepdim=True)
+            variance = centred.square().mean(-1, keepdim=True) + module.eps
+            shown = output - module.forward(torch.zeros_like(args[0][:1]))  # w (x - mean(x)) / std(x), without b
+        growth = (centred * args[0]).mean(-1, keepdim=True) / variance  # of std(x), relative: what the gradient lacks
+        return output + shown * (growth - growth.detach())
+
+    handles = []
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            handles.append(module.register_forward_hook(rms_norm))
+        elif isinstance(module, nn.LayerNorm):
+            handles.append(module.register_forward_hook(layer_norm))
     try:
         yield
     finally:
@@ -788,10 +905,13 @@ def noisy_passes(reading: Reading, spans, taps: list[Tap], settings: Settings, p
     if settings.contrast is not None:
         tokens, part = put_in_place(reading, spans[0], settings.contrast)
         readings.append(score_parts(reading.inputs, tokens, [part]))
-    clean, images = reading.inputs["pixel_values"], reading.processor.image_processor
+    name, still, images = "pixel_values", True, reading.processor.image_processor
+    if "pixel_values_videos" in reading.inputs:
+        name, still, images = "pixel_values_videos", False, reading.processor.video_processor
+    clean = reading.inputs[name]
     generator = torch.Generator().manual_seed(operator.index(settings.seed))
     for copy in (progress or iter)(range(settings.num_samples)):
-        pixels = {"pixel_values": add_noise(clean, settings.noise_std, images, generator)}
+        pixels = {name: add_noise(clean, settings.noise_std, images, generator, still)}
         runs = [
             features_and_gradients(reading.model, forced | pixels, taps, targets, settings)
             for forced, targets in readings
@@ -830,7 +950,7 @@ def to_grid(key, heat: np.ndarray, grid: tuple[int, int], vision_config) -> np.n
 
 
 def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, method: str) -> np.ndarray | None:
-    """(H, W) of one copy, None if no path leads from the image tokens at this layer to the answer."""
+    """(N,) of one copy, image after image, None if no path leads from the image tokens at this layer to the answer."""
     if gradient is None:
         return None
     features, gradient = (image_rows(key, tensor, reading.positions) for tensor in (features, gradient))  # (k * N, C)
@@ -840,7 +960,10 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
     if not gradient.any():
         return None
     heat = METHODS[method](features, gradient).float().cpu().numpy()
-    return to_grid(key, heat, reading.grid, reading.model.config.vision_config)
+    counts = np.multiply([math.prod(grid) for grid in reading.grids], len(heat) // len(reading.positions))
+    parts = zip(np.split(heat, np.cumsum(counts)[:-1]), reading.grids, strict=True)  # the vision tower's, too
+    config = reading.model.config.vision_config
+    return np.concatenate([to_grid(key, part, grid, config).ravel() for part, grid in parts])
 
 
 def explain(
@@ -854,6 +977,10 @@ def explain(
 ) -> list[TokenMaps]:
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
+    One TokenMaps for each part; of several photos, or of a video's temporal patches, for each part one for each of them
+    in turn. Their tokens are pooled and centred together, as the image tokens they all are, so that maps of one part
+    compare: a photo that the part is not taken from is darker.
+
     `spans` are the parts, (start, end) in characters of `reading.answer`, one or more (one for a contrast); see
     `find_target`. `watch` is called with {key: (features, gradient or None)} of every pass, in the layers' own shapes.
     `layers`, `progress` and errors are described in `compute_token_maps`.
@@ -863,7 +990,7 @@ def explain(
     if not spans:
         raise ValueError("spans=[] names no part of the answer: give one or more, (start, end) in characters")
     taps = find_taps(reading.model, layers, settings.tap)
-    maps = [{tap.key: np.zeros(reading.grid, np.float32) for tap in taps} for _ in spans]
+    maps = [{tap.key: np.zeros(len(reading.positions), np.float32) for tap in taps} for _ in spans]
     alive = [set() for _ in spans]
     with borrowed(reading.model), memory_explained(len(reading.positions)):
         for _, part, pairs in noisy_passes(reading, spans, taps, settings, progress):
@@ -874,13 +1001,15 @@ def explain(
                 if heat is not None:
                     maps[part][key] += heat / settings.num_samples
                     alive[part].add(key)
-    about = reading.grid, reading.prompt, reading.answer, list(reading.tokens)
-    return [
-        TokenMaps(
-            cams, *about, reading.answer[slice(*span)], span, reading.tokens_of(span), frozenset(cams) - live, settings
-        )
-        for span, cams, live in zip(spans, maps, alive, strict=True)
-    ]
+    about = reading.prompt, reading.answer, list(reading.tokens)
+    ends = np.cumsum([math.prod(grid) for grid in reading.grids])
+    results = []
+    for span, cams, live in zip(spans, maps, alive, strict=True):
+        told = reading.answer[slice(*span)], span, reading.tokens_of(span), frozenset(cams) - live, settings
+        for image, (grid, end) in enumerate(zip(reading.grids, ends, strict=True)):
+            own = {key: cam[end - math.prod(grid) : end].reshape(grid) for key, cam in cams.items()}
+            results.append(TokenMaps(own, grid, *about, *told, image))
+    return results
 
 
 def compute_token_maps(
@@ -916,6 +1045,10 @@ def compute_token_maps(
     settings, layers = Settings(**settings), list(_listed(layers))
     if settings.contrast is not None and target is None:
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
+    if isinstance(image, (list, tuple, Video)):
+        given = "a video" if isinstance(image, Video) else f"{len(image)} images"
+        raise ValueError(f"{given}, and this is made for one photo: use read and explain, with a map each")
+    check_family(model)
     find_taps(model, layers, settings.tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
     return explain(reading, [find_target(reading.answer, target, target_occurrence)], layers, settings, progress)[0]

@@ -356,6 +356,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedC
 from transformers.utils import cached_file  # noqa: E402
 
 from smooth_gradcam import (  # noqa: E402
+    FAMILIES,
+    SUPPORTED,
     ExplanationError,
     ExplanationWarning,
     Look,
@@ -391,7 +393,6 @@ from visualization_utils import (  # noqa: E402
     write_files,
 )
 
-MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 MAX_ASPECT = 200  # beyond it the processor refuses a photo
 HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of the files that phones write
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
@@ -480,7 +481,7 @@ def resolve_device(name: str) -> str:
 
 
 def count_layers(model_path: str) -> int:
-    """Decoder layers of the checkpoint, from its config.json. Raises ValueError if it is no Qwen-VL."""
+    """Decoder layers of the checkpoint, from its config.json. Raises ValueError if it is of no supported family."""
     folder, name = Path(model_path), f"--model_path {model_path}"
     try:
         if folder.exists() and not (folder / "config.json").is_file():
@@ -497,8 +498,8 @@ def count_layers(model_path: str) -> int:
     if not isinstance(text, dict):
         raise ValueError(f"{name} is unreadable: its config.json holds no record where one should be")
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise ValueError(f"{name} is of type {kind}, no vision-language model: {', '.join(MODEL_TYPES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{name} is of type {kind}, which is not supported: {SUPPORTED}")
     for part in (config, text, config.get("vision_config") or {}):
         if "/" in f"{part.get('_attn_implementation')} {part.get('attn_implementation')}":
             raise ValueError(f"{name} wants attention code from a hub, which this tool never runs: take that out")

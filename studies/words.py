@@ -431,8 +431,9 @@ def create_word_maps(
     settings = Settings(num_samples, noise_std, **settings)
     with output_folder(save_dir) as write:
         reading = read(model, processor, image, prompt, answer, max_new_tokens)
+        photo = reading.photo  # there must be but one
         word_maps = map_words(reading, words, layers, settings, show_progress(quiet))
         file_name = Path(image).name if isinstance(image, (str, Path)) else ""
-        results, files = draw_words(reading.photo, file_name, word_maps, *word_tokens(reading, word_maps), look, paper)
+        results, files = draw_words(photo, file_name, word_maps, *word_tokens(reading, word_maps), look, paper)
         write(files)
     return results

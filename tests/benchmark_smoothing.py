@@ -48,7 +48,7 @@ def copies_of_maps(reading, spans: dict, layer: int, settings: core.Settings) ->
         for _, part, pairs in core.noisy_passes(reading, spans.values(), taps, settings):
             for method in DRAWN:
                 cam = core.token_map(layer, *pairs[layer], reading, method)
-                maps.setdefault((method, words[part]), []).append(cam)
+                maps.setdefault((method, words[part]), []).append(cam.reshape(reading.grid))
     return {key: np.stack(stack) for key, stack in maps.items()}
 
 

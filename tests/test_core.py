@@ -163,7 +163,7 @@ def test_the_papers_formula_is_pytorch_grad_cams_on_the_same_tensor(model, proce
     inputs = core.prepare_inputs(model, processor, image, PROMPT)
     tokens = [*processor.tokenizer(ANSWER)["input_ids"], processor.tokenizer.eos_token_id]
     begin, forced = inputs["input_ids"].shape[1], forced_by_hand(inputs, tokens)
-    positions, grid = core.image_grid(model, inputs)
+    positions, (grid,) = core.image_grids(model, inputs)
 
     class Answer(torch.nn.Module):
         def __init__(self):
@@ -235,7 +235,7 @@ def gradients_of(model, processor, image, layers, **settings):
     taps = core.find_taps(model, layers, settings.tap)
     with core.borrowed(model):
         (found,) = core.features_and_gradients(model, forced, taps, scored, settings)
-    return found, core.image_grid(model, inputs)[0]
+    return found, core.image_grids(model, inputs)[0]
 
 
 def forced_by_hand(inputs, tokens):
@@ -1181,11 +1181,11 @@ def test_half_precision_is_summed_in_float32(dtype):
     """By hand: 4097 has 13 bits; half precision, with 8 or 11, would make 4096 of it."""
     features = torch.tensor([[[4096, 1], [0, 0], [0, 4096]]], dtype=dtype)  # (1, L, C)
     gradient = torch.ones_like(features)
-    about = {"grid": (1, 2), "positions": torch.tensor([0, 2])}
+    about = {"grids": ((1, 2),), "positions": torch.tensor([0, 2])}
     reading = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vision_config=VISION)), **about)
     rows = (tensor[0, [0, 2]] for tensor in (features, gradient))  # as the vision tower has them
     for key, a, g in ((0, features, gradient), ("visual.merger", *rows)):
-        assert core.token_map(key, a, g, reading, "paper").tolist() == [[4097, 4096]]
+        assert core.token_map(key, a, g, reading, "paper").tolist() == [4097, 4096]
 
 
 def test_scores_are_summed_in_float32(make_model, processor, image):

@@ -976,7 +976,7 @@ BAD = {  # flags: what the message says
     "--model_path {bad}/none": "none does not exist",
     "--model_path {bad}/no_config": "has no config.json",
     "--model_path {bad}/empty.png": "has no config.json",
-    "--model_path {bad}/llama": "is of type llama, no vision-language model",
+    "--model_path {bad}/llama": "is of type llama, which is not supported: supported are Qwen2-VL (qwen2_vl), ",
     "--model_path {bad}/broken": "is unreadable",
     "--model_path {bad}/list": "list is unreadable",
     "--mode grid --image_path a.png b.png": "--image_path takes one photo in grid mode, and 2 are given (flow, knock",

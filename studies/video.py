@@ -1,0 +1,145 @@
+"""Where in a video the answer comes from: a map of each temporal patch, as a strip and as an animation.
+
+    Reading of a Video                  read: its temporal patches, of two frames each
+      -> TokenMaps of each              explain: all from the same passes, pooled together
+      -> strip, animation               draw_video
+
+Shapes:  H, W  rows and columns of image tokens of a frame
+"""
+
+import functools
+import io
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from smooth_gradcam import (
+    Look,
+    Reading,
+    Settings,
+    TokenMaps,
+    Video,
+    explain,
+    find_target,
+    get_model_layers,
+    read,
+    render_cam,
+    resolve_layers,
+)
+from visualization_utils import (
+    GAP,
+    HEAD,
+    MARGIN,
+    PAGE,
+    PLAIN,
+    WEAK,
+    WIDTHS,
+    Page,
+    Paper,
+    best_columns,
+    caption,
+    decimal,
+    draw_layer,
+    footer,
+    header,
+    made_from,
+    method_title,
+    output_folder,
+    panel_width,
+    show_progress,
+    shrink,
+    strength,
+    strongest_of,
+    text_rows,
+)
+
+__all__ = ["create_video_maps", "draw_video", "animate", "strip_figure"]
+
+STRIP_HEIGHT = 6.0  # inches that the frames of a strip take at most
+SIDE = 640  # pixels of an animation's longer side
+
+
+def animate(frames: Iterable[Image.Image], maps: list[np.ndarray], fps: float, look: Look = PLAIN) -> bytes:
+    """An animated WebP that repeats: frame by frame the overlay of its temporal patch's (H, W) map.
+
+    All maps have one scale, the maximum of them all; each map is shown on an equal share of the frames, in their order.
+    """
+    frames, peak = list(frames), max(float(cam.max()) for cam in maps)
+    pictures = []
+    for i, frame in enumerate(frames):
+        small = frame.copy()
+        small.thumbnail((SIDE, SIDE))
+        pictures.append(Image.fromarray(render_cam(small, maps[i * len(maps) // len(frames)], look, peak)[0]))
+    buffer = io.BytesIO()
+    options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "quality": 80}
+    pictures[0].save(buffer, "WEBP", duration=round(1000 / fps), **options)
+    return buffer.getvalue()
+
+
+def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: float, look: Look, paper: Paper) -> Page:
+    """The overlay of each temporal patch on its first frame, in reading order, each with its time and maximum."""
+    first, strongest, texts = patches[0], strongest_of(patches), text_rows(patches[0])
+    look = replace(look, scale="all")
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in texts))
+    title = f"{method_title(first.settings)} by time, layer {layer}"
+    y = header(page, MARGIN, MARGIN, title, texts) + GAP
+    aspect = reading.photos[0].width / reading.photos[0].height
+    seconds = reading.processor.video_processor.temporal_patch_size / fps
+    labels = [(f"{decimal(i * seconds, 1)} s", strength(one, layer, strongest)) for i, one in enumerate(patches)]
+    room = max(page.label_width(*label) for label in labels)
+    most = max(1, int((page.inner + GAP) / (room + GAP)))
+    columns = best_columns(aspect, len(patches), most, page.inner, STRIP_HEIGHT, 1, 1)
+    rows = -(-len(patches) // columns)
+    width = panel_width(aspect, columns, rows, page.inner, STRIP_HEIGHT, 1, 1)
+    pitch, height = max(width, room) + GAP, width / aspect
+    left = (page.width - columns * pitch + GAP) / 2
+    for i, (photo, one, label) in enumerate(zip(reading.photos, patches, labels, strict=True)):
+        middle, top = left + i % columns * pitch + (pitch - GAP) / 2, y + i // columns * (HEAD + height + GAP)
+        page.label(middle, top, *label)
+        picture = draw_layer(shrink(photo, width, height), one, layer, True, look, strongest)
+        page.picture(middle - width / 2, top + HEAD, width, height, picture)
+    y += rows * (HEAD + height + GAP) + GAP
+    text = caption(first, [layer], f"layer {layer}", look)
+    text += " Above each: when its first frame is shown."
+    if any("weak" in largest for _, largest in labels):
+        text += f" Weak: below {100 * WEAK:.0f} % of the strongest."
+    return page.finish(footer(page, y, first.settings.method, text, made_from(first, reading.photos[0]), look))
+
+
+def draw_video(
+    reading: Reading, patches: list[TokenMaps], layer: int, video: Video, look: Look = PLAIN, paper: Paper = PAGE
+) -> dict[str, object]:
+    """{file name: content}: the strip, the animation, and the raw maps (temporal patches, H, W) in maps.npz."""
+    maps = [one.maps[layer] for one in patches]
+    draw = functools.partial(strip_figure, reading, patches, layer, video.fps, look, paper)
+    return paper.figure("video_strip", draw) | {
+        "video.webp": animate(video.frames, maps, video.fps, look),
+        "maps.npz": {"maps": np.stack(maps), "layer": np.array(layer), "fps": np.array(video.fps)},
+    }
+
+
+def create_video_maps(
+    model, processor, frames, prompt: str, layer_idx=None, save_dir="cam_results_video", *, fps=2.0,
+    num_samples=5, noise_std=0.1, answer=None, target=None, target_occurrence=1, max_new_tokens=128,
+    quiet=False, look=PLAIN, paper=PAGE, **settings,
+) -> list[TokenMaps]:  # fmt: skip
+    """A map of each temporal patch of a video, two frames, at a decoder layer, the middle one for None.
+
+    `frames` are all shown to the model, none left out: paths, PIL images or uint8 arrays (height, width, 3) of one
+    size, `fps` of them a second. Writes video_strip.png (a panel for each temporal patch), video.webp (the frames with
+    their maps, animated) and maps.npz. All maps have one scale. The other arguments are those of `compute_token_maps`.
+
+    Returns the TokenMaps of each temporal patch in turn. Raises ValueError for bad arguments, and what `read`,
+    `explain` and `output_folder` raise.
+    """
+    total = get_model_layers(model)[1]
+    (layer,) = resolve_layers([total // 2 if layer_idx is None else layer_idx], total)
+    video, settings = Video(frames, fps), Settings(num_samples, noise_std, **settings)
+    with output_folder(save_dir) as write:
+        reading = read(model, processor, video, prompt, answer, max_new_tokens)
+        span = find_target(reading.answer, target, target_occurrence)
+        patches = explain(reading, [span], [layer], settings, show_progress(quiet))
+        write(draw_video(reading, patches, layer, video, look, paper))
+    return patches

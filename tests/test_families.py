@@ -1,0 +1,813 @@
+"""Qwen2-VL and Qwen3-VL take the code of Qwen2.5-VL: tiny random models of both, against independent oracles."""
+
+import copy
+import inspect
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import CHAT_TEMPLATE, SPECIAL, _keep_float64, check_layout, make_image
+from PIL import Image
+from torch import nn
+
+import smooth_gradcam as core
+import test_gradcam
+import visualization_utils
+from smooth_gradcam import Look, Settings, Video, compute_token_maps, explain, find_target, get_model_layers, read
+from studies.faithfulness import insertion_deletion
+from studies.information_flow import token_groups
+from studies.video import animate, create_video_maps, strip_figure
+from studies.words import create_word_maps
+from test_gradcam import cap_pixels, load_model, load_processor
+from visualization_utils import Paper
+
+PROMPT = "What is it?"
+ANSWER = "the red cat 猫"
+CLEAN = {"use_smooth": False, "answer": ANSWER}
+FAMILIES = ("qwen2_vl", "qwen3_vl")
+ALL = (*FAMILIES, "qwen2_5_vl")  # where its own tests have nothing
+CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+SIDES = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}  # pixels of an image token
+STDS = {"qwen2_vl": (0.26862954, 0.26130258, 0.27577711), "qwen3_vl": (0.5, 0.5, 0.5)}
+LAYERS = 5
+DEEPSTACK = 2  # Qwen3-VL adds vision features behind layers 0 and 1
+
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "max_position_embeddings": 1024}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT |= {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 1, 1]}}
+OF_FAMILY = {
+    "qwen2_vl": (
+        {"use_sliding_window": False},
+        {"depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2},
+    ),
+    "qwen2_5_vl": (
+        {"use_sliding_window": False},
+        {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+        | {"fullatt_block_indexes": [1], "window_size": 112},
+    ),
+    "qwen3_vl": (
+        {"head_dim": 8},
+        {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+        | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+    ),
+}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def make_processor(family, tokenizer):
+    """As the published checkpoints have it: Qwen3-VL's patches are 16 pixels wide, its pixels go from -1 to 1."""
+    side = SIDES[family]
+    images = {"min_pixels": 4 * side**2, "max_pixels": 200 * side**2}
+    if family == "qwen3_vl":
+        images = {"size": {"shortest_edge": 4 * side**2, "longest_edge": 200 * side**2}}
+        images |= {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    videos = {"size": {"shortest_edge": 4 * side**2, "longest_edge": 800 * side**2}}
+    videos = getattr(transformers, f"{CLASSES[family].replace('2_5_', '2')}VideoProcessor")(**videos)
+    make = getattr(transformers, f"{CLASSES[family]}Processor")
+    return make(transformers.Qwen2VLImageProcessor(**images), tokenizer, videos, chat_template=CHAT_TEMPLATE)
+
+
+def make_random(family, tokenizer, dtype=torch.float64):
+    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in SPECIAL}
+    text, vision = OF_FAMILY[family]
+    config = getattr(transformers, f"{CLASSES[family]}Config")(
+        text_config=TEXT | text | {"vocab_size": len(tokenizer)},
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")(config)
+        if dtype == torch.float64:
+            _keep_float64(model)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            elif "norm" in name or "bias" in name:  # as if they were trained
+                nn.init.normal_(parameter, float("weight" in name), 0.2)
+    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def processor(family, tokenizer):
+    return make_processor(family, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model(family, tokenizer):
+    return make_random(family, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def image(family):
+    """4 rows of 6 image tokens."""
+    return make_image(6 * SIDES[family], 4 * SIDES[family])
+
+
+@pytest.fixture(scope="session")
+def reading(model, processor, image):
+    return read(model, processor, image, PROMPT, ANSWER)
+
+
+def decoder(model):
+    return get_model_layers(model)[0]
+
+
+# oracles: no hook and no rule of the core
+
+
+def norm_with(norm, denominator):
+    """An RMSNorm's forward in its own dtype, x / denominator(x)."""
+    return lambda x: norm.weight * (x / denominator((x.square().mean(-1, keepdim=True) + norm.eps).sqrt()))
+
+
+def layer_norm_with(norm, denominator):
+    def forward(x):
+        spread = denominator((x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt())
+        return norm.weight * ((x - x.mean(-1, keepdim=True)) / spread) + norm.bias
+
+    return forward
+
+
+def half(x, part=0.5):
+    return part * x + (1 - part) * x.detach()
+
+
+def mlp_by_the_rules(mlp):
+    def forward(x):
+        gate = mlp.gate_proj(x)
+        return mlp.down_proj(half(gate * torch.sigmoid(gate).detach()) * half(mlp.up_proj(x)))
+
+    return forward
+
+
+def attention_by_the_rules(attention):
+    """Softmax attention whose products share their relevance half and half; rotations are those of the model."""
+    module = inspect.getmodule(type(attention))
+    of_three = hasattr(module, "apply_multimodal_rotary_pos_emb")  # Qwen2-VL in transformers 4
+
+    def turned(q, k, cos, sin):
+        if of_three and cos.dim() == 4:
+            section = (attention.config.rope_scaling or {})["mrope_section"]
+            return module.apply_multimodal_rotary_pos_emb(q, k, cos, sin, section)
+        return module.apply_rotary_pos_emb(q, k, cos, sin)
+
+    def forward(hidden_states, position_embeddings, attention_mask=None, **_):
+        q, k, v = (
+            proj(hidden_states).unflatten(-1, (-1, attention.head_dim))
+            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k = turned(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.transpose(1, 2).repeat_interleave(groups, 1)
+        scores = half(q) @ half(k).transpose(2, 3) * attention.scaling
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        mixed = half(weights) @ half(v)
+        return attention.o_proj(mixed.transpose(1, 2).flatten(2)), None
+
+    return forward
+
+
+def by_the_book(model, rules):
+    """A copy of the model whose plain gradients are those of the rules."""
+    model = copy.deepcopy(model)
+    constant = (lambda size: size) if rules == "plain" else torch.Tensor.detach
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = norm_with(module, constant)
+        elif type(module) is nn.LayerNorm:
+            module.forward = layer_norm_with(module, constant)
+    for layer in decoder(model) if rules == "attnlrp" else ():
+        layer.mlp.forward = mlp_by_the_rules(layer.mlp)
+        layer.self_attn.forward = attention_by_the_rules(layer.self_attn)
+    return model
+
+
+@pytest.fixture(scope="session")
+def oracles(model):
+    return {rules: by_the_book(model, rules) for rules in core.RULES}
+
+
+def autograd(model, reading, modules, answer, at_input=True):
+    """{module's place in the list: (features, gradient)} of the answer's logits: full graph, full logits."""
+    ids = reading.inputs["input_ids"].new_tensor([answer])
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
+    inputs = {
+        name: torch.cat([value, more[name]], dim=1) if name in more else value for name, value in reading.inputs.items()
+    }
+    seen = {}
+
+    def keep(i, tensor):
+        seen[i] = tensor.clone()
+        return seen[i].clone()  # that nothing is added to in place
+
+    handles = []
+    for i, module in enumerate(modules):
+        if at_input:
+            hook = lambda m, args, i=i: (keep(i, args[0]), *args[1:])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+        else:
+            hook = lambda m, args, out, i=i: (  # noqa: E731
+                (keep(i, out[0]), *out[1:]) if isinstance(out, tuple) else keep(i, out)
+            )
+            handles.append(module.register_forward_hook(hook))
+    logits = model(**inputs, use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    start = reading.inputs["input_ids"].shape[1] - 1
+    score = sum(logits[start + i, token] for i, token in enumerate(answer))
+    gradients = torch.autograd.grad(score, list(seen.values()), allow_unused=True)
+    return {
+        i: (a.detach(), torch.zeros_like(a) if g is None else g)
+        for (i, a), g in zip(seen.items(), gradients, strict=True)
+    }
+
+
+def found_by_core(reading, layers, **settings):
+    pairs = {}
+    explain(reading, [(0, len(reading.answer))], layers, Settings(use_smooth=False, **settings), watch=pairs.update)
+    return pairs
+
+
+# gradients and maps
+
+
+@pytest.mark.parametrize("rules", core.RULES)
+def test_gradients_at_every_layer_are_autograds(model, oracles, reading, rules):
+    """Of Qwen3-VL too, whose first layers have vision features added behind them."""
+    pairs = found_by_core(reading, range(LAYERS), rules=rules)
+    expected = autograd(oracles[rules], reading, decoder(oracles[rules]), reading.tokens)
+    for layer in range(LAYERS):
+        length = pairs[layer][0].shape[1]
+        for found, right in zip(pairs[layer], expected[layer], strict=True):
+            assert right[0, reading.positions].abs().max() > 1e-3
+            torch.testing.assert_close(found[0], right[0, :length], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_one_layer_alone_has_the_gradient_it_has_among_all(reading, layer):
+    alone, all_of_them = found_by_core(reading, [layer]), found_by_core(reading, range(LAYERS))
+    for a, b in zip(alone[layer], all_of_them[layer], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_read_at_their_output_are_as_they_left_it(model, oracles, reading):
+    """Before deepstack adds to them, in place in transformers 4."""
+    layers = range(LAYERS - 1)
+    expected = autograd(oracles["plain"], reading, decoder(oracles["plain"]), reading.tokens, at_input=False)
+    for found in (found_by_core(reading, layers, rules="plain", tap="output"), *(
+        found_by_core(reading, [layer], rules="plain", tap="output") for layer in layers
+    )):  # fmt: skip
+        for layer, pair in found.items():
+            for a, right in zip(pair, expected[layer], strict=True):
+                torch.testing.assert_close(a[0], right[0, : a.shape[1]], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rules", core.RULES)
+def test_gradients_within_the_vision_tower_are_autograds(model, oracles, reading, rules):
+    """Its LayerNorms pass gradients by the rules as the RMSNorms of Qwen2.5-VL's tower do; deepstack has its part."""
+    tower, book = model.model.visual, oracles[rules].model.visual
+    pairs = found_by_core(reading, [*tower.blocks, tower.merger], rules=rules)
+    expected = autograd(oracles[rules], reading, [*book.blocks, book.merger], reading.tokens, at_input=False)
+    assert len(pairs) == len(expected) == len(tower.blocks) + 1
+    for found, right in zip(pairs.values(), expected.values(), strict=True):
+        for a, b in zip(found, right, strict=True):
+            assert b.abs().max() > 1e-3
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # rotations of the tower are in float32
+
+
+def map_by_hand(features, gradient, method):
+    """(N, C) x 2 -> (N,): the formulas once more."""
+    features, gradient = features.numpy(), gradient.numpy()
+    if method == "paper":
+        return (features * gradient.mean(0)).sum(1).clip(0)
+    size = (features**2).mean(1, keepdims=True) ** 0.5
+    features, gradient = features / size - (features / size).mean(0), gradient * size
+    own = (features * gradient).sum(1).clip(0)
+    pooled = (features * (own[:, None] * gradient).sum(0) / own.sum()).sum(1).clip(0)
+    return {"gradcam": pooled, "hirescam": own, "product": (pooled**3 * own) ** 0.25}[method]
+
+
+@pytest.mark.parametrize("method", core.METHODS)
+def test_maps_are_the_formulas_at_the_image_tokens(model, oracles, reading, method):
+    rules = Settings(method=method).rules
+    settings = Settings(use_smooth=False, method=method, tap="input")
+    (found,) = explain(reading, [(0, len(reading.answer))], range(LAYERS), settings)
+    answer = reading.tokens + [reading.processor.tokenizer.eos_token_id] * (method == "paper")
+    expected = autograd(oracles[rules], reading, decoder(oracles[rules]), answer)
+    for layer, cam in found.maps.items():
+        hidden, gradient = (tensor[0, reading.positions] for tensor in expected[layer])
+        assert cam.shape == (4, 6)
+        np.testing.assert_allclose(cam.ravel(), map_by_hand(hidden, gradient, method), rtol=1e-5, atol=1e-7)
+    assert sum(cam.max() > 1e-3 for cam in found.maps.values()) >= LAYERS - 1
+
+
+def test_contrast_is_the_difference_of_two_answers(model, oracles, reading):
+    span = find_target(reading.answer, "red")
+    settings = Settings(use_smooth=False, contrast="cat", method="hirescam")
+    (found,) = explain(reading, [span], [1, 2], settings)
+    book, tokenizer = oracles["attnlrp"], reading.processor.tokenizer
+    of_answer = {}
+    for word in ("red", "cat"):  # what is said before the word is scored in both alike
+        answer = reading.tokens[: found.target_tokens[0]] + tokenizer(word)["input_ids"]
+        of_answer[word] = autograd(book, reading, decoder(book), answer)
+    for layer, cam in found.maps.items():
+        hidden, gradient = (tensor[0, reading.positions] for tensor in of_answer["red"][layer])
+        expected = map_by_hand(hidden, gradient - of_answer["cat"][layer][1][0, reading.positions], "hirescam")
+        np.testing.assert_allclose(cam.ravel(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [(11, 7), (7, 11), (9, 9)])
+def test_merger_has_the_map_of_the_first_layer(model, processor, family, size):
+    """What the merger gives enters layer 0 unchanged, in raster order: neither tower has windows."""
+    photo = make_image(size[0] * SIDES[family], size[1] * SIDES[family])
+    options = CLEAN | {"method": "hirescam"}
+    maps = compute_token_maps(model, processor, photo, PROMPT, [0, model.model.visual.merger], **options).maps
+    assert maps[0].shape == size[::-1]
+    np.testing.assert_allclose(maps["model.visual.merger"], maps[0], rtol=1e-5)
+
+
+def test_patches_of_a_token_lie_side_by_side_and_tokens_in_raster_order(model, processor, family):
+    """A bright cell of the photo is the four patches of its own token, and of no other."""
+    side = SIDES[family]
+    photo = np.zeros((5 * side, 7 * side, 3), np.uint8)
+    photo[2 * side : 3 * side, 5 * side : 6 * side] = 255
+    pixels = core.prepare_inputs(model, processor, core.load_rgb(photo), PROMPT)["pixel_values"]
+    bright = pixels.mean(1) > 0
+    heat = bright.float().numpy()
+    grid = core.to_grid("model.visual.blocks.0", heat, (5, 7), model.config.vision_config)
+    assert bright.sum() == 4
+    assert grid[2, 5] == 1
+
+
+def test_noise_is_in_units_of_the_unit_interval(processor, family):
+    image_processor = processor.image_processor
+    np.testing.assert_allclose(image_processor.image_std, STDS[family])
+    side = SIDES[family] // 2
+    pixels = image_processor(make_image(20 * side, 20 * side), return_tensors="pt")["pixel_values"]
+    noisy = core.add_noise(pixels, 0.15, image_processor, torch.Generator().manual_seed(0))
+    noise = (noisy - pixels).reshape(-1, 3, 2, side, side)
+    assert torch.equal(noisy.reshape(noise.shape)[:, :, 0], noisy.reshape(noise.shape)[:, :, 1])
+    spread = noise[:, :, 0].std((0, 2, 3)) * torch.tensor(STDS[family])
+    torch.testing.assert_close(spread, torch.full((3,), 0.15), rtol=0.02, atol=0)
+
+
+def test_teacher_forced_logits_are_those_of_generation(model, processor, image):
+    seen = []
+    record = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[0].detach()))
+    found = compute_token_maps(model, processor, image, PROMPT, [0], use_smooth=False, max_new_tokens=5)
+    record.remove()
+    count = len(found.tokens)
+    *steps, forced = seen
+    generated = torch.cat([step[-1:] for step in steps[:count]])
+    assert count >= 2
+    torch.testing.assert_close(forced[-count:].float(), generated.float(), rtol=1e-5, atol=1e-5)
+
+
+# rules
+
+
+def test_the_rules_share_the_whole_score_out_but_for_what_deepstack_adds_behind(family, tokenizer, processor, image):
+    """Without attention and biases: of what an image token's position would say next."""
+    model = make_random(family, tokenizer)
+    for name, parameter in model.named_parameters():
+        if "language_model" in name and (name.endswith("bias") or ".o_proj." in name):
+            nn.init.zeros_(parameter)
+    inputs, layers = core.prepare_inputs(model, processor, image, PROMPT), decoder(model)
+    taps = [core.Tap(i, layer, True) for i, layer in enumerate(layers)]
+    taps += [core.Tap(("out", i), layer, False) for i, layer in enumerate(layers)]
+    with core.borrowed(model), core.attnlrp(model), core.captured(taps) as found:
+        score = model(**inputs, use_cache=False).logits[0, core.image_grids(model, inputs)[0][7], 5]
+        gradients = dict(zip(found, torch.autograd.grad(score, list(found.values())), strict=True))
+    score = float(score.detach())
+    found = {key: tensor.detach() for key, tensor in found.items()}
+    added = [float(((found[i + 1] - found["out", i]) * gradients[i + 1]).sum()) for i in range(LAYERS - 1)] + [0.0]
+    deepstack = range(DEEPSTACK if family == "qwen3_vl" else 0)
+    assert [abs(part) > 1e-3 for part in added] == [i in deepstack for i in range(LAYERS)]
+    for i in range(LAYERS):
+        share = float((found[i] * gradients[i]).sum())
+        assert share + sum(added[i:]) == pytest.approx(score, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("constant", "part"), [(("v_proj",), 0.25), (("q_proj", "k_proj"), 0.5)], ids=["queries and keys", "values"]
+)
+def test_queries_and_keys_get_a_quarter_and_values_half_of_the_gradient(family, tokenizer, constant, part):
+    """Norms of queries and keys are frozen in both."""
+    model = make_random(family, tokenizer)
+    attention = decoder(model)[1].self_attn
+    for name in constant:
+        getattr(attention, name).register_forward_hook(lambda module, args, output: output.detach())
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 32, dtype=torch.float64, requires_grad=True)
+    positions = model.model.language_model.rotary_emb(x, torch.arange(5).expand(3, 1, 5))
+    weights = torch.randn(5, 32, dtype=torch.float64)
+    found = []
+    for rules in (core.attnlrp, core.detached_norms):
+        with rules(model):
+            output = attention(x, attention_mask=None, position_embeddings=positions)[0]
+        found += torch.autograd.grad((output * weights).sum(), x)
+    assert found[1].abs().max() > 1e-3
+    torch.testing.assert_close(found[0], part * found[1])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+@pytest.mark.parametrize("rules", core.RULES)
+def test_norms_of_queries_and_keys_pass_on_all_that_reaches_them(model, reading, rules):
+    """Of each head and token; their plain gradient passes on nothing, as the length of a query does not matter."""
+    attention = decoder(model)[2].self_attn
+    for proj, norm in ((attention.q_proj, attention.q_norm), (attention.k_proj, attention.k_norm)):
+        into, behind = found_by_core(reading, [proj, norm], rules=rules).values()
+        into, behind = ((a * g).reshape(*behind[0].shape).sum(-1) for a, g in (into, behind))  # (1, L, heads)
+        assert behind.abs().max() > 1e-3
+        torch.testing.assert_close(into, behind if rules != "plain" else into * 0, rtol=1e-4, atol=1e-6)
+
+
+# the command line
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, family, tokenizer, processor):
+    folder = tmp_path_factory.mktemp(family)
+    make_random(family, tokenizer, torch.float32).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def drive(folder, image, tmp_path, capsys, monkeypatch):
+    """Run the driver; returns (exit code, stderr)."""
+    monkeypatch.setattr(visualization_utils, "DPI", 40)
+    image.save(tmp_path / "photo.png")
+
+    def drive(*flags):
+        usual = ["--model_path", folder, "--output_dir", tmp_path / "out", "--device", "cpu", "--quiet"]
+        usual += ["--image_path", tmp_path / "photo.png", "--answer", "the red cat"]
+        code = test_gradcam.main([str(word) for word in (*usual, *flags)])
+        return code, capsys.readouterr().err
+
+    return drive
+
+
+def test_checkpoint_is_loaded_with_its_processor(folder, family, image):
+    """The cap on pixels is one on image tokens of the family's own size."""
+    side = SIDES[family]
+    processor, model = load_processor(str(folder), 15 * side**2), load_model(str(folder), "cpu", "float32")
+    assert (type(model).__name__, model.dtype) == (f"{CLASSES[family]}ForConditionalGeneration", torch.float32)
+    assert type(processor).__name__ == f"{CLASSES[family]}Processor"
+    assert len(read(model, processor, image, PROMPT, ANSWER).positions) in range(9, 16)
+    with pytest.raises(ValueError, match=f"less than one image token: give {side**2} or more"):
+        cap_pixels(processor.image_processor, side**2 - 1)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mode single --method product --target red --contrast cat",
+        "--mode single --method paper",
+        "--mode comparative --num_samples 2",
+        "--mode words --layers 0 -1 --num_samples 2",
+        "--mode evaluate --layers 1 --steps 4 --num_samples 1 --randomize",
+    ],
+)
+def test_every_mode_of_maps_runs(drive, tmp_path, flags):
+    code, err = drive(*flags.split())
+    assert code == 0, err
+    assert any((tmp_path / "out").rglob("*.png"))
+
+
+@pytest.mark.parametrize("mode", ["flow", "knockout"])
+def test_deepstack_is_refused_where_the_decoder_is_run_in_parts(drive, family, tmp_path, mode):
+    code, err = drive("--mode", mode)
+    refused = family == "qwen3_vl"
+    assert code == (2 if refused else 0), err
+    assert ("feeds its image features to several layers: flow does not know how" in err) == refused
+    assert refused != (tmp_path / "out").exists()
+
+
+# other families
+
+
+def others():
+    """Tiny models whose decoders are laid out like those of the families, and a module that is no model."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 300}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    vision |= {"deepstack_visual_indexes": [0]}
+    experts = small | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "head_dim": 8}
+    experts |= {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    clip = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    yield "Qwen2ForCausalLM is of type qwen2,", transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**small))
+    config = transformers.Qwen3VLMoeConfig(text_config=experts, vision_config=vision)
+    yield (
+        "Qwen3VLMoeForConditionalGeneration is of type qwen3_vl_moe,",
+        transformers.Qwen3VLMoeForConditionalGeneration(config),
+    )
+    config = transformers.LlavaConfig(
+        text_config=small | {"model_type": "llama"}, vision_config=clip | {"model_type": "clip_vision_model"}
+    )
+    yield "LlavaForConditionalGeneration is of type llava,", transformers.LlavaForConditionalGeneration(config)
+    yield "Linear is of type None,", nn.Linear(2, 2)
+    yield "NoneType is of type None,", None
+
+
+@pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
+def test_other_families_are_refused_by_name_with_what_is_supported(processor, image):
+    supported = "which is not supported: supported are "
+    supported += "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl), Qwen3-VL (qwen3_vl)"
+    for message, other in others():
+        with pytest.raises(ValueError, match=re.escape(f"{message} {supported}") + "$"):
+            read(other, processor, image, PROMPT)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            compute_token_maps(other, processor, image, PROMPT, [0])
+
+
+@pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
+@pytest.mark.parametrize("kind", ["qwen2", "llava", "qwen3_vl_moe", "qwen2_5_omni", None, ["qwen3_vl"]])
+def test_driver_refuses_other_families_before_it_loads_them(drive, tmp_path, kind):
+    config = {"model_type": kind, "num_hidden_layers": 4}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    code, err = drive("--model_path", tmp_path / "other")
+    assert code == 2
+    assert f"is of type {kind}, which is not supported: supported are Qwen2-VL (qwen2_vl), Qwen2.5-VL" in err
+    assert not (tmp_path / "out").exists()
+
+
+# several images
+
+
+@pytest.fixture(scope="session")
+def several(model, processor, family):
+    """Of three photos of different sizes: 24 + 6 * 9 + 12 image tokens."""
+    side = SIDES[family]
+    photos = [make_image(6 * side, 4 * side), make_image(9 * side, 6 * side), make_image(3 * side, 4 * side)]
+    return read(model, processor, photos, PROMPT, ANSWER)
+
+
+SIZES = ((4, 6), (6, 9), (4, 3))
+of_all = pytest.mark.parametrize("family", ALL, indirect=True)
+
+
+@of_all
+def test_several_images_stand_before_the_prompt_in_their_order(several, processor):
+    assert several.grids == SIZES
+    message = {"role": "user", "content": [{"type": "image"}] * 3 + [{"type": "text", "text": PROMPT}]}
+    text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    expected = processor(text=[text], images=list(several.photos), return_tensors="pt")
+    for name in ("input_ids", "pixel_values", "image_grid_thw"):
+        assert torch.equal(several.inputs[name], expected[name])
+    ids = several.inputs["input_ids"][0]
+    assert (ids == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).nonzero()[:, 0].tolist() == list(
+        several.positions
+    )
+    assert len(several.positions) == 24 + 54 + 12
+
+
+@of_all
+@pytest.mark.parametrize("method", core.METHODS)
+def test_each_image_has_its_part_of_the_map_of_all_image_tokens(model, oracles, several, method):
+    settings = Settings(use_smooth=False, method=method, tap="input")
+    found = explain(several, [(0, len(several.answer))], range(LAYERS), settings)
+    assert [(one.image, one.grid) for one in found] == list(enumerate(SIZES))
+    answer = several.tokens + [several.processor.tokenizer.eos_token_id] * (method == "paper")
+    book = oracles[settings.rules]
+    expected = autograd(book, several, decoder(book), answer)
+    for layer in range(LAYERS):
+        cams = [one.maps[layer] for one in found]
+        assert tuple(cam.shape for cam in cams) == SIZES
+        pair = (tensor[0, several.positions] for tensor in expected[layer])
+        together = np.concatenate([cam.ravel() for cam in cams])
+        np.testing.assert_allclose(together, map_by_hand(*pair, method), rtol=1e-4, atol=1e-7)
+
+
+@of_all
+def test_maps_are_listed_part_by_part_and_image_by_image(several):
+    spans = [find_target(several.answer, word) for word in ("red", "cat")]
+    together = explain(several, spans, [1], Settings(num_samples=2))
+    apart = sum((explain(several, [span], [1], Settings(num_samples=2)) for span in spans), [])
+    assert [(one.target, one.image) for one in together] == [(w, i) for w in ("red", "cat") for i in range(3)]
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_allclose(one.maps[1], other.maps[1], rtol=1e-5, atol=1e-9)
+
+
+@of_all
+def test_vision_merger_of_several_images_is_in_raster_order(model, several):
+    """The windows of Qwen2.5-VL's tower are walked image by image."""
+    settings, tower = Settings(use_smooth=False, method="hirescam"), model.model.visual
+    for one in explain(several, [(0, len(several.answer))], [0, tower.merger, tower.blocks[-1]], settings):
+        np.testing.assert_allclose(one.maps["model.visual.merger"], one.maps[0], rtol=1e-5)
+        assert one.maps[f"model.visual.blocks.{len(tower.blocks) - 1}"].shape == one.grid
+
+
+@of_all
+def test_every_image_gets_noise_of_its_own(several, processor, monkeypatch):
+    """The maps are the mean over copies in which all photos are noisy."""
+    seen, plain = [], core.add_noise
+    monkeypatch.setattr(core, "add_noise", lambda *args: seen.append(plain(*args)) or seen[-1])
+    explain(several, [(0, 3)], [1], Settings(num_samples=3, noise_std=0.2))
+    noise = torch.stack(seen) - several.inputs["pixel_values"]
+    ends = np.cumsum([4 * rows * columns for rows, columns in SIZES])[:-1].tolist()
+    std = float(np.mean(processor.image_processor.image_std))
+    for part in noise.tensor_split(ends, dim=1):
+        assert float(part.std()) * std == pytest.approx(0.2, rel=0.05)
+    assert noise.flatten(0, 1).unique(dim=0).shape[0] == noise.shape[0] * noise.shape[1]
+
+
+@of_all
+def test_an_object_is_found_in_the_image_and_the_corner_where_it_is(model, processor, family, several, monkeypatch):
+    """A method that marks the odd token out of the features as they enter layer 0."""
+    side = SIDES[family]
+    photos = [np.full((rows * side, columns * side, 3), 128, np.uint8) for rows, columns in SIZES]
+    photos[1][:side, -side:] = 255
+    reading = read(model, processor, photos, PROMPT, ANSWER)
+    monkeypatch.setitem(core.METHODS, "hirescam", lambda a, g: (a - a.median(0).values).square().sum(-1))
+    settings = Settings(use_smooth=False, method="hirescam")
+    cams = [one.maps["model.visual.patch_embed"] for one in explain(
+        reading, [(0, 3)], [model.model.visual.patch_embed], settings
+    )]  # fmt: skip
+    assert np.argmax([cam.max() for cam in cams]) == 1
+    assert np.unravel_index(cams[1].argmax(), cams[1].shape) == (0, SIZES[1][1] - 1)
+
+
+@of_all
+def test_a_list_of_one_image_is_that_image(model, processor, image):
+    one, other = (read(model, processor, given, PROMPT, ANSWER) for given in (image, [image]))
+    assert one.inputs.keys() == other.inputs.keys()
+    assert all(torch.equal(one.inputs[name], other.inputs[name]) for name in one.inputs)
+    assert (one.photo.tobytes(), one.grid) == (other.photo.tobytes(), other.grid)
+    found = [explain(reading, [(0, 3)], [1])[0].maps[1] for reading in (one, other)]
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_what_is_made_for_one_image_refuses_several(model, processor, several, tmp_path):
+    photos = list(several.photos)
+    with pytest.raises(ValueError, match="^3 images, and this is made for one photo: use read and"):
+        compute_token_maps(model, processor, photos, PROMPT, [0])
+    with pytest.raises(ValueError, match="^3 images, and this"):
+        core.SmoothQwenGradCAM(model, processor, 0).generate_cam(photos, PROMPT)
+    message = "^the prompt has 3 images, and this is made for one photo: use read and explain$"
+    with pytest.raises(ValueError, match=message):
+        several.photo  # noqa: B018
+    with pytest.raises(ValueError, match=message):
+        create_word_maps(model, processor, photos, PROMPT, answer=ANSWER, save_dir=tmp_path / "words")
+    with pytest.raises(ValueError, match=message):
+        insertion_deletion(several, explain(several, [(0, 3)], [0])[0])
+    with pytest.raises(ValueError, match="several pictures in one prompt are not supported"):
+        token_groups(several)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_lists_that_hold_no_photos_are_named(model, processor, image):
+    for given, message in (
+        ([], "image=.. has no photo: give one or more"),
+        ([image, None], "image of type NoneType must be a path"),
+        ([image, [image]], "image of type list must be a path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(model, processor, given, PROMPT)
+
+
+# video
+
+
+@pytest.fixture(scope="session")
+def frames(family):
+    side = SIDES[family]
+    return [make_image(7 * side, 5 * side).rotate(90 * i).resize((7 * side, 5 * side)) for i in range(4)]
+
+
+VIDEO_TEMPLATE = CHAT_TEMPLATE.replace("{% else %}{{ part", "{% elif part['type'] == 'video' %}<|vision_start|>"
+                                       "<|video_pad|><|vision_end|>{% else %}{{ part")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def film(model, processor, frames):
+    """Of four frames: two temporal patches of 5 x 7 tokens."""
+    processor.chat_template = VIDEO_TEMPLATE
+    return read(model, processor, Video(frames), PROMPT, ANSWER)
+
+
+@of_all
+def test_video_is_read_as_the_processor_has_it(film, frames, family):
+    assert film.grids == ((5, 7), (5, 7))
+    assert [photo.tobytes() for photo in film.photos] == [frames[0].tobytes(), frames[2].tobytes()]
+    assert film.inputs["video_grid_thw"].tolist() == [[2, 10, 14]]
+    assert "pixel_values" not in film.inputs
+    ids = film.inputs["input_ids"][0]
+    video = film.processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert (ids == video).nonzero()[:, 0].tolist() == film.positions.tolist()
+    if family == "qwen2_5_vl":  # two frames of two a second
+        assert film.inputs["second_per_grid_ts"].tolist() == [1.0]
+    if family == "qwen3_vl":  # in the middle of the two
+        assert "<0.2 seconds>" in film.processor.tokenizer.decode(ids)
+        assert "<1.2 seconds>" in film.processor.tokenizer.decode(ids)
+
+
+@of_all
+def test_each_temporal_patch_has_its_part_of_the_map(oracles, film):
+    found = explain(film, [(0, len(film.answer))], range(LAYERS), Settings(use_smooth=False))
+    assert [(one.image, one.grid) for one in found] == [(0, (5, 7)), (1, (5, 7))]
+    book = oracles["attnlrp"]
+    expected = autograd(book, film, decoder(book), film.tokens)
+    for layer in range(LAYERS):
+        pair = (tensor[0, film.positions] for tensor in expected[layer])
+        together = np.concatenate([one.maps[layer].ravel() for one in found])
+        np.testing.assert_allclose(together, map_by_hand(*pair, "gradcam"), rtol=1e-4, atol=1e-7)
+
+
+@of_all
+def test_vision_merger_of_a_video_is_in_raster_order(model, film):
+    settings = Settings(use_smooth=False, method="hirescam")
+    for one in explain(film, [(0, len(film.answer))], [0, model.model.visual.merger], settings):
+        np.testing.assert_allclose(one.maps["model.visual.merger"], one.maps[0], rtol=1e-5)
+
+
+@of_all
+def test_every_frame_gets_noise_of_its_own(film, family, monkeypatch):
+    seen, plain = [], core.add_noise
+    monkeypatch.setattr(core, "add_noise", lambda *args: seen.append(plain(*args)) or seen[-1])
+    explain(film, [(0, 3)], [1], Settings(num_samples=2, noise_std=0.2))
+    noise = (torch.stack(seen) - film.inputs["pixel_values_videos"]).unflatten(-1, (3, 2, -1))
+    std = torch.tensor(film.processor.video_processor.image_std)
+    for frame in noise.unbind(3):
+        torch.testing.assert_close(frame.std((0, 1, 3)) * std, torch.full((3,), 0.2), rtol=0.05, atol=0)
+    assert abs(np.corrcoef(noise[:, :, :, 0].flatten(), noise[:, :, :, 1].flatten())[0, 1]) < 0.05
+
+
+@of_all
+def test_model_answers_to_a_video(model, processor, film):
+    found = read(model, processor, Video(film.photos, fps=1), PROMPT, max_new_tokens=3)
+    assert 1 <= len(found.tokens) <= 3
+    assert len(found.grids) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_bad_videos_are_named(model, processor, film, frames, image):
+    with pytest.raises(ValueError, match="a video of 1 frames .196 x 140.: give two or more, all of one size"):
+        Video(frames[:1])
+    with pytest.raises(ValueError, match="a video of 2 frames .196 x 140, 168 x 112.: give two or more, all of one"):
+        Video([frames[0], image])
+    for fps in (0, -1, float("inf"), float("nan"), "2"):
+        with pytest.raises(ValueError, match=f"fps={fps!r} must be frames per second, above 0"):
+            Video(frames, fps)
+    with pytest.raises(ValueError, match="^a video, and this is made for one photo: use read and explain"):
+        compute_token_maps(model, processor, Video(frames), PROMPT, [0])
+    with pytest.raises(ValueError, match="^the prompt has a video, and this is made for one photo"):
+        read(model, processor, Video(frames[:2]), PROMPT, ANSWER).photo  # noqa: B018
+    with pytest.raises(ValueError, match="must be uint8 .height, width, 3., RGB"):
+        read(model, processor, np.stack([np.asarray(frame) for frame in frames]), PROMPT)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("width", ["page", "column"])
+def test_strip_and_animation_show_each_temporal_patch(model, processor, film, frames, tmp_path, width):
+    """The animation has a frame for each frame; what differs between the two of a patch is the frames alone."""
+    options = {"answer": ANSWER, "target": "red", "num_samples": 2, "fps": 4, "quiet": True, "paper": Paper(width)}
+    patches = create_video_maps(model, processor, frames, PROMPT, -1, tmp_path / "out", **options)
+    with np.load(tmp_path / "out/maps.npz") as file:
+        assert file["maps"].shape == (2, 5, 7)
+        for one, cam in zip(patches, file["maps"], strict=True):
+            np.testing.assert_array_equal(one.maps[LAYERS - 1], cam)
+    with Image.open(tmp_path / "out/video.webp") as film_file:
+        assert (film_file.n_frames, film_file.size, film_file.info["loop"]) == (4, frames[0].size, 0)
+        film_file.load()
+        assert film_file.info["duration"] == 250
+    reading = read(model, processor, Video(frames, 4), PROMPT, ANSWER)
+    page = strip_figure(reading, patches, LAYERS - 1, 4, Look(), Paper(width))
+    np.asarray(page)  # drawn
+    said = [text.get_text() for text in page.figure.texts]
+    assert {"0.0 s", "0.5 s"} <= set(said)
+    check_layout(page.figure)
+
+
+def test_animation_has_one_scale_and_each_map_its_share_of_the_frames():
+    """By the colours of grey frames under maps of one cell: full, none, half. (WebP merges frames that are equal.)"""
+    grey = [Image.new("RGB", (32, 32), (60 * i,) * 3) for i in range(5)]
+    maps = [np.full((1, 1), value, np.float32) for value in (4, 0, 2)]
+    with Image.open(io.BytesIO(animate(grey, maps, 10))) as film:
+        seen = []
+        for i in range(film.n_frames):
+            film.seek(i)
+            seen.append(np.asarray(film.convert("RGB")).mean((0, 1)))
+    shown = zip(grey, (0, 0, 1, 1, 2), strict=True)
+    expected = [core.render_cam(frame, maps[i], Look(), 4)[0].mean((0, 1)) for frame, i in shown]
+    np.testing.assert_allclose(seen, expected, atol=8)
