@@ -9,8 +9,10 @@ photo, prompt and answer, features and gradients, token maps, pictures; the docu
 
 Shapes:  H, W  rows and columns of image tokens     N = H * W     C  channels of a layer     V  vocabulary
          P  prompt tokens (the N included)          A  answer tokens     L = P + A     T  answer tokens that are scored
+         B  noisy copies that go through the model at once
 """
 
+import functools
 import inspect
 import math
 import operator
@@ -33,6 +35,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 __all__ = [
     *("SmoothQwenGradCAM", "get_model_layers", "compute_token_maps", "render_cam"),
@@ -185,6 +188,14 @@ def check_whole(name: str, value, least: int) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
     if value >= 2**63:
         raise ValueError(f"{name}={value!r} must be below 2^63")
+
+
+def check_batch_size(value) -> None:
+    """Raises ValueError unless `value` is "auto" or 1 <= value < 2^63."""
+    if not (isinstance(value, str) and value == "auto"):
+        if not hasattr(value, "__index__"):
+            raise ValueError(f'batch_size={value!r} must be "auto" or a whole number, 1 or more')
+        check_whole("batch_size", value, 1)
 
 
 @dataclass(frozen=True)
@@ -779,6 +790,27 @@ def attnlrp(model):
             handle.remove()
 
 
+@contextmanager
+def recomputed(model):
+    """Inside, a forward keeps of each decoder layer no more than its input: the backward runs the layer once more.
+
+    What hooks the forward has inside a layer, the backward must have as well. The vision tower keeps what it keeps.
+    """
+    layers = get_model_layers(model)[0]
+    before = [vars(layer).get("forward") for layer in layers]  # accelerate puts one there
+    away = any(parameter.is_meta for parameter in layers.parameters())  # and takes weights away behind a whole layer
+    try:
+        for layer in layers:  # there is no dropout, so the random state need not be kept
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        with set_checkpoint_early_stop(not away):
+            yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+
+
 RULES = {"attnlrp": attnlrp, "detached": detached_norms, "plain": nullcontext}
 _LOCKS = weakref.WeakKeyDictionary()  # one for each decoder: hooks, modes and gradients of two passes would mix
 
@@ -815,12 +847,18 @@ def memory_explained(count: int):
     try:
         yield
     except RuntimeError as exc:
-        if not isinstance(exc, torch.cuda.OutOfMemoryError) and "DefaultCPUAllocator" not in str(exc):
+        if not is_out_of_memory(exc):
             raise
         raise RuntimeError(
-            f"out of memory with {count} image tokens: give the model fewer pixels (--max_pixels), or explain only "
-            "later layers; --num_samples does not lower it, the noisy copies run one after another"
+            f"out of memory with {count} image tokens: give the model fewer pixels (--max_pixels), explain only later "
+            "layers, or recompute activations (--recompute); --num_samples does not lower it, nor does --batch_size: "
+            "copies run one by one where they must"
         ) from exc
+
+
+def is_out_of_memory(exc: RuntimeError) -> bool:
+    """Whether a device, or the processor, had no memory left to give."""
+    return isinstance(exc, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(exc)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -843,37 +881,52 @@ def compute_logits(model, inputs: dict[str, Tensor], first: int) -> Tensor:
 
 def token_probabilities(model, forced: dict[str, Tensor], pixels: Tensor, scored: Scored) -> np.ndarray:
     """Probability of each scored token for each of B pictures: pixels (B, patches, ...) -> (B, T)."""
-    batch = {name: value.repeat(len(pixels), *[1] * (value.dim() - 1)) for name, value in forced.items()}
-    batch["pixel_values"] = pixels.flatten(0, 1)
-    length = batch["input_ids"].shape[1]
+    length = forced["input_ids"].shape[1]
     with torch.no_grad():
+        batch = batch_of(forced, [{"pixel_values": picture} for picture in pixels])
         logits = compute_logits(model, batch, min(scored.predicting))  # (B, L or less, V)
     logits = at_least_float32(logits[:, [position - length for position in scored.predicting]])  # (B, T, V)
     expected = torch.tensor(scored.expected, device=logits.device).expand(len(pixels), -1)[..., None]
     return logits.softmax(-1).gather(2, expected)[..., 0].cpu().numpy()
 
 
-def features_and_gradients(model, forced, taps: list[Tap], targets: list[Scored], settings: Settings) -> Iterator[dict]:
-    """One forward, and of each target one backward: yields {key: (features, gradient or None)} for all taps.
+def batch_of(forced: dict[str, Tensor], pixels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The inputs with the pixels of B copies in the place of one's: patches one below the other, all else B times."""
+    batch = {name: value.repeat(len(pixels), *[1] * (value.dim() - 1)) for name, value in forced.items()}
+    return batch | {name: torch.cat([copy[name] for copy in pixels]) for name in pixels[0]}
 
-    Features and gradients have the shape that the layer gives them.
+
+def features_and_gradients(
+    model, forced, taps: list[Tap], targets: list[Scored], settings: Settings, recompute: bool = False
+) -> Iterator[dict]:
+    """One forward of B copies, and of each target one backward: yields {key: (features, gradient or None)} of all taps.
+
+    Features and gradients have the shape that the layer gives them, whose first dimension is that of a copy B times.
     """
+
+    @contextmanager
+    def hooked():
+        with RULES[settings.rules](model), captured(taps) as found:
+            yield found
+
     length = forced["input_ids"].shape[1]
     first = min(position for target in targets for position in target.predicting)
-    with RULES[settings.rules](model), captured(taps) as found:
-        logits = compute_logits(model, forced, first)[0]  # (L, V), or the last of it
+    with recomputed(model) if recompute else nullcontext(), hooked() as found:
+        logits = compute_logits(model, forced, first)  # (B, L, V), or the last of it
     if len(found) < len(taps):
         missing = next(tap.key for tap in taps if tap.key not in found)
         raise ValueError(f"layer {missing} takes no part in the forward pass")
     features = list(found.values())
     for i, target in enumerate(targets, 1):
-        rows = logits[[position - length for position in target.predicting]]  # (T, V)
-        value = SCORES[settings.score](at_least_float32(rows), torch.tensor(target.expected, device=rows.device))
-        if not value.isfinite():
-            raise ExplanationError(f"the score is {value.item()} in {model.dtype}: {steadier(model.dtype)}")
+        rows = at_least_float32(logits[:, [position - length for position in target.predicting]])  # (B, T, V)
+        expected = torch.tensor(target.expected, device=rows.device)
+        values = [SCORES[settings.score](row, expected) for row in rows]  # no copy has a part in another's
+        if wrong := [value.item() for value in values if not value.isfinite()]:
+            raise ExplanationError(f"the score is {wrong[0]} in {model.dtype}: {steadier(model.dtype)}")
         gradients = [None] * len(features)
-        if value.requires_grad:
-            gradients = torch.autograd.grad(value, features, allow_unused=True, retain_graph=i < len(targets))
+        if rows.requires_grad:
+            with hooked() if recompute else nullcontext():  # a layer that runs again must run as before
+                gradients = torch.autograd.grad(values, features, allow_unused=True, retain_graph=i < len(targets))
         yield {key: (a.detach(), g) for key, a, g in zip(found, features, gradients, strict=True)}
 
 
@@ -889,11 +942,22 @@ def contrasted(pairs: dict, others: dict) -> dict:
     return result
 
 
-def noisy_passes(reading: Reading, spans, taps: list[Tap], settings: Settings, progress=None) -> Iterator[tuple]:
-    """Yields (copy, part, {key: (features, gradient or None)}) of each noisy copy and each of the parts at `spans`.
+def copy_by_copy(pairs: dict, count: int) -> Iterator[dict]:
+    """Of the features and gradients of B = `count` copies those of each, in the shapes that it has alone."""
 
-    One forward a copy (a second one for a contrast), one backward a part. To be used inside `borrowed`.
-    """
+    def own(key, tensor, i):  # (B, L, ...) -> (1, L, ...), and of the vision tower (B * k * N, C) -> (k * N, C)
+        if tensor is None or count == 1:
+            return tensor
+        if not tensor.dim() or len(tensor) % count:
+            raise ValueError(f"layer {key} gives the shape {tuple(tensor.shape)}: no row for each image token")
+        return tensor.chunk(count)[i]
+
+    for i in range(count):
+        yield {key: tuple(own(key, tensor, i) for tensor in pair) for key, pair in pairs.items()}
+
+
+def scored_readings(reading: Reading, spans, settings: Settings) -> list[tuple[dict, list[Scored]]]:
+    """The inputs and what of each part is scored there: of the answer and, if there is one, of the contrast."""
     tokens, parts = reading.tokens, [reading.tokens_of(span) for span in spans]
     if not all(parts):
         raise ValueError(f"the span {spans[parts.index([])]} has no token in the answer {reading.answer!r}")
@@ -905,19 +969,126 @@ def noisy_passes(reading: Reading, spans, taps: list[Tap], settings: Settings, p
     if settings.contrast is not None:
         tokens, part = put_in_place(reading, spans[0], settings.contrast)
         readings.append(score_parts(reading.inputs, tokens, [part]))
+    return readings
+
+
+MOST = {"cuda": 8, "cpu": 4}  # copies at once for "auto": more were no faster
+KEPT = 6  # numbers that a forward keeps for each number that a linear map gives: measured, 3 to 5
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had there; of the processor's memory half of them, and 0 where it does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    with suppress(OSError, TypeError):
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        with suppress(OSError, ValueError):  # a container may have less
+            group = Path("/sys/fs/cgroup")
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            free = min(free, limit - used)
+        return free // 2
+    return 0
+
+
+def kept_bytes(model, taps: list[Tap], length: int) -> int:
+    """About what the forward of one copy keeps for the backward, by the rule above: in the decoder from the first tap.
+
+    A tap of the vision tower starts the graph there, and an image token has several patches: then all counts thrice.
+    """
+    first = min(tap.key if isinstance(tap.key, int) else 0 for tap in taps)
+    layers = get_model_layers(model)[0][first:]
+    outputs = sum(module.out_features for module in layers.modules() if isinstance(module, nn.Linear))
+    vision = 3 if any("visual" in str(tap.key) for tap in taps) else 1
+    return KEPT * vision * outputs * length * model.dtype.itemsize
+
+
+class Room:
+    """How many copies go through the model at once, `size`: a number, or for "auto" as many as memory has room for.
+
+    On a CUDA device the first copy runs alone, and its peak is what each of the others needs. Elsewhere `need`, the
+    bytes of one copy, is estimated.
+    """
+
+    def __init__(self, model, asked: int | str, need: int):
+        self.size, self.peaks = asked, {}
+        if asked == "auto":
+            devices = {parameter.device for parameter in model.parameters()}
+            self.peaks = {device: 0 for device in devices if device.type == "cuda"}
+            self.size = 1 if self.peaks else self.fitting(torch.device("cpu"), need)
+
+    @staticmethod
+    def fitting(device: torch.device, need: int) -> int:
+        """Copies that fit, with a tenth to spare."""
+        return int(max(1, min(MOST[device.type], 0.9 * free_memory(device) // max(need, 1))))
+
+    @contextmanager
+    def measured(self):
+        """Around a batch: the first one, of one copy, is measured."""
+        before = {device: torch.cuda.memory_allocated(device) for device in self.peaks}
+        for device in self.peaks:
+            torch.cuda.reset_peak_memory_stats(device)
+        yield
+        needs = {device: torch.cuda.max_memory_allocated(device) - start for device, start in before.items()}
+        if needs:
+            self.size, self.peaks = min(self.fitting(*need) for need in needs.items()), {}
+
+
+def noisy_passes(
+    reading: Reading, spans, taps: list[Tap], settings: Settings, progress=None, *, batch_size=1, recompute=False
+) -> Iterator[tuple]:
+    """Yields (copy, part, {key: (features, gradient or None)}) of each noisy copy and each of the parts at `spans`.
+
+    One forward a batch (a second one for a contrast), one backward a part: of a batch come the parts in their order,
+    of each the copies in theirs. A batch that memory does not suffice for is halved, as all behind it, and goes on with
+    the part that is missing; RuntimeError for one copy. To be used inside `borrowed`.
+    """
+    readings = scored_readings(reading, spans, settings)
     name, still, images = "pixel_values", True, reading.processor.image_processor
     if "pixel_values_videos" in reading.inputs:
         name, still, images = "pixel_values_videos", False, reading.processor.video_processor
     clean = reading.inputs[name]
     generator = torch.Generator().manual_seed(operator.index(settings.seed))
+    length = readings[0][0]["input_ids"].shape[1]
+    room = Room(reading.model, batch_size, kept_bytes(reading.model, taps, length))
+    todo, drawn = [(0, settings.num_samples, 0)], {}  # stretches of copies, and the part from which on they are missing
     for copy in (progress or iter)(range(settings.num_samples)):
-        pixels = {name: add_noise(clean, settings.noise_std, images, generator, still)}
-        runs = [
-            features_and_gradients(reading.model, forced | pixels, taps, targets, settings)
-            for forced, targets in readings
-        ]
-        for part, pairs in enumerate(zip(*runs, strict=True)):
-            yield copy, part, pairs[0] if len(pairs) == 1 else contrasted(*pairs)
+        while todo and todo[-1][0] <= copy:  # the copy, or a part of it, is still missing
+            first, last, part = todo.pop()
+            batches = -(-(last - first) // room.size)
+            if batches > 1:
+                middle = first - (first - last) // batches  # batches are as even as can be
+                todo.append((middle, last, part))
+                last = middle
+            for i in range(max([first, *(i + 1 for i in drawn)]), last):
+                drawn[i] = add_noise(clean, settings.noise_std, images, generator, still)
+            batch = [{name: drawn[i]} for i in range(first, last)]
+            try:
+                with room.measured():
+                    for copies in part_by_part(reading.model, readings, batch, part, taps, settings, recompute):
+                        for i, pairs in enumerate(copies, first):
+                            yield i, part, pairs
+                            del pairs  # nothing of a batch outlives it
+                        part += 1
+            except RuntimeError as exc:
+                if len(batch) == 1 or not is_out_of_memory(exc):
+                    raise
+                todo.append((first, last, part))
+                room.size = len(batch) // 2
+            else:
+                drawn = {i: pixels for i, pixels in drawn.items() if i >= last}
+
+
+def part_by_part(
+    model, readings, pixels: list[dict[str, Tensor]], part: int, taps, settings, recompute
+) -> Iterator[Iterator[dict]]:
+    """Of each part from `part` on {key: (features, gradient or None)} of each copy of a batch."""
+    runs = [
+        features_and_gradients(model, batch_of(forced, pixels), taps, targets[part:], settings, recompute)
+        for forced, targets in readings
+    ]
+    for pairs in zip(*runs, strict=True):
+        yield copy_by_copy(pairs[0] if len(pairs) == 1 else contrasted(*pairs), len(pixels))
 
 
 # token maps
@@ -974,6 +1145,8 @@ def explain(
     progress: Callable[[Iterable], Iterable] | None = None,
     *,
     watch: Callable[[dict], None] | None = None,
+    batch_size: int | str = 1,
+    recompute: bool = False,
 ) -> list[TokenMaps]:
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
@@ -982,9 +1155,11 @@ def explain(
     compare: a photo that the part is not taken from is darker.
 
     `spans` are the parts, (start, end) in characters of `reading.answer`, one or more (one for a contrast); see
-    `find_target`. `watch` is called with {key: (features, gradient or None)} of every pass, in the layers' own shapes.
-    `layers`, `progress` and errors are described in `compute_token_maps`.
+    `find_target`. `watch` is called with {key: (features, gradient or None)} of every copy and part, in the shapes that
+    the layers give a copy alone; copies of a batch come part by part. `layers`, `progress`, `batch_size`, `recompute`
+    and errors are described in `compute_token_maps`.
     """
+    check_batch_size(batch_size)
     if settings.contrast is not None and len(spans) != 1:
         raise ValueError(f"contrast={settings.contrast!r} needs one part to take the place of, not {len(spans)}")
     if not spans:
@@ -993,11 +1168,13 @@ def explain(
     maps = [{tap.key: np.zeros(len(reading.positions), np.float32) for tap in taps} for _ in spans]
     alive = [set() for _ in spans]
     with borrowed(reading.model), memory_explained(len(reading.positions)):
-        for _, part, pairs in noisy_passes(reading, spans, taps, settings, progress):
+        how = {"batch_size": batch_size, "recompute": recompute}
+        for _, part, pairs in noisy_passes(reading, spans, taps, settings, progress, **how):
             if watch is not None:
                 watch(pairs)
-            for key, pair in pairs.items():
-                heat = token_map(key, *pair, reading, settings.method)
+            heats = {key: token_map(key, *pair, reading, settings.method) for key, pair in pairs.items()}
+            del pairs  # before the next batch
+            for key, heat in heats.items():
                 if heat is not None:
                     maps[part][key] += heat / settings.num_samples
                     alive[part].add(key)
@@ -1024,6 +1201,8 @@ def compute_token_maps(
     target: str | None = None,
     target_occurrence: int = 1,
     progress: Callable[[Iterable], Iterable] | None = None,
+    batch_size: int | str = 1,
+    recompute: bool = False,
     **settings,
 ) -> TokenMaps:
     """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
@@ -1036,6 +1215,11 @@ def compute_token_maps(
     target          score only the tokens of this part of the answer; None is the whole answer
     target_occurrence  which one, where the answer has the target several times: 1 is the first
     progress        wraps the iterable over the copies, e.g. tqdm; None is silent
+    batch_size      noisy copies that go through the model at once, or "auto": as many as memory has room for, up to 8
+                    (4 without a GPU, where more are no faster). The maps do not depend on it beyond rounding. Where
+                    memory runs out it is halved, and no copy is lost
+    recompute       keep of each decoder layer its input alone and run it once more in the backward: slower, for a
+                    fraction of the memory where many layers are explained
     settings        num_samples, noise_std, use_smooth, seed, tap, score, contrast, method, rules: see `Settings`
 
     Raises ValueError for bad arguments, ExplanationError if the model answers with nothing or gives a score or gradient
@@ -1043,6 +1227,7 @@ def compute_token_maps(
     are. Threads may explain with one model: one pass waits for the other.
     """
     settings, layers = Settings(**settings), list(_listed(layers))
+    check_batch_size(batch_size)
     if settings.contrast is not None and target is None:
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
     if isinstance(image, (list, tuple, Video)):
@@ -1051,7 +1236,8 @@ def compute_token_maps(
     check_family(model)
     find_taps(model, layers, settings.tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
-    return explain(reading, [find_target(reading.answer, target, target_occurrence)], layers, settings, progress)[0]
+    span, how = find_target(reading.answer, target, target_occurrence), {"batch_size": batch_size}
+    return explain(reading, [span], layers, settings, progress, **how, recompute=recompute)[0]
 
 
 # pictures
@@ -1183,7 +1369,8 @@ class SmoothQwenGradCAM:
     def __init__(self, model, processor, target_layer, num_samples=10, noise_std=0.1, *, look=None, **options):
         if "use_smooth" in options:
             raise TypeError("use_smooth is an argument of generate_cam")
-        others = ("answer", "max_new_tokens", "target", "target_occurrence", "progress")
+        others = ("answer", "max_new_tokens", "target", "target_occurrence", "progress", "batch_size", "recompute")
+        check_batch_size(options.get("batch_size", 1))
         Settings(num_samples, noise_std, **{name: value for name, value in options.items() if name not in others})
         self.model, self.processor, self.target_layer, self.options = model, processor, target_layer, options
         self.num_samples, self.noise_std, self.look = num_samples, noise_std, look or Look()

@@ -57,7 +57,8 @@ MODES_OF_FLAG = {  # flags that act in some modes only
     "--heatmaps": ("grid", "comparative"),
     "--scale": ("grid", "multi", "comparative", "words", "flow"),
     "--save_raw": [mode for mode in FOLDERS if mode not in ("words", *OF_PHOTOS)],
-    **dict.fromkeys(("--mask", "--batch_size"), ("evaluate", "knockout")),
+    "--recompute": [mode for mode in FOLDERS if mode != "knockout"],
+    "--mask": ("evaluate", "knockout"),
     **dict.fromkeys(("--baseline", "--steps", "--randomize", "--compare"), ("evaluate",)),
     **dict.fromkeys(("--attention_maps", "--taps"), ("flow",)),
     **dict.fromkeys(("--window", "--keep", "--answers"), ("knockout",)),
@@ -73,6 +74,7 @@ ASKED_BY_LIST = (
     "--target_occurrence",
     "--mask",
 )
+RUNS_AT_ONCE = 8  # of evaluate and knockout mode, where --batch_size is auto
 LAYER_NAMES = ("auto", "early", "middle", "late", "all")
 CHOICES = {  # as the modules have them, whose import takes too long for --help
     "score": ("logit", "logprob"),
@@ -123,6 +125,13 @@ def _layers(text: str) -> list[int | str]:
             raise argparse.ArgumentTypeError(f"{text!r} is none of {names}, no index, and no list such as 6,12 or 0-3")
         found += range(first, last + 1)
     return found
+
+
+def _batch_size(text: str) -> int | str:
+    """The word auto, or a whole number."""
+    if text != "auto" and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be auto, or a whole number from 1 on")
+    return text if text == "auto" else int(text)
 
 
 def _opacity(text: str) -> float | None:
@@ -222,7 +231,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--baseline", choices=CHOICES["baseline"], default="blur", help="evaluate mode: what removed image tokens show")
     add("--steps", type=int, default=64, help="evaluate mode: steps of insertion and deletion")
-    add("--batch_size", type=int, default=8, help="evaluate, knockout mode: runs through the model at once")
+    add(
+        "--batch_size",
+        type=_batch_size,
+        default="auto",
+        help="noisy copies through the model at once, fewer where memory runs out (auto: as many as it has room for); "
+        f"evaluate, knockout mode: runs at once too (auto: {RUNS_AT_ONCE})",
+    )
+    add("--recompute", action="store_true", help="recompute activations in the backward: slower, for less memory")
     add("--randomize", action="store_true", help="evaluate mode: also re-draw the weights of a copy, and compare maps")
     add("--compare", action="store_true", help="evaluate mode: measure the maps of all methods beside each other")
     add("--attention_maps", action="store_true", help="flow mode: also draw attention between all positions")
@@ -287,7 +303,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     )
     for flag in counts:
         value = getattr(args, flag)
-        if value is not None and not 1 <= value < 2**63:
+        if value is not None and value != "auto" and not 1 <= value < 2**63:
             raise ValueError(f"--{flag} {value} must be 1 or more, and below 2^63")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")
@@ -884,13 +900,23 @@ def drawing(args: argparse.Namespace) -> dict[str, Look | Paper]:
     return {"look": look, "paper": Paper(args.width, tuple(dict.fromkeys(args.format)), args.heatmaps)}
 
 
+def passing(args: argparse.Namespace) -> dict[str, int | str | bool]:
+    """How the noisy copies pass the model: keywords of `explain`."""
+    return {"batch_size": args.batch_size, "recompute": args.recompute}
+
+
+def runs_at_once(args: argparse.Namespace) -> int:
+    """How many runs of evaluate and knockout mode pass the model at once."""
+    return RUNS_AT_ONCE if args.batch_size == "auto" else args.batch_size
+
+
 def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[str]]:
     """({file name: content}, lines to be said) of every mode that explains one part of the answer."""
     chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
     span = find_target(reading.answer, args.target, args.target_occurrence)
     if args.compare:
         return compare_methods(args, reading, span, chosen, mask)
-    (token_maps,) = explain(reading, [span], chosen, settings, show_progress(args.quiet))
+    (token_maps,) = explain(reading, [span], chosen, settings, show_progress(args.quiet), **passing(args))
     what = "the whole answer" if token_maps.target == reading.answer else repr(token_maps.target)
     if settings.contrast is not None:
         what += f" rather than {settings.contrast!r}"
@@ -903,9 +929,8 @@ def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[st
     if args.mode == "evaluate":
         from studies.faithfulness import evaluate
 
-        options = {
-            name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed", "randomize", "quiet")
-        }
+        options = {name: getattr(args, name) for name in ("steps", "baseline", "seed", "randomize", "quiet")}
+        options |= {"batch_size": runs_at_once(args), "copies": passing(args)}
         files, measured = evaluate(reading, token_maps, mask, **drawing(args), **options)
         lines += measured
     elif args.mode == "comparative":
@@ -922,12 +947,12 @@ def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]
     """The same of evaluate mode with --compare: every method with the settings that are given, or its own."""
     from studies.faithfulness import compare
 
-    asked = {name: getattr(args, name) for name in SETTINGS}
-    maps = {
-        method: explain(reading, [span], layers, Settings(**asked | {"method": method}), show_progress(args.quiet))[0]
-        for method in CHOICES["method"]
-    }
-    options = {name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed", "quiet")}
+    asked, maps = {name: getattr(args, name) for name in SETTINGS}, {}
+    for method in CHOICES["method"]:
+        settings = Settings(**asked | {"method": method})
+        (maps[method],) = explain(reading, [span], layers, settings, show_progress(args.quiet), **passing(args))
+    options = {name: getattr(args, name) for name in ("steps", "baseline", "seed", "quiet")}
+    options["batch_size"] = runs_at_once(args)
     files, lines = compare(reading, maps, mask, **drawing(args), **options)
     return files, [f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}", *lines]
 
@@ -936,7 +961,7 @@ def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
     """The same of words mode."""
     from studies.words import draw_words, map_words, name_words, word_tokens
 
-    word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet))
+    word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet), **passing(args))
     measured, name = word_tokens(reading, word_maps), Path(args.image_path).name
     files = draw_words(reading.photo, name, word_maps, *measured, **drawing(args))[1]
     lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
@@ -963,7 +988,7 @@ def trace_photos(args, readings, names, layers, settings) -> tuple[dict, list[st
     from studies.information_flow import trace
 
     spans = find_targets(args, readings, names)
-    options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet}
+    options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet} | passing(args)
     return trace(readings, names, spans, layers, settings, **options, **drawing(args))
 
 
@@ -972,7 +997,8 @@ def sever_photos(args, readings, names, mask) -> tuple[dict, list[str]]:
     from studies.information_flow import sever
 
     spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
-    options = {name: getattr(args, name) for name in ("window", "keep", "batch_size", "quiet")}
+    options = {name: getattr(args, name) for name in ("window", "keep", "quiet")}
+    options["batch_size"] = runs_at_once(args)
     options["paper"] = drawing(args)["paper"]
     return sever(readings, names, spans, mask=mask, accuracy=args.answers is not None, **options)
 

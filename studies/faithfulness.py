@@ -344,14 +344,15 @@ def randomize_weights(modules: Iterable[nn.Module], generator: torch.Generator) 
 
 
 def cascading_randomization(
-    reading: Reading, token_maps: TokenMaps, *, stages: int = 7, seed: int = 0, progress=None
+    reading: Reading, token_maps: TokenMaps, *, stages: int = 7, seed: int = 0, progress=None, **passes
 ) -> dict[int, TokenMaps]:
     """{number of re-drawn decoder layers: maps of the same answer} (Adebayo et al., "Sanity Checks", 2018).
 
     On a copy of the model, which takes its memory again, weights are re-drawn from the top down: the last decoder layer
     with the norm and, if it is not tied to the embeddings, the head behind it, then further ones, in `stages` even
     steps down to the first; behind the last step the vision tower as well. 0 are the maps that were given. A map that
-    depends on what the model has learned changes. `progress` wraps the iterable over the stages.
+    depends on what the model has learned changes. `progress` wraps the iterable over the stages, `passes` are further
+    keywords of `explain`.
     """
     check_whole("stages", stages, 1)
     check_whole("seed", seed, 0)
@@ -371,7 +372,7 @@ def cascading_randomization(
             fresh.append(model.model.visual)
         randomize_weights(fresh, generator)
         places = [modules[key] if isinstance(key, str) else key for key in token_maps.maps]
-        (results[number],) = explain(randomized, [token_maps.target_span], places, token_maps.settings)
+        (results[number],) = explain(randomized, [token_maps.target_span], places, token_maps.settings, **passes)
     return results
 
 
@@ -887,10 +888,11 @@ def measure(reading: Reading, token_maps: TokenMaps, steps, baseline, batch_size
 
 def evaluate(
     reading: Reading, token_maps: TokenMaps, mask: np.ndarray | None = None, *, steps=64, baseline="blur", batch_size=8,
-    seed=0, randomize=False, quiet=False, look=PLAIN, paper=PAGE,
+    seed=0, randomize=False, quiet=False, look=PLAIN, paper=PAGE, copies: dict | None = None,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, verdict in lines) of the maps; `mask` as of `load_mask`, the rest as measured above.
 
+    `copies` are keywords of `explain` (`batch_size`, `recompute`) for the maps of a model whose weights are re-drawn.
     Raises ExplanationError if no layer has a map.
     """
     measured = measure(reading, token_maps, steps, baseline, batch_size, seed, quiet)
@@ -900,7 +902,7 @@ def evaluate(
     lines = [*verdict(rows, measured), f"cost: {measured.forwards} pictures run through the model"]
     if randomize:
         bar = show_progress(quiet, "weights re-drawn", "stage")
-        staged = cascading_randomization(reading, token_maps, seed=seed, progress=bar)
+        staged = cascading_randomization(reading, token_maps, seed=seed, progress=bar, **copies or {})
         likeness = randomization_rows(staged)
         draw = functools.partial(draw_randomization, reading.photo, staged, likeness, look, paper)
         files |= paper.figure("randomization", draw)

@@ -270,8 +270,10 @@ def gradient_flow(reading: Reading, span: tuple[int, int] | None = None, setting
     return maps_and_gradients(reading, span, settings or Settings(use_smooth=False))[1]
 
 
-def maps_and_gradients(reading: Reading, span, settings: Settings, progress=None) -> tuple[TokenMaps, np.ndarray]:
-    """The maps of all layers, and `gradient_flow`, from the same passes."""
+def maps_and_gradients(
+    reading: Reading, span, settings: Settings, progress=None, **passes
+) -> tuple[TokenMaps, np.ndarray]:
+    """The maps of all layers, and `gradient_flow`, from the same passes (`batch_size`, `recompute`: see `explain`)."""
     total = get_model_layers(reading.model)[1]
     flow = np.zeros((total, _length(reading)), np.float32)
 
@@ -282,7 +284,7 @@ def maps_and_gradients(reading: Reading, span, settings: Settings, progress=None
                 flow[layer, : len(products)] += products.float().cpu().numpy() / settings.num_samples
 
     span = span or (0, len(reading.answer))
-    (token_maps,) = explain(reading, [span], range(total), settings, progress, watch=watch)
+    (token_maps,) = explain(reading, [span], range(total), settings, progress, watch=watch, **passes)
     return token_maps, flow
 
 
@@ -454,9 +456,9 @@ class Severed(NamedTuple):
     windows: dict[str, np.ndarray]  # edge -> (K, A): blocked in a window of layers around each
 
 
-def trace_photo(reading: Reading, span, settings: Settings, progress=None) -> Traced:
+def trace_photo(reading: Reading, span, settings: Settings, progress=None, **passes) -> Traced:
     """Attention forwards; gradients and maps of all layers backwards."""
-    maps, gradient = maps_and_gradients(reading, span, settings, progress)
+    maps, gradient = maps_and_gradients(reading, span, settings, progress, **passes)
     return Traced(reading, maps, attention_flow(reading, span), gradient)
 
 
@@ -979,17 +981,20 @@ def forecast(readings: list[Reading], forwards: float) -> str:
 
 def trace(
     readings: list[Reading], names: list[str], spans: list[tuple[int, int]], layers: list[int], settings: Settings, *,
-    attention_map=False, taps=False, quiet=False, look=PLAIN, paper=PAGE,
+    attention_map=False, taps=False, quiet=False, look=PLAIN, paper=PAGE, batch_size=1, recompute=False,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, findings in lines) of the mode flow: see the module's table of figures.
 
-    `names` are those of the photos; `spans` are (start, end) in characters of each answer.
+    `names` are those of the photos; `spans` are (start, end) in characters of each answer. `batch_size` and `recompute`
+    are those of `explain`.
     """
+    passing = {"batch_size": batch_size, "recompute": recompute}
     if not quiet:
         passes = 2 + 2.2 * settings.num_samples * (1 + taps) + 2 * attention_map
         print(forecast(readings, passes), flush=True)
     bar = show_progress(quiet)
-    traced = [trace_photo(reading, span, settings, bar) for reading, span in zip(readings, spans, strict=True)]
+    pairs = zip(readings, spans, strict=True)
+    traced = [trace_photo(reading, span, settings, bar, **passing) for reading, span in pairs]
     draw = functools.partial(draw_flow, traced, names, layers, look, paper)
     files = paper.figure("information_flow", draw) | {
         "information_flow.csv": to_csv(flow_rows(traced, names)),
@@ -1011,7 +1016,7 @@ def trace(
         draw = functools.partial(draw_attention_maps, readings[0], traced[0].maps, *shown, paper)
         files |= paper.figure("attention_maps", draw)
     if taps:
-        files |= paper.figure("taps", draw_tapped(readings[0], spans[0], layers, settings, bar, look, paper))
+        files |= paper.figure("taps", draw_tapped(readings[0], spans[0], layers, settings, bar, look, paper, **passing))
     return files, lines
 
 
@@ -1021,13 +1026,13 @@ def _size(reading: Reading, name: str) -> int:
 
 
 def draw_tapped(
-    reading, span, layers: list[int], settings: Settings, progress=None, look: Look = PLAIN, paper: Paper = PAGE
+    reading, span, layers: list[int], settings: Settings, progress=None, look=PLAIN, paper=PAGE, **passes
 ) -> Callable:
     """What draws the map of every tap of the layers, six at most, from one pass for all."""
     taken = tap_modules(reading.model, spread(layers, strip_columns(reading.photo) - 1))
     merger = reading.model.model.visual.merger
     modules = [module for found in taken.values() for module in found.values()]
-    (maps,) = explain(reading, [span], [*modules, merger], replace(settings, tap="input"), progress)
+    (maps,) = explain(reading, [span], [*modules, merger], replace(settings, tap="input"), progress, **passes)
     names = {module: name for name, module in reading.model.named_modules()}
     keys = {tap: {k: names.get(module, module) for k, module in found.items()} for tap, found in taken.items()}
     return functools.partial(draw_taps, reading, maps, keys, names[merger], look, paper)

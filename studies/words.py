@@ -28,6 +28,7 @@ from smooth_gradcam import (
     Settings,
     TokenMaps,
     borrowed,
+    check_batch_size,
     explain,
     get_model_layers,
     is_word_character,
@@ -143,16 +144,16 @@ def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple
 # maps
 
 
-def map_words(reading: Reading, words, layers, settings: Settings, progress=None) -> list[TokenMaps]:
+def map_words(reading: Reading, words, layers, settings: Settings, progress=None, **passes) -> list[TokenMaps]:
     """The raw maps of each chosen word of a reading; arguments and errors are those of `compute_word_maps`."""
     if settings.contrast is not None:
         raise ValueError(f"contrast={settings.contrast!r}: a map of each word takes no contrast")
-    return explain(reading, choose_words(reading.answer, reading.spans, words), layers, settings, progress)
+    return explain(reading, choose_words(reading.answer, reading.spans, words), layers, settings, progress, **passes)
 
 
 def compute_word_maps(
     model, processor, image, prompt: str, layers: Iterable[int | nn.Module],
-    *, words="content", answer=None, max_new_tokens=128, progress=None, **settings,
+    *, words="content", answer=None, max_new_tokens=128, progress=None, batch_size=1, recompute=False, **settings,
 ) -> list[TokenMaps]:  # fmt: skip
     """The raw maps of each word of the answer, in its order: one forward per noisy copy serves all words and layers.
 
@@ -161,8 +162,9 @@ def compute_word_maps(
     `compute_token_maps`, which says what is raised; ValueError too for words that are not in the answer.
     """
     settings = Settings(**settings)
+    check_batch_size(batch_size)
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
-    return map_words(reading, words, layers, settings, progress)
+    return map_words(reading, words, layers, settings, progress, batch_size=batch_size, recompute=recompute)
 
 
 def word_tokens(reading: Reading, word_maps: list[TokenMaps]) -> tuple[list[list[float]], list[list[str]]]:
@@ -415,7 +417,7 @@ def draw_words(
 def create_word_maps(
     model, processor, image, prompt, layer_range="auto", save_dir="cam_results_words",
     *, words="content", answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN,
-    paper=PAGE, **settings,
+    paper=PAGE, batch_size=1, recompute=False, **settings,
 ):  # fmt: skip
     """A map of each word of the answer at each layer, all from one answer and one forward pass per noisy copy.
 
@@ -428,11 +430,12 @@ def create_word_maps(
     `compute_word_maps` and `output_folder` raise.
     """
     layers = select_layers(layer_range, get_model_layers(model)[1])
-    settings = Settings(num_samples, noise_std, **settings)
+    settings, passes = Settings(num_samples, noise_std, **settings), {"batch_size": batch_size, "recompute": recompute}
+    check_batch_size(batch_size)
     with output_folder(save_dir) as write:
         reading = read(model, processor, image, prompt, answer, max_new_tokens)
         photo = reading.photo  # there must be but one
-        word_maps = map_words(reading, words, layers, settings, show_progress(quiet))
+        word_maps = map_words(reading, words, layers, settings, show_progress(quiet), **passes)
         file_name = Path(image).name if isinstance(image, (str, Path)) else ""
         results, files = draw_words(photo, file_name, word_maps, *word_tokens(reading, word_maps), look, paper)
         write(files)

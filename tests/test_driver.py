@@ -25,7 +25,7 @@ from PIL import Image
 import smooth_gradcam as core
 import test_gradcam
 import visualization_utils
-from smooth_gradcam import METHODS, ExplanationError, compute_token_maps
+from smooth_gradcam import METHODS, ExplanationError, compute_token_maps, get_model_layers
 from studies import faithfulness
 from test_gradcam import (
     CHOICES,
@@ -503,6 +503,62 @@ def test_evaluate_mode_leaves_out_a_layer_without_gradient_and_says_so(drive, tm
     assert {row["layer"] for row in read_csv(tmp_path / "out/evaluate/randomization.csv")} == {"2"}
 
 
+@pytest.fixture
+def pictures(model_folder):
+    """How many pictures each pass through the model has, and whether activations are recomputed for it."""
+    seen, model = [], load_once(str(model_folder), "cpu", "auto")
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(
+            (len(kwargs["input_ids"]), "forward" in vars(get_model_layers(module)[0][0]))
+        ),
+        with_kwargs=True,
+    )
+    yield seen
+    handle.remove()
+
+
+COPIES = {
+    **dict.fromkeys(("single", "grid", "multi", "comparative", "flow"), []),
+    "words": ["--words", "cat"],
+    "evaluate": ["--steps", "3", "--quiet", "--randomize"],
+}
+
+
+@pytest.mark.parametrize("mode", COPIES)
+@pytest.mark.usefixtures("no_figures")
+def test_noisy_copies_are_run_at_once_in_every_mode_that_has_them(drive, pictures, mode):
+    def passes(*flags):
+        pictures.clear()
+        assert drive("--mode", mode, "--answer", ANSWER, "--num_samples", 3, *COPIES[mode], *flags)[0] == 0
+        return pictures.copy()
+
+    assert (3, False) in passes()
+    assert (3, False) in passes("--batch_size", "auto")
+    assert max(passes("--batch_size", 1)) == (1, False)
+    found = passes("--batch_size", 2, "--recompute")
+    assert {(2, True), (1, True)} <= set(found)
+    assert max(found)[0] == 2
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_runs_of_evaluate_and_knockout_mode_are_eight_at_once_unless_told(drive, monkeypatch):
+    from studies import faithfulness, information_flow
+
+    seen = []
+    for module, name in ((faithfulness, "insertion_deletion"), (information_flow, "knockout")):
+        usual = getattr(module, name)
+
+        def spy(*args, usual=usual, **options):
+            seen.append(options["batch_size"])
+            return usual(*args, **options)
+
+        monkeypatch.setattr(module, name, spy)
+    for flags in ([], ["--batch_size", "auto"], ["--batch_size", "3"]):
+        assert drive(*EVALUATE, "--quiet", *flags)[0] == 0
+        assert drive("--mode", "knockout", "--answer", ANSWER, "--quiet", *flags)[0] == 0
+    assert seen == [8, 8, 8, 8, 3, 3]
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_batch_size_is_how_many_pictures_are_run_at_once(drive, tmp_path, model_folder):
     batches, table = {}, {}
@@ -608,7 +664,7 @@ def test_words_mode_says_where_no_gradient_is(drive):
 
 OUTSIDE = {"--layer": "1", "--layer_range": "late", "--layers": "1", "--save_raw": None, "--randomize": None}
 OUTSIDE |= {"--words": "cat", "--target": "red", "--target_occurrence": "2", "--contrast": "dog", "--mask": "{mask}"}
-OUTSIDE |= {"--baseline": "mean", "--steps": "3", "--batch_size": "1", "--compare": None}
+OUTSIDE |= {"--baseline": "mean", "--steps": "3", "--compare": None, "--recompute": None}
 OUTSIDE |= {"--num_samples": "3", "--noise_std": "0.3", "--seed": "1", "--method": "hirescam", "--score": "logprob"}
 OUTSIDE |= {"--rules": "plain", "--tap": "output", "--attention_maps": None, "--taps": None}
 OUTSIDE |= {"--colormap": "jet", "--opacity": "fixed:0.5", "--upsample": "cells", "--scale": "all"}
@@ -650,8 +706,7 @@ def usual():
 
 
 ACTING = [(flag, mode) for flag, mode in PAIRS if mode in MODES_OF_FLAG[flag]]
-ACTING.remove(("--batch_size", "evaluate"))  # changes how much is computed at once: see above
-ACTING.remove(("--batch_size", "knockout"))
+ACTING = [pair for pair in ACTING if pair[0] != "--recompute"]  # the same maps, for less memory: see above
 LOOKS = ("--colormap", "--opacity", "--upsample", "--scale", "--heatmaps", "--width")  # act on pictures: see below
 ACTING = [pair for pair in ACTING if pair[0] not in LOOKS]
 ACTING.remove(("--answers", "knockout"))  # stands in the place of the others: see below
@@ -954,6 +1009,10 @@ BAD = {  # flags: what the message says
     "--mode evaluate --compare --randomize": "--randomize cannot act beside --compare",
     "--mode evaluate --compare --save_raw": "--save_raw cannot act beside --compare",
     "--mode evaluate --batch_size 0": "--batch_size 0 must be 1 or more",
+    "--batch_size -2": "--batch_size -2 must be 1 or more",
+    "--batch_size all": "argument --batch_size: 'all' must be auto, or a whole number from 1 on",
+    "--batch_size 2.5": "argument --batch_size: '2.5' must be auto, or a whole number from 1 on",
+    "--mode knockout --recompute": "--recompute acts in single, grid, multi, comparative, words, evaluate, flow mode",
     "--mode evaluate --baseline x": "argument --baseline: invalid choice: 'x'",
     "--mode evaluate --mask {bad}/none.png": "none.png does not exist",
     "--mode evaluate --mask {bad}/text.png": "cannot be read as an image",
