@@ -241,7 +241,7 @@ def test_raw_file_holds_what_the_pass_knows(raw, model_folder, image):
     processor = load_processor(str(model_folder), 10**6)
     prompt = str(file["prompt"])
     settings = {"num_samples": 2, "noise_std": 0.15, "seed": 5, "answer": ANSWER, "target": "red"}
-    expected = compute_token_maps(model, processor, image, prompt, [1], **settings)
+    expected = compute_token_maps(model, processor, image, prompt, [1], **settings, batch_size="auto")
     np.testing.assert_array_equal(file["maps"], expected.maps[1][None])
     assert file["maps"].dtype == np.float32
     assert tuple(file["grid"]) == expected.grid == (4, 6)
