@@ -65,6 +65,7 @@ MODES_OF_FLAG = {  # flags that act in some modes only
 }
 OF_ONE_PHOTO = ("--mask", "--answers", "--randomize")  # cannot act beside a list
 NO_MATTER = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
+NO_MATTER += ("recompute",)  # to what a list's results are, beyond rounding
 ASKED_BY_LIST = (
     "--image_path",
     "--prompt",
@@ -270,7 +271,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def is_list(path: str) -> bool:
     """Whether a path names several photos: a folder, a .jsonl, or a glob that is no file's name."""
-    return Path(path).is_dir() or path.endswith(".jsonl") or (glob.has_magic(path) and not Path(path).exists())
+    there = os.path.exists(path)  # noqa: PTH110  (which a name too long for any file system does not raise from)
+    return Path(path).suffix == ".jsonl" or (Path(path).is_dir() if there else glob.has_magic(path))
 
 
 def check_flags(args: argparse.Namespace, given: set[str]) -> None:
@@ -863,8 +865,12 @@ def benchmark_photo(args, reading: Reading, layers, mask) -> tuple[dict, list[st
     tokens = reading.tokens_of(span)
     spans = [span, *(reading.spans[i] for i in tokens)] if mask is not None and len(tokens) > 1 else [span]
     methods, asked = CHOICES["method"] if args.compare else [args.method], {n: getattr(args, n) for n in SETTINGS}
-    maps = {method: explain(reading, spans, layers, Settings(**asked | {"method": method})) for method in methods}
-    options = {name: getattr(args, name) for name in ("steps", "baseline", "batch_size", "seed")}
+    maps = {
+        method: explain(reading, spans, layers, Settings(**asked | {"method": method}), **passing(args))
+        for method in methods
+    }
+    options = {name: getattr(args, name) for name in ("steps", "baseline", "seed")}
+    options["batch_size"] = runs_at_once(args)
     rows, given = benchmark_rows(reading, maps, mask, **options), maps[methods[0]][0]
     figures = draw_grid(reading.photo, given, **drawing(args))[1]
     files = {name: draw for name, draw in figures.items() if name.startswith("layer_comparison_grid")}

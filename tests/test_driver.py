@@ -241,7 +241,7 @@ def test_raw_file_holds_what_the_pass_knows(raw, model_folder, image):
     processor = load_processor(str(model_folder), 10**6)
     prompt = str(file["prompt"])
     settings = {"num_samples": 2, "noise_std": 0.15, "seed": 5, "answer": ANSWER, "target": "red"}
-    expected = compute_token_maps(model, processor, image, prompt, [1], **settings)
+    expected = compute_token_maps(model, processor, image, prompt, [1], **settings, batch_size="auto")
     np.testing.assert_array_equal(file["maps"], expected.maps[1][None])
     assert file["maps"].dtype == np.float32
     assert tuple(file["grid"]) == expected.grid == (4, 6)
@@ -958,7 +958,12 @@ def bad(tmp_path_factory, image, model_folder):
 
 BAD = {  # flags: what the message says
     "--image_path {bad}/none.png": "none.png does not exist",
-    "--image_path {bad}": "is a folder",
+    "--image_path {bad}/no_config": "no photo (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif) is there",
+    "--image_path {bad}/*.jpeg": "no photo",
+    "--image_path {bad}/none.jsonl": "none.jsonl cannot be read",
+    "--image_path {bad} --mask {bad}/black.png": "--mask cannot act beside a list of photos",
+    "--image_path {bad} --mode evaluate --randomize": "--randomize cannot act beside a list of photos",
+    "--image_path {bad}/text.png --overwrite": "--overwrite acts on a list of photos only",
     "--image_path {bad}/empty.png": "cannot be read as an image",
     "--image_path {bad}/text.png": "cannot be read as an image",
     "--image_path {bad}/cut.png": "truncated",
@@ -1038,7 +1043,6 @@ BAD = {  # flags: what the message says
     "--model_path {bad}/llama": "is of type llama, which is not supported: supported are Qwen2-VL (qwen2_vl), ",
     "--model_path {bad}/broken": "is unreadable",
     "--model_path {bad}/list": "list is unreadable",
-    "--mode grid --image_path a.png b.png": "--image_path takes one photo in grid mode, and 2 are given (flow, knock",
     "--mode knockout --mask {bad}/black.png": "--mask needs --window in knockout mode",
     "--mode knockout --window 3 --mask m.png --image_path a.png b.png": "--mask is of one photo",
     "--mode knockout --answers {bad}/none.jsonl": "none.jsonl cannot be read",
