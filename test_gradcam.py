@@ -769,11 +769,8 @@ def model_identity(model_path: str) -> list:
 def asked_of(args: argparse.Namespace, item) -> argparse.Namespace:
     """The flags as they are for an item of a list. Raises ValueError for what it asks and the mode cannot do."""
     own = {name: getattr(item, name) for name in ("prompt", "answer", "target", "contrast")}
-    own = {name: text for name, text in own.items() if text is not None}
-    for name in own:
-        modes = MODES_OF_FLAG.get(f"--{name}", FOLDERS)
-        if args.mode not in modes:
-            del own[name]  # a list serves several modes: words needs no target
+    acting = {name for name in own if args.mode in MODES_OF_FLAG.get(f"--{name}", FOLDERS)}
+    own = {name: own[name] for name in acting if own[name] is not None}  # a list serves modes without targets, too
     asked = argparse.Namespace(**vars(args) | own | {"image_path": str(item.image), "photos": [str(item.image)]})
     if asked.contrast is not None and asked.target is None:
         raise ValueError(f"a contrast {asked.contrast!r} needs a target, whose place it takes")
@@ -833,7 +830,7 @@ def run_list(args: argparse.Namespace) -> Done:
     lines[0] += f", {len(failed)} failed: see {RESULTS}" if failed else ""
     left_out = sum(any(line.startswith("left out: ") for line in record.get("said", ())) for record in records)
     lines += [f"{left_out} left out: the model does not say the target"] if left_out else []
-    paths = [folder / RESULTS]
+    paths = [(folder / RESULTS).resolve()]
     if args.mode == "evaluate":
         tables, said = benchmark_tables(args, records)
         paths, lines = paths + write_files(folder, tables), lines + said

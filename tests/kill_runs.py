@@ -6,7 +6,9 @@ kill every result that was whole before must be whole still, with the same bytes
 
 import argparse
 import multiprocessing
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -21,9 +23,13 @@ from studies.photo_list import Processes, key_of, read_list, whole_record, work_
 SLOW = 0.01  # seconds that a photo takes
 
 
-def work(photos: Path, folder: Path) -> None:
+def work(photos: Path, folder: Path, dies_at: str | None = None) -> None:
+    """Work off the photos, in as many processes as there are; the one whose turn this photo is kills itself."""
+
     def explain(item, data):
         time.sleep(SLOW)
+        if item.name == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         picture = np.frombuffer(data[:3000].ljust(3000, b" "), np.uint8).reshape(-1, 10, 3)
         return {"name": item.name}, {"a.png": picture, "b.txt": lambda: "text" * 20_000, "c.npz": {"cam": picture}}
 
@@ -61,7 +67,12 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--photos", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", nargs="+", help="only work off a folder of photos: PHOTOS OUTPUT [DIES_AT]")
     options = parser.parse_args()
+    if options.work:
+        photos, folder, *dies_at = options.work
+        work(Path(photos), Path(folder), *dies_at)
+        return
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
         photos.mkdir()

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_image
 from PIL import Image
 
 import smooth_gradcam as core
@@ -776,6 +777,77 @@ def test_an_opacity_that_cannot_be_is_told(drive, value):
     assert f"{value!r} must be value, or fixed:0.5 with a number from 0 to 1" in err
 
 
+# lists of photos
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A list of three photos, one of them damaged."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, size in enumerate([(168, 112), (112, 168), (168, 112)]):
+        make_image(*size).rotate(90 * i).save(folder / f"p{i}.png")
+    (folder / "p1.png").write_bytes((folder / "p1.png").read_bytes()[:200])
+    box = {"box": [20, 20, 60, 40]}
+    lines = [{"image": "photos/p0.png", "answer": ANSWER, "target": "red"} | box, {"image": "photos/p1.png"}]
+    lines.append({"image": "photos/p2.png", "answer": "the cat", "target": "cat"} | box)
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "list.jsonl"
+
+
+@pytest.mark.parametrize("mode", FOLDERS)
+@pytest.mark.usefixtures("no_figures")
+def test_every_mode_explains_a_list_as_each_photo_alone(drive, tmp_path, listed, mode):
+    few = ["--steps", 4] if mode == "evaluate" else []
+    code, out, err = drive("--mode", mode, "--image_path", listed, *few)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "list.jsonl, line 2: " in err
+    assert "3 photos: 2 explained in " in out
+    folder = tmp_path / "out" / FOLDERS[mode]
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [record["name"] for record in records] == ["p0", "p1", "p2"]
+    assert "error" in records[1]
+    assert records[2]["answer"] == "the cat"
+    files = written(folder / "p2")
+    assert files == {*records[2]["files"], "result.json"}
+    if mode != "evaluate":
+        asked = ["--target", "cat"] if mode != "words" else []
+        code, _, err = drive("--mode", mode, "--image_path", tmp_path / "photos/p2.png", "--answer", "the cat", *asked)
+        assert code == 0, err
+        for name in files - {"result.json"}:
+            assert (folder / name).read_bytes() == (folder / "p2" / name).read_bytes(), name
+    before = {name: (folder / "p2" / name).stat().st_mtime_ns for name in files}
+    code, out, _ = drive("--mode", mode, "--image_path", listed, *few)
+    assert "3 photos: 0 explained in " in out
+    assert " 2 were whole already, 1 failed" in out
+    assert {name: (folder / "p2" / name).stat().st_mtime_ns for name in files} == before
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_benchmark_of_a_list_has_methods_layers_centre_and_random_rows(drive, tmp_path, listed):
+    code, out, _ = drive("--mode", "evaluate", "--image_path", listed, "--compare", "--layers", 1, 2, "--steps", 4)
+    assert code == 1
+    with (tmp_path / "out/evaluate/benchmark.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    layers = [(method, layer) for method in ("gradcam", "hirescam", "product", "paper") for layer in "12"]
+    assert [(row["method"], row["layer"]) for row in rows] == [*layers, ("centre", ""), ("random", "")]
+    assert {row["words"] for row in rows} == {"2"}
+    for row in rows:
+        assert 0 <= float(row["energy_low"]) <= float(row["energy"]) <= float(row["energy_high"]) <= 1
+    assert "2 words in 2 photos" in out
+    assert "\\toprule" in (tmp_path / "out/evaluate/benchmark.tex").read_text()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_target_that_the_models_own_answer_lacks_is_left_out_of_a_benchmark(drive, tmp_path, listed):
+    listed.write_text('{"image": "photos/p0.png", "target": "xylophone"}\n')
+    code, out, err = drive("--mode", "evaluate", "--image_path", listed, "--max_new_tokens", 4, "--steps", 4)
+    assert (code, err) == (0, "")
+    assert "1 left out: the model does not say the target" in out
+    assert "no word could be measured" in out
+
+
 # flow and knockout
 
 FLOW = {"information_flow.png", "information_flow.csv", "information_flow.npz"}
@@ -961,7 +1033,7 @@ BAD = {  # flags: what the message says
     "--image_path {bad}/no_config": "no photo (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif) is there",
     "--image_path {bad}/*.jpeg": "no photo",
     "--image_path {bad}/none.jsonl": "none.jsonl cannot be read",
-    "--image_path {bad} --mask {bad}/black.png": "--mask cannot act beside a list of photos",
+    "--mode evaluate --image_path {bad} --mask {bad}/black.png": "--mask cannot act beside a list of photos",
     "--image_path {bad} --mode evaluate --randomize": "--randomize cannot act beside a list of photos",
     "--image_path {bad}/text.png --overwrite": "--overwrite acts on a list of photos only",
     "--image_path {bad}/empty.png": "cannot be read as an image",

@@ -1,12 +1,15 @@
 """Lists of photos: what they hold, that nothing is lost or done twice, and that processes share them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_image
-from kill_runs import count_lost
+from kill_runs import count_lost, work
 
 from studies import coco
 from studies.benchmark import interval, summarise, to_latex, to_table
@@ -228,6 +231,29 @@ def test_an_interrupted_list_keeps_what_is_whole_and_its_records(photos, tmp_pat
 
 def test_killed_runs_lose_no_finished_result(photos, tmp_path):
     assert count_lost(photos, tmp_path / "out", times=5, seed=1) == 0
+
+
+def test_two_processes_one_of_them_killed_and_resumed_give_what_one_gives(photos, tmp_path):
+    for i in range(5, 12):
+        make_image(40 + i, 30).save(photos / f"p{i}.png")
+
+    def shared(*dies_at):
+        run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "tests/kill_runs.py")]
+        command = [*run, "--work", str(photos), str(tmp_path / "two"), *dies_at]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    killed = shared("p5")
+    assert killed.returncode != 0
+    assert not (tmp_path / "two/p5/result.json").exists()
+    assert (tmp_path / "two/p0/result.json").exists()
+    resumed = shared()
+    assert resumed.returncode == 0, resumed.stderr
+    work(photos, tmp_path / "one")
+    one, two = (
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one == two
 
 
 # a benchmark
