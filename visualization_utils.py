@@ -756,9 +756,7 @@ def _draw_layers(photo, token_maps: TokenMaps, name: str, look: Look, paper: Pap
     return results, paper.figure(name, figure) | _layer_files(results)
 
 
-def draw_grid(
-    image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE
-) -> tuple[dict, dict[str, object]]:
+def draw_grid(image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE) -> tuple[dict, dict[str, object]]:
     """Of all maps ({layer: LayerPictures}, {file name: content})."""
     return _draw_layers(load_rgb(image), token_maps, "layer_comparison_grid", look, paper)
 

@@ -223,8 +223,10 @@ def autograd(model, reading, modules, answer, at_input=True):
             hook = lambda m, args, i=i: (keep(i, args[0]), *args[1:])  # noqa: E731
             handles.append(module.register_forward_pre_hook(hook))
         else:
-            hook = lambda m, args, out, i=i: (  # noqa: E731
-                (keep(i, out[0]), *out[1:]) if isinstance(out, tuple) else keep(i, out)
+            hook = (
+                lambda m, args, out, i=i: (  # noqa: E731
+                    (keep(i, out[0]), *out[1:]) if isinstance(out, tuple) else keep(i, out)
+                )
             )
             handles.append(module.register_forward_hook(hook))
     logits = model(**inputs, use_cache=False).logits[0]

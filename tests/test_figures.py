@@ -375,8 +375,10 @@ def test_maps_of_any_number_of_layers_of_any_photo_fit_on_page_and_column(size, 
     for name, content in files.items():
         if callable(content) and "layer_comparison" in name or name.startswith(("visual", "all", "compar")):
             figure = laid_out(content(), width)
-            assert name.startswith("visual") or {f"layer {layer}" for layer in maps.maps} <= set(texts_of(figure)) or (
-                "/" in name
+            assert (
+                name.startswith("visual")
+                or {f"layer {layer}" for layer in maps.maps} <= set(texts_of(figure))
+                or ("/" in name)
             )
 
 
