@@ -24,7 +24,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import InitVar, dataclass
+from copy import copy as shallow_copy
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -345,6 +346,7 @@ class Reading:
     tokens: list[int]  # A token ids of the answer
     spans: list[tuple[int, int]]  # A: the characters of `answer` that each token has a part in
     answer: str
+    seen: dict = field(default_factory=dict, repr=False)  # what the vision tower gave for the photos, see `seeing`
 
     @property
     def photo(self) -> Image.Image:
@@ -387,10 +389,11 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     photos, tokenizer = image, processor.tokenizer
     if isinstance(image, Video):
         photos = image.frames[:: processor.video_processor.temporal_patch_size]
+    seen = {}
     with borrowed(model):
         inputs = prepare_inputs(model, processor, image, prompt)
         positions, grids = image_grids(model, inputs)
-        with memory_explained(len(positions)):
+        with memory_explained(len(positions)), seeing(model, seen):
             if answer is None:
                 tokens = generate(model, tokenizer, inputs, max_new_tokens)
             else:
@@ -402,7 +405,7 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
         if height * width < 9:
             caution(f"the photo is seen as {width} x {height} image tokens: so few cells tell hardly any places apart")
     spans = token_spans(tokenizer, tokens)
-    return Reading(model, processor, photos, prompt, inputs, positions, grids, tokens, spans, text)
+    return Reading(model, processor, photos, prompt, inputs, positions, grids, tokens, spans, text, seen)
 
 
 def _each(image) -> Iterable:
@@ -842,6 +845,36 @@ def borrowed(model):
 
 
 @contextmanager
+def seeing(model, seen: dict):
+    """Inside, the vision tower does not run for pictures it has seen: what it gave is kept in `seen`, and given again.
+
+    It runs where its weights are others since then, or where hooks watch or change what happens in it.
+    """
+    tower = model.model.visual
+    if any(module._forward_hooks or module._forward_pre_hooks for module in tower.modules()):
+        yield
+        return
+    before, run = vars(tower).get("forward"), tower.forward
+    state = tower, [parameter._version for parameter in tower.parameters()]
+
+    def once(pixels, *args, **kwargs):
+        if seen and seen["state"] == state and torch.equal(seen["pixels"], pixels):
+            return shallow_copy(seen["given"])  # as the model may write into it
+        given = run(pixels, *args, **kwargs)
+        if not seen:
+            seen.update(state=state, pixels=pixels, given=shallow_copy(given))
+        return given
+
+    tower.forward = once
+    try:
+        yield
+    finally:
+        del tower.forward
+        if before is not None:
+            tower.forward = before
+
+
+@contextmanager
 def memory_explained(count: int):
     """Inside, running out of memory is told with what to do about it; `count` are the image tokens."""
     try:
@@ -1168,7 +1201,9 @@ def explain(
     taps = find_taps(reading.model, layers, settings.tap)
     maps = [{tap.key: np.zeros(len(reading.positions), np.float32) for tap in taps} for _ in spans]
     alive = [set() for _ in spans]
-    with borrowed(reading.model), memory_explained(len(reading.positions)):
+    decoder_alone = all(isinstance(tap.key, int) for tap in taps)
+    sight = seeing(reading.model, reading.seen) if decoder_alone and not settings.noise_std else nullcontext()
+    with borrowed(reading.model), memory_explained(len(reading.positions)), sight:
         how = {"batch_size": batch_size, "recompute": recompute}
         for _, part, pairs in noisy_passes(reading, spans, taps, settings, progress, **how):
             if watch is not None:

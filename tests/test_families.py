@@ -5,6 +5,8 @@ import inspect
 import io
 import json
 import re
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +57,9 @@ OF_FAMILY = {
         | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
     ),
 }
+
+
+of_all = pytest.mark.parametrize("family", ALL, indirect=True)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -223,11 +228,10 @@ def autograd(model, reading, modules, answer, at_input=True):
             hook = lambda m, args, i=i: (keep(i, args[0]), *args[1:])  # noqa: E731
             handles.append(module.register_forward_pre_hook(hook))
         else:
-            hook = (
-                lambda m, args, out, i=i: (  # noqa: E731
-                    (keep(i, out[0]), *out[1:]) if isinstance(out, tuple) else keep(i, out)
-                )
-            )
+
+            def hook(m, args, out, i=i):
+                return (keep(i, out[0]), *out[1:]) if isinstance(out, tuple) else keep(i, out)
+
             handles.append(module.register_forward_hook(hook))
     logits = model(**inputs, use_cache=False).logits[0]
     for handle in handles:
@@ -380,6 +384,63 @@ def test_teacher_forced_logits_are_those_of_generation(model, processor, image):
     generated = torch.cat([step[-1:] for step in steps[:count]])
     assert count >= 2
     torch.testing.assert_close(forced[-count:].float(), generated.float(), rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def counted(module):
+    """Inside, the list grows by one for each call of the module's forward; it is no hook."""
+    calls, run = [], module.forward
+    module.forward = lambda *args, **kwargs: calls.append(1) or run(*args, **kwargs)
+    try:
+        yield calls
+    finally:
+        del module.forward
+
+
+@of_all
+def test_vision_tower_runs_once_for_the_answer_and_the_map_without_noise(model, processor, family, image):
+    side, tower, layers = SIDES[family], model.model.visual, [0, 1, LAYERS - 1]
+    for photos in (image, [image, make_image(3 * side, 4 * side)]):
+        with counted(tower) as calls:
+            generated = read(model, processor, photos, PROMPT, max_new_tokens=4)
+            span = find_target(generated.answer, None)
+            maps = explain(generated, [span], layers, Settings(noise_std=0))
+            assert len(calls) == 1
+            counting = tower.forward
+            explain(generated, [span], [0], Settings(num_samples=2))
+            assert len(calls) == 3  # noisy copies are other pictures
+            assert tower.forward is counting  # as accelerate's is
+            anew = explain(replace(generated, seen={}), [span], layers, Settings(noise_std=0))
+            assert len(calls) == 4
+        for one, other in zip(maps, anew, strict=True):
+            for layer in layers:
+                np.testing.assert_array_equal(one.maps[layer], other.maps[layer])
+
+
+@of_all
+def test_vision_tower_runs_again_where_it_or_its_hooks_may_say_otherwise(family, tokenizer, processor, image):
+    model = make_random(family, tokenizer)
+    tower, layers, clean = model.model.visual, [1], Settings(noise_std=0)
+    generated = read(model, processor, image, PROMPT, max_new_tokens=4)
+    spans = [find_target(generated.answer, None)]
+    (before,) = explain(generated, spans, layers, clean)
+    seen = []
+    record = tower.merger.register_forward_hook(lambda *_: seen.append(1))
+    explain(generated, spans, layers, clean)
+    record.remove()
+    assert seen == [1]
+    (merger,) = explain(generated, spans, [tower.merger], clean)
+    assert merger.maps["model.visual.merger"].any()
+    other = copy.deepcopy(model)
+    with counted(other.model.visual) as calls:
+        explain(replace(generated, model=other), spans, layers, clean)
+    assert calls
+    with torch.no_grad():
+        tower.patch_embed.proj.weight.mul_(-1)
+    (after,) = explain(generated, spans, layers, clean)
+    (anew,) = explain(replace(generated, seen={}), spans, layers, clean)
+    assert np.abs(after.maps[1] - before.maps[1]).max() > 0
+    np.testing.assert_array_equal(after.maps[1], anew.maps[1])
 
 
 # rules
@@ -564,7 +625,6 @@ def several(model, processor, family):
 
 
 SIZES = ((4, 6), (6, 9), (4, 3))
-of_all = pytest.mark.parametrize("family", ALL, indirect=True)
 
 
 @of_all
