@@ -156,7 +156,8 @@ def strength(token_maps: TokenMaps, layer, strongest: float | None = None) -> st
     if layer in token_maps.blank:
         return token_maps.blank[layer]
     own, strongest = (peak_of(token_maps, layer, Look(scale=scale), strongest) for scale in ("map", "all"))
-    return f"max {own:.2g}" + (", weak" if own < WEAK * strongest else "")
+    number = f"{own:#.2g}".rstrip(".")
+    return f"max {number}" + (", weak" if own < WEAK * strongest else "")
 
 
 def draw_layer(

@@ -866,7 +866,8 @@ def _severed_heads(severed: Severed) -> list[tuple]:
     reading, part = severed.reading, severed.explained
     which = f"{len(part)} of {len(reading.tokens)} tokens: {excerpt(_words(severed), (0, 0), 200)[0]}"
     whole = list(part) == list(range(part[0], part[-1] + 1))  # one piece of the answer, which can be marked
-    span = (reading.spans[part[0]][0], reading.spans[part[-1]][1]) if whole else (0, 0)
+    start, end = (reading.spans[part[0]][0], reading.spans[part[-1]][1]) if whole else (0, 0)
+    span = end - len(reading.answer[start:end].lstrip()), end  # a word's token often begins with a blank
     rows = [("Prompt", reading.prompt, (0, 0)), ("Answer", reading.answer, span), ("Explained", which, (0, 0))]
     return [(label, *excerpt(text, marked, 300)) for label, text, marked in rows]
 

@@ -724,7 +724,7 @@ def test_panels_of_a_layer_are_the_written_pictures(pages, size):
     results, files = draw_single(photo, maps)
     page = drawn(files["visualization.png"])
     check_layout(pages[0])
-    assert f"max {maps.maps[7].max():.2g}" in texts_of(pages[0])
+    assert f"max {maps.maps[7].max():#.2g}" in texts_of(pages[0])
     found = found_under(pages[0], page, ["Photo", "Heatmap", "Overlay"])
     expected = {"Photo": np.asarray(photo), "Heatmap": results["heatmap"], "Overlay": results["superimposed"]}
     for label, (crop,) in found.items():
@@ -1051,7 +1051,7 @@ def test_panels_say_their_maximum_and_what_is_weak(pages):
     grid = FORMATS["landscape"]
     photo, maps = make_photo(grid), {3: hot_spot(grid, (0, 0)), 9: hot_spot(grid, (0, 1)) / 25}
     drawn(draw_grid(photo, make_maps(maps))[1]["layer_comparison_grid.png"])
-    assert {"max 3", "max 0.12, weak"} <= set(texts_of(pages[-1]))
+    assert {"max 3.0", "max 0.12, weak"} <= set(texts_of(pages[-1]))
     assert "Weak: below 5 % of the strongest." in prose_of(pages[-1])
     drawn(draw_grid(photo, make_maps({3: maps[3]}))[1]["layer_comparison_grid.png"])
     assert "weak" not in prose_of(pages[-1])
