@@ -3,8 +3,8 @@
 The pass alone (generation and loading aside), in turns; medians of the seconds a noisy copy takes, and the most memory
 beyond what was there before: plain forward passes of the same copies, and the map of the answer at the first layer, at
 six and at all, of which each has one copy at a time (1), as many as memory has room for (auto), and one at a time with
-activations recomputed. Of the demo model also the maps of one word and of all content words at all layers, which share
-their forwards.
+activations recomputed; without noise at all layers, with what the vision tower gave for the answer, and with a pass of
+its own. Of the demo model also the maps of one word and of all content words at all layers, which share their forwards.
 
 `--shape` builds a Qwen2.5-VL of the published sizes in the place of the model, with random weights and the demo model's
 vocabulary: a pass costs the same, but for the few positions that are read.
@@ -17,6 +17,7 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -109,6 +110,12 @@ def main():
     for name, chosen in layers.items():
         for way, how in ways.items():
             runs[name, way] = lambda chosen=chosen, how=how: explain(reading, answer, chosen, settings, **how)
+    clean = Settings(use_smooth=False)
+    for way, again in {"1": False, "1, vision tower again": True}.items():
+        runs["without noise", way] = lambda again=again: [
+            explain(replace(reading, seen={}) if again else reading, answer, range(total), clean)
+            for _ in range(options.num_samples)
+        ]
     if not shaped:
         runs["one word", "auto"] = lambda: explain(reading, words[:1], range(total), settings, batch_size="auto")
         runs["all words", "auto"] = lambda: explain(reading, words, range(total), settings, batch_size="auto")
