@@ -395,6 +395,7 @@ from visualization_utils import (  # noqa: E402
     PAGE,
     PLAIN,
     Paper,
+    check_drawing,
     comparative_layers,
     create_comparative_analysis,  # noqa: F401  (users import it from here)
     create_layer_comparison_grid,  # noqa: F401
@@ -429,6 +430,7 @@ def single_layer_visualization(
     index, "answer", "target": what was explained}. A layer without a map has grey panels and zeros. Raises what
     `compute_token_maps` and `output_folder` raise.
     """
+    check_drawing(look, paper)
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir) as write:

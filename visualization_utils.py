@@ -368,6 +368,8 @@ class Paper:
             raise ValueError(f"width={self.width!r} must be one of {', '.join(WIDTHS)}")
         if isinstance(self.formats, str) or not set(self.formats) <= set(VECTOR_FORMATS):
             raise ValueError(f"formats={self.formats!r} must be a tuple of {', '.join(VECTOR_FORMATS)}")
+        if not isinstance(self.heatmaps, bool):
+            raise ValueError(f"heatmaps={self.heatmaps!r} must be True or False")
 
     def figure(self, name: str, draw) -> dict[str, object]:
         """{file name: function that draws it} of a figure in all formats."""
@@ -375,6 +377,14 @@ class Paper:
 
 
 PAGE = Paper()
+
+
+def check_drawing(look, paper) -> None:
+    """Raises TypeError, before anything is computed, unless they are a `Look` and a `Paper`."""
+    if not isinstance(look, Look):
+        raise TypeError(f'look={look!r} must be a Look, such as Look(colormap="jet")')
+    if not isinstance(paper, Paper):
+        raise TypeError(f'paper={paper!r} must be a Paper, such as Paper("column")')
 
 
 class Page:
@@ -1042,6 +1052,7 @@ def create_layer_comparison_grid(
     (H, W); see `LayerPictures`. A layer without a map has a grey panel and zeros. Raises what `compute_token_maps`
     raises, ValueError for layers that do not exist, and what `output_folder` raises.
     """
+    check_drawing(look, paper)
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir) as write:
@@ -1060,6 +1071,7 @@ def visualize_multiple_layers(
     Writes original_image.png, all_layers_comparison.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
     Further arguments, result and errors are those of `create_layer_comparison_grid`.
     """
+    check_drawing(look, paper)
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     with output_folder(save_dir) as write:
@@ -1080,6 +1092,7 @@ def create_comparative_analysis(
     Returns {"early": {layer: ...}, "middle": {...}, "late": {...}} with dictionaries as those of
     `create_layer_comparison_grid`, whose further arguments and errors these are.
     """
+    check_drawing(look, paper)
     thirds = comparative_layers(get_model_layers(model)[1], layers_per_third)
     layers = [layer for part in thirds.values() for layer in part]
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}

@@ -40,6 +40,7 @@ from visualization_utils import (
     Paper,
     best_columns,
     caption,
+    check_drawing,
     decimal,
     draw_layer,
     footer,
@@ -134,6 +135,7 @@ def create_video_maps(
     Returns the TokenMaps of each temporal patch in turn. Raises ValueError for bad arguments, and what `read`,
     `explain` and `output_folder` raise.
     """
+    check_drawing(look, paper)
     total = get_model_layers(model)[1]
     (layer,) = resolve_layers([total // 2 if layer_idx is None else layer_idx], total)
     video, settings = Video(frames, fps), Settings(num_samples, noise_std, **settings)

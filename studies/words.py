@@ -53,6 +53,7 @@ from visualization_utils import (
     Page,
     Paper,
     caption,
+    check_drawing,
     draw_layer,
     excerpt,
     fit_box,
@@ -429,6 +430,7 @@ def create_word_maps(
     Returns {word: {layer: {"superimposed", "heatmap", "cam"}}}, the second "dog" as "dog (2)". Raises what
     `compute_word_maps` and `output_folder` raise.
     """
+    check_drawing(look, paper)
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings, passes = Settings(num_samples, noise_std, **settings), {"batch_size": batch_size, "recompute": recompute}
     check_batch_size(batch_size)

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+import test_gradcam
 import visualization_utils
 from smooth_gradcam import Look, Settings, TokenMaps, colorize_cam, render_cam
 from studies.faithfulness import (
@@ -26,7 +27,8 @@ from studies.faithfulness import (
     score_rows,
     side_by_side,
 )
-from studies.words import draw_words, page_data
+from studies.video import create_video_maps
+from studies.words import create_word_maps, draw_words, page_data
 from visualization_utils import (
     METHOD_NAMES,
     WIDTHS,
@@ -34,6 +36,8 @@ from visualization_utils import (
     Page,
     Paper,
     comparative_layers,
+    create_comparative_analysis,
+    create_layer_comparison_grid,
     draw_comparative,
     draw_grid,
     draw_multilayer,
@@ -44,6 +48,7 @@ from visualization_utils import (
     split_thirds,
     spread,
     text_width,
+    visualize_multiple_layers,
     wrap,
     write_files,
 )
@@ -1088,3 +1093,18 @@ def test_ticks_of_the_heatmap_stand_between_image_tokens(pages):
     height, width = heatmap.images[0].get_array().shape[:2]
     np.testing.assert_allclose(heatmap.get_xticks() + 0.5, np.arange(1, 6) * width / 6)
     np.testing.assert_allclose(heatmap.get_yticks() + 0.5, np.arange(1, 4) * height / 4)
+
+
+def test_what_is_no_look_or_paper_is_refused_before_anything_is_computed(tmp_path):
+    drawing = [
+        *(create_layer_comparison_grid, visualize_multiple_layers, create_comparative_analysis),
+        *(test_gradcam.single_layer_visualization, create_word_maps, create_video_maps),
+    ]
+    for draw in drawing:
+        with pytest.raises(TypeError, match="paper='column' must be a Paper"):
+            draw(None, None, None, "", save_dir=tmp_path / "out", paper="column")
+        with pytest.raises(TypeError, match="look='jet' must be a Look"):
+            draw(None, None, None, "", save_dir=tmp_path / "out", look="jet")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="heatmaps='all' must be True or False"):
+        Paper(heatmaps="all")
