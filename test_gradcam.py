@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -759,13 +760,41 @@ def explain_readings(args, readings: list[Reading], names: list[str], layers, ma
 # a list of photos
 
 
-def model_identity(model_path: str) -> list:
-    """What tells a model folder from another: its config and the sizes of its weights; the name of one on the hub."""
-    folder = Path(model_path)
+def model_identity(model_path: str) -> str:
+    """What tells a model from another: of a folder its files of text and, of each tensor, both ends; of a name on the
+    hub, its revision.
+    """
+    folder, state = Path(model_path), hashlib.sha256()
     if not folder.is_dir():
-        return [model_path]
-    weights = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
-    return [hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(), weights]
+        return f"{model_path} {PretrainedConfig.get_config_dict(model_path)[0].get('_commit_hash')}"
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".txt"):
+            state.update(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            for part in tensor_ends(path):
+                state.update(part)
+    return state.hexdigest()
+
+
+def tensor_ends(path: Path, most: int = 2**15) -> Iterator[bytes]:
+    """The header of a safetensors file, and the first and last bytes of each tensor; a damaged one ends early."""
+    with path.open("rb") as file, suppress(ValueError, LookupError, TypeError, AttributeError):
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, path.stat().st_size))
+        yield header
+        for name, tensor in json.loads(header).items():
+            if name != "__metadata__":
+                start, end = tensor["data_offsets"]
+                for at in (start, max(start, end - most)):
+                    file.seek(8 + length + at)
+                    yield file.read(min(most, end - at))
+
+
+def as_flags(exc: Exception) -> str:
+    """The message in one line, with the names of flags for those of arguments."""
+    message = " ".join(str(exc).split()) or type(exc).__name__
+    flags = "prompt|answer|target|target_occurrence|contrast|words|keep|window"
+    return re.sub(rf"(^|: )({flags})=", r"\1--\2 ", message)
 
 
 def asked_of(args: argparse.Namespace, item) -> argparse.Namespace:
@@ -812,7 +841,13 @@ def run_list(args: argparse.Namespace) -> Done:
             files, lines = benchmark_photo(asked, reading, layers, mask)
         else:
             files, lines = explain_readings(asked, [reading], [item.image.name], layers, mask)
-        about = {"name": item.name, "image": str(item.image), "prompt": reading.prompt, "answer": reading.answer}
+        about = {
+            "name": item.name,
+            "image": str(item.image),
+            "model": args.model_path,
+            "prompt": reading.prompt,
+            "answer": reading.answer,
+        }
         about |= {"mode": args.mode, "said": lines, "seconds": round(time.monotonic() - start, 3)}
         about |= tables_of(files) | {"settings": settings, "versions": versions}
         return about, files
@@ -822,7 +857,8 @@ def run_list(args: argparse.Namespace) -> Done:
     records, before = work_off(
         items, folder, settings, processes, lambda item: load_photo(str(item.image)), explain_item,
         subfolders=thirds, overwrite=args.overwrite, quiet=quiet,
-        tell=lambda line: print(f"test_gradcam.py: {line.removeprefix('--image_path: ')}", file=sys.stderr, flush=True),
+        reason_of=lambda exc: as_flags(exc).removeprefix("--image_path: "),
+        tell=lambda line: print(f"test_gradcam.py: {line}", file=sys.stderr, flush=True),
     )  # fmt: skip
     if not processes.first:
         return Done({}, [], [])
@@ -878,7 +914,7 @@ def benchmark_photo(args, reading: Reading, layers, mask) -> tuple[dict, list[st
 
 def benchmark_tables(args, records: list[dict]) -> tuple[dict, list[str]]:
     """({file name: content}, the table in lines) of evaluate mode over a list."""
-    from studies.benchmark import summarise, to_latex, to_table
+    from studies.benchmark import basis, summarise, to_latex, to_table
 
     def numbers(row):
         return {k: v if k in ("method", "layer") else float(v) for k, v in row.items() if v or k == "layer"}
@@ -892,7 +928,7 @@ def benchmark_tables(args, records: list[dict]) -> tuple[dict, list[str]]:
         return {}, ["no word could be measured, so there is no table"]
     table = summarise(found)
     photos = len({photo for photo, _ in found})
-    caption = f"{len(found)} words in {photos} photos; 95 % of 1000 resamples of the photos"
+    caption = f"{len(found)} words in {photos} photos; {basis(table)}95 % of 1000 resamples of the photos"
     return {"benchmark.csv": to_csv(table), "benchmark.tex": to_latex(table, caption)}, [caption, *to_table(table)]
 
 
@@ -1060,10 +1096,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as exc:
         if args.verbose:
             traceback.print_exc()
-        message = " ".join(str(exc).split()) or type(exc).__name__
-        flags = "prompt|answer|target|target_occurrence|contrast|words|keep|window"
-        message = re.sub(rf"(^|: )({flags})=", r"\1--\2 ", message)
-        print(f"test_gradcam.py: error: {message}", file=sys.stderr)
+        print(f"test_gradcam.py: error: {as_flags(exc)}", file=sys.stderr)
         return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
     try:
         report(*done[:3])

@@ -38,10 +38,10 @@ def interval(values: np.ndarray, photos: np.ndarray, seed: int = 0) -> tuple[flo
 
 
 def summarise(found: list[tuple[str, list[dict]]]) -> list[dict]:
-    """Of each method and layer {"method", "layer", "words", "photos", measure, measure_low, measure_high, ...}.
+    """Of each method and layer {"method", "layer", "words", "photos", measure, measure_low, _high, _words, ...}.
 
-    A measure is the mean over the words that have it; words without a mask or without a token that needs the photo lack
-    some.
+    A measure is the mean over the words that have it, so many; words without a mask or without a token that needs the
+    photo lack some.
     """
     values = {}
     for photo, rows in found:
@@ -57,12 +57,22 @@ def summarise(found: list[tuple[str, list[dict]]]) -> list[dict]:
                 numbers, of = (np.array(part) for part in zip(*known, strict=True))
                 ends = interval(numbers.astype(float), of)
                 line |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), ends, strict=True))
+                line[f"{measure}_words"] = len(known)
         table.append(line)
     return table
 
 
 def shown_measures(table: list[dict]) -> list[str]:
     return [measure for measure in MEASURES if any(measure in line for line in table)]
+
+
+def basis(table: list[dict]) -> str:
+    """Which measures rest on fewer words than there are, "border of 4 words; ", of the line that has most."""
+    counts = {m: max(line.get(f"{m}_words", 0) for line in table) for m in shown_measures(table)}
+    most, groups = max(line["words"] for line in table), {}
+    for measure, count in counts.items():
+        groups.setdefault(count, []).append(MEASURES[measure])
+    return "".join(f"{', '.join(names)} of {count} words; " for count, names in groups.items() if count < most)
 
 
 def to_table(table: list[dict]) -> list[str]:
@@ -90,9 +100,9 @@ def to_latex(table: list[dict], caption: str) -> str:
     for line in table:
         cells = []
         for m in measures:
-            value = decimal(line[m]) if m in line else "--"
+            value = decimal(line[m]).replace("-", "$-$") if m in line else "--"
             half = f" \\tiny$\\pm${decimal((line[f'{m}_high'] - line[f'{m}_low']) / 2)}" if m in line else ""
-            bold = m in line and line["layer"] != "" and float(value) == best[m]
+            bold = m in line and line["layer"] != "" and float(decimal(line[m])) == best[m]
             cells.append(f"\\textbf{{{value}}}{half}" if bold else value + half)
         lines.append(" & ".join([escaped(line["method"]), str(line["layer"]), *cells]) + " \\\\")
     heads = " & ".join(["method", "layer", *(MEASURES[m].replace("−", "$-$") for m in measures)])
@@ -100,7 +110,7 @@ def to_latex(table: list[dict], caption: str) -> str:
         [
             "% \\usepackage{booktabs}",
             "\\begin{table}",
-            f"\\caption{{{escaped(caption)}}}",
+            f"\\caption{{{escaped(caption).replace('−', '$-$')}}}",
             f"\\begin{{tabular}}{{ll{'r' * len(measures)}}}",
             "\\toprule",
             f"{heads} \\\\",

@@ -22,9 +22,12 @@ def categories_of(data: dict, smallest: float) -> dict[int, dict[str, list]]:
     sizes = {image["id"]: image["width"] * image["height"] for image in data["images"]}
     found, spoilt = defaultdict(lambda: defaultdict(list)), set()
     for part in data["annotations"]:
+        for kind, known in (("image", sizes), ("category", names)):
+            if part[f"{kind}_id"] not in known:
+                raise ValueError(f"an annotation is of the {kind} {part[f'{kind}_id']}, which is not there")
         image, name = part["image_id"], names[part["category_id"]]
         crowd = part.get("iscrowd") or not isinstance(part["segmentation"], list)
-        if crowd or part["area"] < smallest * sizes[image]:
+        if crowd or not part["segmentation"] or part["area"] < smallest * sizes[image]:
             spoilt.add((image, name))
         else:
             found[image][name] += part["segmentation"]
@@ -37,6 +40,8 @@ def make_lines(data: dict, photos: Path, output: Path, count: int | None, seed: 
     if missing := [name for name in NEEDED if not isinstance(data.get(name), list)]:
         raise ValueError(f"no annotations of COCO's form: {', '.join(missing)} is lacking")
     files, found = {image["id"]: image["file_name"] for image in data["images"]}, categories_of(data, smallest)
+    if not found:
+        raise ValueError(f"nothing is left: no object is {smallest:g} of its photo or more and no crowd (--smallest)")
     chosen = sorted(found)
     if count is not None:
         chosen = sorted(random.Random(seed).sample(chosen, min(count, len(chosen))))
@@ -67,9 +72,12 @@ def main(arguments=None) -> None:
         data = json.loads(options.annotations.read_text(encoding="utf-8"))
         where = (options.photos, options.output, options.count, options.seed, options.smallest)
         lines = make_lines(data if isinstance(data, dict) else {}, *where)
-        options.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError) as exc:
         parser.error(f"{options.annotations}: {f'{exc} is lacking' if isinstance(exc, KeyError) else exc}")
+    try:
+        options.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    except OSError as exc:
+        parser.error(f"--output {options.output} cannot be written: {exc.strerror}")
     print(f"{len(lines)} words in {len({line['image'] for line in lines})} photos: {options.output}")
 
 

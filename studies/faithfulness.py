@@ -102,14 +102,19 @@ def object_mask(given: dict, size: tuple[int, int]) -> np.ndarray:
 
     A box is [x, y, width, height] in pixels of the photo. A segmentation is a list of polygons [x, y, x, y, ...], a
     run-length mask {"size": [height, width], "counts": ...}, which needs pycocotools, or a list of both: their union.
-    Raises ValueError for anything else, and if nothing or everything is the object.
+    Raises ValueError for anything else, and if nothing or everything is the object; ImportError without pycocotools.
     """
     ((kind, value),) = given.items()
     if kind == "mask":
-        return load_mask(value, size)
+        try:
+            return load_mask(value, size)
+        except ValueError as exc:
+            raise ValueError(f"the mask {value}: {exc}") from exc
     pixels = np.zeros(size[::-1], np.uint8)
     try:
         if kind == "box":
+            if isinstance(value, (str, dict)) or not np.isfinite(value).all():
+                raise ValueError(f"it is {value!r}")
             x, y, width, height = (float(number) for number in value)
             left, top, right, bottom = (max(round(edge), 0) for edge in (x, y, x + width, y + height))
             pixels[top:bottom, left:right] = 1
@@ -119,10 +124,12 @@ def object_mask(given: dict, size: tuple[int, int]) -> np.ndarray:
                     pixels |= run_lengths(part, size)
                 else:  # drawn twice as large: a pixel is inside if its middle is
                     large, corners = np.zeros((2 * size[1], 2 * size[0]), np.uint8), np.array(part, float)
+                    if not (np.abs(corners) < 2**20).all():
+                        raise ValueError("a polygon leads far out of the photo")
                     cv2.fillPoly(large, [np.round(2 * corners.reshape(-1, 2)).astype(np.int32)], 1)
                     pixels |= large[1::2, 1::2]
     except (TypeError, ValueError, KeyError) as exc:
-        valid = "[x, y, width, height]" if kind == "box" else "polygons [[x, y, ...], ...] or run lengths"
+        valid = "[x, y, width, height]" if kind == "box" else "polygons [[x, y, x, y, x, y, ...], ...], or run lengths"
         raise ValueError(f"the {kind} cannot be read ({exc}): give {valid}") from exc
     if pixels.all() or not pixels.any():
         held = "all" if pixels.all() else "nothing"
@@ -131,11 +138,14 @@ def object_mask(given: dict, size: tuple[int, int]) -> np.ndarray:
 
 
 def run_lengths(part: dict, size: tuple[int, int]) -> np.ndarray:
-    """A run-length mask of COCO, uint8 (height, width). Raises ValueError without pycocotools, or for another size."""
+    """A run-length mask of COCO, uint8 (height, width).
+
+    Raises ImportError without pycocotools, ValueError for another size.
+    """
     try:
         from pycocotools import mask as coco
     except ImportError as exc:
-        raise ValueError("a run-length mask needs pycocotools: pip install pycocotools") from exc
+        raise ImportError("a run-length mask needs pycocotools: pip install pycocotools") from exc
     height, width = part["size"]
     if (width, height) != size:
         raise ValueError(f"the run lengths are of {width} x {height} pixels, the photo has {size[0]} x {size[1]}")

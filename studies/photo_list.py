@@ -31,6 +31,7 @@ TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")
 EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
 RECORD, RESULTS = "result.json", "results.jsonl"
+OWN_SUFFIXES = (".jsonl", ".csv", ".tex")  # of files beside the folders
 
 
 # what is in it
@@ -59,17 +60,22 @@ def read_list(paths: Iterable[str]) -> list[Item]:
     """
     found = []
     for path in map(Path, paths):
-        if path.suffix == ".jsonl":
-            found += read_lines(path)
-        elif path.is_dir():
-            found += [Item("", photo) for photo in sorted(path.iterdir()) if photo.suffix.lower() in SUFFIXES]
-        elif path.exists() or not glob.has_magic(str(path)):
-            found.append(Item("", path))
-        else:
-            found += [Item("", Path(photo)) for photo in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+        chosen = [path]
+        if path.is_dir():
+            chosen = sorted(file for file in path.iterdir() if is_photo(file))
+        elif not path.exists() and glob.has_magic(str(path)):
+            there = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
+            chosen = [file for file in there if is_photo(file) or (file.suffix == path.suffix and file.is_file())]
+        for file in chosen:
+            found += read_lines(file) if file.suffix == ".jsonl" else [Item("", file)]
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no photo ({', '.join(SUFFIXES)}) is there")
     return named(found)
+
+
+def is_photo(path: Path) -> bool:
+    """Whether it counts as one where no file is named; hidden files do not."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def read_lines(path: Path) -> list[Item]:
@@ -108,17 +114,20 @@ def read_line(line: str, path: Path, number: int) -> Item:
 
 
 def named(items: list[Item]) -> list[Item]:
-    """The items with the names of their photos, those of equal names with a mark of what is asked of them.
+    """The items with the names of their photos, and a mark of what is asked where a name cannot stand alone.
 
+    That is where photos have equal names, or a name is one of a file of the list's own, or leads out of its folder.
     Raises ValueError for an item that is there twice.
     """
     stems, found = [item.image.stem for item in items], {}
     for item, stem in zip(items, stems, strict=True):
         asked = {name: str(value) for name, value in asdict(item).items() if name not in ("name", "where")}
         mark = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
-        name = stem if stems.count(stem) == 1 else f"{stem}_{mark}"
+        alone = stems.count(stem) == 1 and not stem.startswith(".") and Path(stem).suffix not in OWN_SUFFIXES
+        name = stem if alone else f"{stem.strip('.') or 'photo'}_{mark}"
         if name in found:
-            raise ValueError(f"{item.where or item.image} is there twice: the same photo, asked the same")
+            first, again = (one.where or one.image for one in (found[name], item))
+            raise ValueError(f"{again} is there twice: the same photo, asked the same, as {first}")
         found[name] = Item(**{**vars(item), "name": name})
     return list(found.values())
 
@@ -243,14 +252,15 @@ def written(folder: Path, key: str) -> bool:
 
 def work_off(
     items: list[Item], folder: Path, settings: dict, processes: Processes, load: Callable, explain: Callable,
-    *, subfolders=(), overwrite=False, quiet=False, tell: Callable = print,
+    *, subfolders=(), overwrite=False, quiet=False, tell: Callable = print, reason_of: Callable = str,
 ) -> tuple[list[dict], int]:  # fmt: skip
     """Explain what is not whole; returns (records of all items, in order, how many were whole already).
 
     `load(item)` is called in a thread ahead of time; `explain(item, loaded)` gives (record, {file name: content}) and
-    may raise. A photo that fails has a record {"name", "image", "error"}, its reason goes to `tell`. results.jsonl is
-    written at the end, if it is a Ctrl-C, too. Files appear all at once, the record last: what a kill leaves behind has
-    no record, and is computed again. Raises OSError where the disk is full, and what `output_folder` raises.
+    may raise. A photo that fails has a record {"name", "image", "error"}; `reason_of` an exception goes there and, in a
+    line, to `tell`. results.jsonl is written at the end, if it is a Ctrl-C, too. Files appear all at once, the record
+    last: what a kill leaves behind has no record, and is computed again. Raises OSError where the disk is full, and
+    what `output_folder` raises.
     """
     failed = {}
     with output_folder(folder, name="--output_dir") if processes.first else nothing_written() as write:
@@ -270,9 +280,11 @@ def work_off(
                     except Exception as exc:
                         if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
                             raise
-                        reason = " ".join(str(exc).split()) or type(exc).__name__
+                        reason = reason_of(exc)
                         failed[item.name] = {"name": item.name, "image": str(item.image), "error": reason}
-                        tell(f"{item.where or item.image}: {reason}")
+                        old = (folder / item.name / RECORD).exists()
+                        earlier = f" (beware: {folder / item.name} holds what was asked of it earlier)" if old else ""
+                        tell(f"{item.where or item.image}: {reason}{earlier}")
             failed |= processes.gathered(failed)
         finally:
             write({RESULTS: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records())})

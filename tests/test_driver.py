@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import make_image
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import smooth_gradcam as core
 import test_gradcam
@@ -37,6 +38,7 @@ from test_gradcam import (
     load_model,
     load_processor,
     make_parser,
+    model_identity,
     parse_args,
     single_layer_visualization,
 )
@@ -822,6 +824,24 @@ def test_every_mode_explains_a_list_as_each_photo_alone(drive, tmp_path, listed,
     assert "3 photos: 0 explained in " in out
     assert " 2 were whole already, 1 failed" in out
     assert {name: (folder / "p2" / name).stat().st_mtime_ns for name in files} == before
+
+
+def test_a_model_is_known_by_its_weights_and_files(tmp_path):
+    folder = shutil.copytree(ROOT / "demo_model", tmp_path / "model")
+    known = [model_identity(str(ROOT / "demo_model"))]
+    assert model_identity(str(folder)) == known[0]
+    tensors = {path: load_file(path) for path in folder.glob("*.safetensors")}
+    path, name = next((path, name) for path, part in tensors.items() for name in part if "layers.20.mlp.up" in name)
+    for change in (0.9, 0.8):
+        tensors[path][name] *= change
+        save_file(tensors[path], path, {"format": "pt"})
+        known.append(model_identity(str(folder)))
+    for file in ("preprocessor_config.json", "tokenizer_config.json"):
+        (folder / file).write_text((folder / file).read_text() + " ")
+        known.append(model_identity(str(folder)))
+    path.write_bytes(path.read_bytes()[:3000])  # damaged: told when it is loaded
+    known.append(model_identity(str(folder)))
+    assert len(set(known)) == 6
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -12,7 +12,7 @@ from conftest import make_image
 from kill_runs import count_lost, work
 
 from studies import coco
-from studies.benchmark import interval, summarise, to_latex, to_table
+from studies.benchmark import basis, interval, summarise, to_latex, to_table
 from studies.faithfulness import object_mask
 from studies.photo_list import Item, Processes, key_of, named, read_list, work_off
 
@@ -54,8 +54,27 @@ def test_photos_of_one_name_have_folders_of_their_own(tmp_path):
     assert names[2] == "y"
     assert all(name.startswith("x_") for name in (names[0], names[1], names[3]))
     assert [item.name for item in named([asked, c, b, a])] == names[3:1:-1] + names[1::-1]  # whatever the order
-    with pytest.raises(ValueError, match="is there twice"):
+    with pytest.raises(ValueError, match=r"a/x.png is there twice: .* as .*a/x.png"):
         named([a, c, a])
+
+
+@pytest.mark.parametrize("name", ["results.jsonl.jpg", "benchmark.csv.jpg", "benchmark.tex.png", "...jpg", "..jpg"])
+def test_no_photo_takes_a_name_of_the_lists_own_files_or_leads_out_of_its_folder(tmp_path, name):
+    (item,) = named([Item("", tmp_path / name)])
+    assert item.name not in ("", ".", "..", "results.jsonl", "benchmark.csv", "benchmark.tex")
+    assert (tmp_path / "out" / item.name).resolve().parent == tmp_path / "out"
+
+
+def test_what_is_not_named_has_to_be_a_photo(photos, tmp_path):
+    (photos / "._p0.png").write_text("of a Mac")
+    (photos / "p9.heic").write_text("a photo that is asked for by its suffix")
+    names = [f"p{i}" for i in range(5)]
+    for pattern in ("", "*", "**"):
+        assert [item.name for item in read_list([str(photos / pattern)])] == names
+    assert [item.name for item in read_list([str(photos / "*.heic")])] == ["p9"]
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"image": f"photos/p{ord(name) - 96}.png"}))
+    assert [item.name for item in read_list([str(tmp_path / "*.jsonl")])] == ["p1", "p2"]
 
 
 BAD_LINES = {
@@ -98,6 +117,12 @@ def test_objects_of_coco_are_their_pixels():
     for given, reason in (
         ({"box": [1, 2, 3]}, "the box cannot be read"),
         ({"box": "abcd"}, "the box cannot be read"),
+        ({"box": "1234"}, "the box cannot be read"),
+        ({"box": [1, 1, float("inf"), 3]}, r"the box cannot be read \(it is \[1, 1, inf, 3\]\): give \[x, y,"),
+        ({"box": [1, 1, float("nan"), 3]}, "the box cannot be read"),
+        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "far out of the photo"),
+        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "far out of the photo"),
+        ({"mask": "no.png"}, "the mask no.png: .*does not exist"),
         ({"box": [9, 9, 2, 2]}, "the box holds nothing"),
         ({"box": [0, 0, 8, 6]}, "the box holds all"),
         ({"segmentation": [[1, 2, 3]]}, "the segmentation cannot be read"),
@@ -112,7 +137,7 @@ def test_run_lengths_need_pycocotools_and_the_photos_size():
     try:
         import pycocotools  # noqa: F401
     except ImportError:
-        with pytest.raises(ValueError, match="pip install pycocotools"):
+        with pytest.raises(ImportError, match="pip install pycocotools"):
             object_mask({"segmentation": part}, (8, 6))
         return
     pixels = object_mask({"segmentation": part}, (8, 6))  # column by column
@@ -215,6 +240,7 @@ def test_a_bad_photo_is_told_and_the_others_go_on(photos, tmp_path):
     (photos / "p3.png").unlink()
     records, _ = work.run(items)
     assert "No such file" in records[3]["error"]
+    assert work.told[-1].endswith(f"(beware: {tmp_path / 'out/p3'} holds what was asked of it earlier)")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space left on device")])
@@ -282,13 +308,17 @@ def test_table_has_means_over_the_words_that_have_the_measure():
     assert (gradcam["words"], gradcam["photos"]) == (3, 2)
     assert gradcam["pointing"] == pytest.approx(2 / 3)
     assert gradcam["difference"] == pytest.approx(0.6)
+    assert (gradcam["pointing_words"], gradcam["difference_words"]) == (3, 2)
+    assert basis([gradcam, product]) == "ins. − del. of 2 words; "
+    assert not basis([product])
     assert "difference" not in product
     head, first, second = to_table([gradcam, product])
     assert head.split() == ["method", "layer", "pointing", "ins.", "−", "del."]
     assert first.startswith("gradcam  7      0.67 (0.50-1.00)  0.60 (0.50-0.70)")
     assert second.split() == ["product", "7", "0.33", "(0.00-1.00)"]
-    latex = to_latex([gradcam, product], "95 % of photos_1")
-    assert "\\caption{95 \\% of photos\\_1}" in latex
+    latex = to_latex([gradcam, product], "95 % of photos_1, ins. − del.")
+    assert "{$-$0.60}" in to_latex([gradcam | {"difference": -0.6}], "")
+    assert "\\caption{95 \\% of photos\\_1, ins. $-$ del.}" in latex
     assert "gradcam & 7 & \\textbf{0.67}" in latex
     assert "product & 7 & 0.33" in latex
     assert " & -- \\\\" in latex
@@ -327,7 +357,12 @@ def test_converter_joins_the_objects_of_a_category_and_leaves_crowds_and_crumbs_
     coco.main([str(tmp_path / "instances.json"), str(photos), "--output", str(tmp_path / "one.jsonl"), "--count", "1"])
     assert len(read_list([str(tmp_path / "one.jsonl")])) == 1
     (photos / "one.jpg").unlink()
-    wrong = {json.dumps(COCO): "one.jpg", "{}": "images, annotations, categories is lacking", "[": "json"}
+    other = [{"image_id": 9, "category_id": 17, "area": 900, "segmentation": [[9, 9, 39, 9, 39, 39]]}]
+    wrong = {json.dumps(COCO | {"annotations": other}): "of the image 9, which is not there"}
+    other[0] |= {"image_id": 1, "category_id": 5}
+    wrong[json.dumps(COCO | {"annotations": other})] = "of the category 5, which is not there"
+    wrong[json.dumps(COCO | {"annotations": []})] = "nothing is left"
+    wrong |= {json.dumps(COCO): "one.jpg", "{}": "images, annotations, categories is lacking", "[": "json"}
     for content, reason in wrong.items():
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(SystemExit):
