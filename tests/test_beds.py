@@ -27,7 +27,9 @@ def scenes_bed():
 
 @pytest.fixture(scope="module")
 def words_bed():
-    return beds.load("words", str(DECODER))
+    bed = beds.load("words", str(DECODER))
+    bed.model.float()  # bfloat16 takes many times as long where a processor has no units for it
+    return bed
 
 
 # pictures, words, masks
