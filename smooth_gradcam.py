@@ -794,24 +794,33 @@ def attnlrp(model):
 
 
 @contextmanager
+def forwards_restored(modules: Iterable[nn.Module]):
+    """Inside, modules may be given a forward of another kind; afterwards they have theirs, or accelerate's."""
+    before = [(module, vars(module).get("forward")) for module in modules]
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+@contextmanager
 def recomputed(model):
     """Inside, a forward keeps of each decoder layer no more than its input: the backward runs the layer once more.
 
     What hooks the forward has inside a layer, the backward must have as well. The vision tower keeps what it keeps.
     """
     layers = get_model_layers(model)[0]
-    before = [vars(layer).get("forward") for layer in layers]  # accelerate puts one there
-    away = any(parameter.is_meta for parameter in layers.parameters())  # and takes weights away behind a whole layer
-    try:
+    away = any(
+        parameter.is_meta for parameter in layers.parameters()
+    )  # accelerate takes them away behind a whole layer
+    with forwards_restored(layers):
         for layer in layers:  # there is no dropout, so the random state need not be kept
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         with set_checkpoint_early_stop(not away):
             yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            vars(layer).pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
 
 
 RULES = {"attnlrp": attnlrp, "detached": detached_norms, "plain": nullcontext}
@@ -854,7 +863,7 @@ def seeing(model, seen: dict):
     if any(module._forward_hooks or module._forward_pre_hooks for module in tower.modules()):
         yield
         return
-    before, run = vars(tower).get("forward"), tower.forward
+    run = tower.forward
     state = tower, [parameter._version for parameter in tower.parameters()]
 
     def once(pixels, *args, **kwargs):
@@ -865,13 +874,9 @@ def seeing(model, seen: dict):
             seen.update(state=state, pixels=pixels, given=shallow_copy(given))
         return given
 
-    tower.forward = once
-    try:
+    with forwards_restored([tower]):
+        tower.forward = once
         yield
-    finally:
-        del tower.forward
-        if before is not None:
-            tower.forward = before
 
 
 @contextmanager
@@ -1201,8 +1206,8 @@ def explain(
     taps = find_taps(reading.model, layers, settings.tap)
     maps = [{tap.key: np.zeros(len(reading.positions), np.float32) for tap in taps} for _ in spans]
     alive = [set() for _ in spans]
-    decoder_alone = all(isinstance(tap.key, int) for tap in taps)
-    sight = seeing(reading.model, reading.seen) if decoder_alone and not settings.noise_std else nullcontext()
+    clean = not settings.noise_std and all(isinstance(tap.key, int) for tap in taps)  # a tap in the tower has to run
+    sight = seeing(reading.model, reading.seen) if clean else nullcontext()
     with borrowed(reading.model), memory_explained(len(reading.positions)), sight:
         how = {"batch_size": batch_size, "recompute": recompute}
         for _, part, pairs in noisy_passes(reading, spans, taps, settings, progress, **how):

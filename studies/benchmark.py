@@ -100,9 +100,10 @@ def to_latex(table: list[dict], caption: str) -> str:
     for line in table:
         cells = []
         for m in measures:
-            value = decimal(line[m]).replace("-", "$-$") if m in line else "--"
+            number = decimal(line[m]) if m in line else "--"
+            value = number.replace("-", "$-$") if m in line else number
             half = f" \\tiny$\\pm${decimal((line[f'{m}_high'] - line[f'{m}_low']) / 2)}" if m in line else ""
-            bold = m in line and line["layer"] != "" and float(decimal(line[m])) == best[m]
+            bold = m in line and line["layer"] != "" and float(number) == best[m]
             cells.append(f"\\textbf{{{value}}}{half}" if bold else value + half)
         lines.append(" & ".join([escaped(line["method"]), str(line["layer"]), *cells]) + " \\\\")
     heads = " & ".join(["method", "layer", *(MEASURES[m].replace("−", "$-$") for m in measures)])

@@ -65,7 +65,7 @@ def read_list(paths: Iterable[str]) -> list[Item]:
             chosen = sorted(file for file in path.iterdir() if is_photo(file))
         elif not path.exists() and glob.has_magic(str(path)):
             there = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
-            chosen = [file for file in there if is_photo(file) or (file.suffix == path.suffix and file.is_file())]
+            chosen = [file for file in there if is_photo(file) or (path.suffix and file.suffix == path.suffix)]
         for file in chosen:
             found += read_lines(file) if file.suffix == ".jsonl" else [Item("", file)]
     if not found:
@@ -252,7 +252,7 @@ def written(folder: Path, key: str) -> bool:
 
 def work_off(
     items: list[Item], folder: Path, settings: dict, processes: Processes, load: Callable, explain: Callable,
-    *, subfolders=(), overwrite=False, quiet=False, tell: Callable = print, reason_of: Callable = str,
+    *, reason_of: Callable, subfolders=(), overwrite=False, quiet=False, tell: Callable = print,
 ) -> tuple[list[dict], int]:  # fmt: skip
     """Explain what is not whole; returns (records of all items, in order, how many were whole already).
 

@@ -34,7 +34,9 @@ def work(photos: Path, folder: Path, dies_at: str | None = None) -> None:
         return {"name": item.name}, {"a.png": picture, "b.txt": lambda: "text" * 20_000, "c.npz": {"cam": picture}}
 
     items = read_list([str(photos)])
-    work_off(items, folder, {}, Processes(cpu=True), lambda item: item.image.read_bytes(), explain, quiet=True)
+    work_off(
+        items, folder, {}, Processes(cpu=True), lambda item: item.image.read_bytes(), explain, reason_of=str, quiet=True
+    )
 
 
 def whole(photos: Path, folder: Path) -> dict[str, bytes]:

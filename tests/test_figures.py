@@ -364,11 +364,15 @@ def laid_out(page, width):
 ASPECTS = {"1:5": (28, 140), "3:4": (168, 224), "2:1": (448, 224), "5:1": (280, 56)}
 
 
-FEW = [(aspect, 6, width) for aspect in ASPECTS for width in WIDTHS]
-MANY = [("1:5", 64, "page"), ("5:1", 64, "column"), ("3:4", 28, "column"), ("2:1", 28, "page")]
+def of_all_sizes(one, few, many, most):
+    """Few of every aspect on page and column, the other numbers on one of them each."""
+    cases = [(aspect, few, width) for aspect in ASPECTS for width in WIDTHS]
+    cases += [("1:5", one, "column"), ("5:1", one, "page"), ("3:4", many, "column"), ("2:1", many, "page")]
+    cases += [("1:5", most, "page"), ("5:1", most, "column")]
+    return pytest.mark.parametrize(("aspect", "count", "width"), cases)
 
 
-@pytest.mark.parametrize(("aspect", "count", "width"), [("1:5", 1, "column"), ("5:1", 1, "page"), *FEW, *MANY])
+@of_all_sizes(1, 6, 28, 64)
 def test_maps_of_any_number_of_layers_of_any_photo_fit_on_page_and_column(aspect, count, width):
     size = ASPECTS[aspect]
     grid = (size[1] // 28, size[0] // 28)
@@ -390,9 +394,9 @@ def test_maps_of_any_number_of_layers_of_any_photo_fit_on_page_and_column(aspect
             )
 
 
-@pytest.mark.parametrize(("aspect", "count", "width"), [("1:5", 1, "column"), ("5:1", 1, "page"), *FEW, *MANY])
+@of_all_sizes(1, 40, 100, 300)
 def test_any_number_of_words_of_any_photo_fits_on_page_and_column(aspect, count, width):
-    size, count = ASPECTS[aspect], {1: 1, 6: 40, 28: 100, 64: 300}[count]
+    size = ASPECTS[aspect]
     answer = " ".join(f"a w{i:03d}," for i in range(count))
     maps = worded([f"w{i:03d}" for i in range(count)], answer, (size[1] // 28, size[0] // 28), [3, 27], [27])
     files = words_files(make_image(*size), maps, paper=Paper(width))

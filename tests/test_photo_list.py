@@ -67,6 +67,7 @@ def test_no_photo_takes_a_name_of_the_lists_own_files_or_leads_out_of_its_folder
 
 def test_what_is_not_named_has_to_be_a_photo(photos, tmp_path):
     (photos / "._p0.png").write_text("of a Mac")
+    (photos / "README").write_text("no suffix")
     (photos / "p9.heic").write_text("a photo that is asked for by its suffix")
     names = [f"p{i}" for i in range(5)]
     for pattern in ("", "*", "**"):
@@ -171,7 +172,7 @@ class Work:
     def run(self, items, settings=None, **options):
         options = {"quiet": True, "tell": self.told.append} | options
         self.done.clear()
-        return work_off(items, self.folder, settings or {}, ALONE, self.load, self.explain, **options)
+        return work_off(items, self.folder, settings or {}, ALONE, self.load, self.explain, reason_of=str, **options)
 
 
 def records_in(folder):
