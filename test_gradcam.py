@@ -10,8 +10,6 @@ The flags stand first: torch and transformers, which take seconds to load, are i
 import argparse
 import csv
 import functools
-import glob
-import hashlib
 import io
 import json
 import logging
@@ -22,8 +20,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -31,352 +28,22 @@ from typing import NamedTuple
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without more ado, until `main` can tidy up
 
-HERE = Path(__file__).resolve().parent
-FOLDERS = {  # of each mode
-    "single": "single",
-    "grid": "grid",
-    "multi": "multilayer",
-    "comparative": "comparative",
-    "words": "words",
-    "evaluate": "evaluate",
-    "flow": "flow",
-    "knockout": "knockout",
-}
-WITH_LAYERS = ("grid", "multi", "words", "evaluate", "flow")
-OF_PHOTOS = ("flow", "knockout")  # modes of one or several photos
-MODES_OF_FLAG = {  # flags that act in some modes only
-    "--layer": ("single",),
-    **dict.fromkeys(("--layers", "--layer_range"), WITH_LAYERS),
-    "--words": ("words",),
-    **dict.fromkeys(("--target", "--target_occurrence"), [mode for mode in FOLDERS if mode != "words"]),
-    "--contrast": [mode for mode in FOLDERS if mode not in ("words", "knockout")],
-    **dict.fromkeys(
-        ("--num_samples", "--noise_std", "--seed", "--method", "--score", "--rules", "--tap"),
-        [mode for mode in FOLDERS if mode != "knockout"],
-    ),
-    **dict.fromkeys(("--colormap", "--opacity", "--upsample"), [mode for mode in FOLDERS if mode != "knockout"]),
-    "--heatmaps": ("grid", "comparative"),
-    "--scale": ("grid", "multi", "comparative", "words", "flow"),
-    "--save_raw": [mode for mode in FOLDERS if mode not in ("words", *OF_PHOTOS)],
-    "--recompute": [mode for mode in FOLDERS if mode != "knockout"],
-    "--mask": ("evaluate", "knockout"),
-    **dict.fromkeys(("--baseline", "--steps", "--randomize", "--compare"), ("evaluate",)),
-    **dict.fromkeys(("--attention_maps", "--taps"), ("flow",)),
-    **dict.fromkeys(("--window", "--keep", "--answers"), ("knockout",)),
-}
-OF_ONE_PHOTO = ("--mask", "--answers", "--randomize")  # cannot act beside a list
-NO_MATTER = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
-NO_MATTER += ("recompute",)  # to what a list's results are, beyond rounding
-ASKED_BY_LIST = (
-    "--image_path",
-    "--prompt",
-    "--answer",
-    "--max_new_tokens",
-    "--target",
-    "--target_occurrence",
-    "--mask",
-)
-RUNS_AT_ONCE = 8  # of evaluate and knockout mode, where --batch_size is auto
-LAYER_NAMES = ("auto", "early", "middle", "late", "all")
-CHOICES = {  # as the modules have them, whose import takes too long for --help
-    "score": ("logit", "logprob"),
-    "method": ("gradcam", "hirescam", "product", "paper"),
-    "rules": ("attnlrp", "detached", "plain"),
-    "tap": ("input", "output", "post_attention_layernorm"),
-    "baseline": ("blur", "mean", "black"),
-    "colormap": ("plasma", "inferno", "magma", "viridis", "cividis", "turbo", "jet"),
-    "upsample": ("smooth", "cells"),
-    "scale": ("map", "word", "all"),
-    "width": ("page", "column"),
-    "format": ("pdf", "svg"),
-}
-PATH_FLAGS = ("image_path", "model_path", "output_dir", "mask", "answers")
-LOOK = ("colormap", "opacity", "upsample", "scale")
-SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")  # flags of the same name
-EXAMPLES = """examples:
-  python test_gradcam.py --mode single --layer 27
-  python test_gradcam.py --mode grid --layers all --num_samples 3
-  python test_gradcam.py --mode multi --layers 6 12 18 27 --method hirescam --score logprob
-  python test_gradcam.py --mode knockout --target dog --window 9
-"""
-
-
-# flags
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, as for every other bad input
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _layers(text: str) -> list[int | str]:
-    """[name], or the indices of "6,12,18" and "0-3"."""
-    text, found = text.strip(), []
-    if text in LAYER_NAMES:
-        return [text]
-    for part in text.split(","):
-        ends = re.fullmatch(r"(-?\d{1,4})(?:-(-?\d{1,4}))?", part.strip())
-        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
-        if last < first or (first < 0) != (last < 0):
-            names = ", ".join(LAYER_NAMES)
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {names}, no index, and no list such as 6,12 or 0-3")
-        found += range(first, last + 1)
-    return found
-
-
-def _batch_size(text: str) -> int | str:
-    """The word auto, or a whole number."""
-    if text != "auto" and not re.fullmatch(r"-?\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be auto, or a whole number from 1 on")
-    return text if text == "auto" else int(text)
-
-
-def _opacity(text: str) -> float | None:
-    """None of "value", the number of "fixed:0.5"."""
-    if text == "value":
-        return None
-    number = re.fullmatch(r"fixed:(\d*\.?\d+)", text)
-    if number is None or float(number[1]) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be value, or fixed:0.5 with a number from 0 to 1")
-    return float(number[1])
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """All flags, their defaults and what they do."""
-    parser = _Parser(
-        prog="test_gradcam.py",
-        description="Show where in a photo the answer of a Qwen2.5-VL comes from (Smooth Grad-CAM).",
-        epilog=EXAMPLES,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-
-    add = parser.add_argument
-    add(
-        "--mode",
-        choices=FOLDERS,
-        default="single",
-        help="one layer, a range, chosen layers, thirds compared, every word of the answer, measures of the maps, what "
-        "the answer reads of the photo by layer, or what it needs",
-    )
-    layers = {"type": _layers, "nargs": "+", "metavar": "LAYERS"}
-    add("--layer", type=int, help="single mode: index, negative ones count from the end (default: the middle layer)")
-    add("--layers", **layers, help=f"{', '.join(WITH_LAYERS)} mode: {', '.join(LAYER_NAMES)}, or layer indices")
-    add("--layer_range", **layers, help="the same (default: auto, six layers)")
-    add("--model_path", default=str(HERE / "demo_model"), help="model folder, or a name on the Hugging Face hub")
-    add(
-        "--image_path",
-        nargs="+",
-        default=[str(HERE / "demo.jpeg")],
-        metavar="IMAGE_PATH",
-        help="photo to explain, or a list of them: a folder, a glob, a .jsonl of {image, prompt?, answer?, target?, "
-        "contrast?, mask? | box? | segmentation?}, several photos (one figure of all in flow and knockout mode)",
-    )
-    add("--prompt", default="Describe the main content in this image in detail.", help="question about the photo")
-    add("--num_samples", type=int, default=10, help="noisy copies: 3-5 preview, 10 standard, 20-50 high quality")
-    add("--noise_std", type=float, default=0.15, help="noise in shares of the pixel range; 0 is plain Grad-CAM")
-    add("--output_dir", default="cam_results", help="each mode writes to a folder of its own in this one")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps, or map to spread the model over all devices")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
-    add("--seed", type=int, default=0, help="of the noise")
-    add("--max_new_tokens", type=int, default=128, help="where the generated answer is cut off")
-    add("--answer", help="explain this text in place of the generated answer")
-    add("--words", default="content", help='words mode: content, all, or the words themselves: "dog,apple"')
-    add("--target", help="explain only this word or phrase of the answer")
-    add("--target_occurrence", type=int, default=1, help="which one, where the answer has the target several times")
-    add("--contrast", help="explain the target's score minus that of this text in its place")
-    add(
-        "--method",
-        choices=CHOICES["method"],
-        default="gradcam",
-        help="gradients pooled, each token's own, their product, or the paper's formula to the letter",
-    )
-    add("--score", choices=CHOICES["score"], help="what is summed over the explained tokens (default: logit)")
-    add(
-        "--rules",
-        choices=CHOICES["rules"],
-        help="how gradients pass the decoder: AttnLRP's rules, only norms detached, or plain (default: attnlrp; of "
-        "method paper: plain)",
-    )
-    add("--tap", choices=CHOICES["tap"], help="where a layer is read (default: input; of paper: the last)")
-    add("--colormap", choices=CHOICES["colormap"], default="plasma", help="of the maps; jet is what papers often show")
-    add(
-        "--opacity",
-        type=_opacity,
-        default="value",
-        help="of the colours over the photo: value (cold areas stay photo), or the same everywhere, such as fixed:0.5",
-    )
-    add("--upsample", choices=CHOICES["upsample"], default="smooth", help="cells: the image tokens as they are")
-    add(
-        "--scale",
-        choices=CHOICES["scale"],
-        default="map",
-        help="what has full colour: the maximum of each map, of a word's maps, or of all",
-    )
-    add("--heatmaps", action="store_true", help="grid, comparative mode: grids show each layer's heatmap too")
-    add(
-        "--width",
-        choices=CHOICES["width"],
-        default="page",
-        help="of figures in print: both columns of a paper (7.2 inches) or one (3.3); no text is below 6 points there",
-    )
-    add("--format", choices=CHOICES["format"], nargs="+", default=[], help="of figures, written beside the PNG")
-    add("--max_pixels", type=int, default=1_000_000, help="cap on the photo's pixels; never raises the model's own")
-    add(
-        "--mask",
-        help="evaluate mode, knockout with --window: image of the photo's size, white where the explained object is",
-    )
-    add("--baseline", choices=CHOICES["baseline"], default="blur", help="evaluate mode: what removed image tokens show")
-    add("--steps", type=int, default=64, help="evaluate mode: steps of insertion and deletion")
-    add(
-        "--batch_size",
-        type=_batch_size,
-        default="auto",
-        help="noisy copies through the model at once, fewer where memory runs out (auto: as many as it has room for); "
-        f"evaluate, knockout mode: runs at once too (auto: {RUNS_AT_ONCE})",
-    )
-    add("--recompute", action="store_true", help="recompute activations in the backward: slower, for less memory")
-    add("--randomize", action="store_true", help="evaluate mode: also re-draw the weights of a copy, and compare maps")
-    add("--compare", action="store_true", help="evaluate mode: measure the maps of all methods beside each other")
-    add("--attention_maps", action="store_true", help="flow mode: also draw attention between all positions")
-    add("--taps", action="store_true", help="flow mode: also draw the maps at every module where a layer can be read")
-    add("--window", type=int, help="knockout mode: also block image, question and answer in so many layers around each")
-    add("--keep", type=int, help="knockout mode: also leave so many image tokens, those with most attention, visible")
-    add("--answers", help="knockout mode: a .jsonl of {image, prompt, answer}; the accuracy is measured over it")
-    add("--save_raw", action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
-    add("--overwrite", action="store_true", help="of a list: explain again what is there already")
-    add("--quiet", action="store_true", help="no progress bar")
-    add("--verbose", action="store_true", help="what the libraries report, and the traceback of an error")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags (of the command line for None), once it is known that each can act; else SystemExit with code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [f" {word}" if re.fullmatch(r"-\d+[,-][-,\d]*", word) else word for word in argv]  # a list, and no flag
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    args.listed = any(map(is_list, args.image_path)) or (len(args.image_path) > 1 and args.mode not in OF_PHOTOS)
-    try:
-        check_flags(args, {word.split("=")[0] for word in argv})
-    except ValueError as exc:
-        parser.error(str(exc))
-    args.image_path, args.photos = args.image_path[0], args.image_path
-    return args
-
-
-def is_list(path: str) -> bool:
-    """Whether a path names several photos: a folder, a .jsonl, or a glob that is no file's name."""
-    there = os.path.exists(path)  # noqa: PTH110  (which a name too long for any file system does not raise from)
-    return Path(path).suffix == ".jsonl" or (Path(path).is_dir() if there else glob.has_magic(path))
-
-
-def check_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """What can be known of the flags without a model. Raises ValueError naming the flag and what is valid."""
-    for flag, modes in MODES_OF_FLAG.items():
-        if flag in given and args.mode not in modes:
-            instead = "use --words" if flag.startswith("--target") else "it cannot act"
-            if flag == "--save_raw":
-                instead = "an .npz is always written"
-            if flag.startswith("--layer"):
-                thirds = "early, middle and late layers are chosen automatically"
-                own = {"single": "use --layer", "comparative": thirds, "knockout": "every layer is tried"}
-                instead = own.get(args.mode, "use --layers")
-            raise ValueError(f"{flag} acts in {', '.join(modes)} mode only; in {args.mode} mode {instead}")
-    if args.layers and args.layer_range:
-        raise ValueError("--layers and --layer_range say the same: give one of them")
-    flag = "--layer_range" if args.layer_range else "--layers"
-    args.layers = [part for parts in args.layers or args.layer_range or [["auto"]] for part in parts]
-    if len(args.layers) > 1 and any(isinstance(part, str) for part in args.layers):
-        raise ValueError(f"{flag} takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
-    counts = (
-        "num_samples",
-        "max_new_tokens",
-        "max_pixels",
-        "target_occurrence",
-        "steps",
-        "batch_size",
-        "window",
-        "keep",
-    )
-    for flag in counts:
-        value = getattr(args, flag)
-        if value is not None and value != "auto" and not 1 <= value < 2**63:
-            raise ValueError(f"--{flag} {value} must be 1 or more, and below 2^63")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")
-    if not 0 <= args.noise_std <= 1:
-        raise ValueError(f"--noise_std {args.noise_std} must be 0 to 1 (0.15 is 15 % of the pixel range)")
-    if args.noise_std == 0 and "--num_samples" in given and args.num_samples > 1:
-        raise ValueError(f"--num_samples {args.num_samples} cannot act beside --noise_std 0: all copies would be equal")
-    for flag in ("--method", "--randomize", "--save_raw"):
-        if args.compare and flag in given:
-            raise ValueError(f"{flag} cannot act beside --compare, which measures all methods")
-    for flag in ASKED_BY_LIST:
-        if args.answers is not None and flag in given:
-            raise ValueError(f"{flag} cannot act beside --answers: the list has the photos, prompts and answers")
-    for flag in OF_ONE_PHOTO if args.listed else ():
-        if flag in given:
-            raise ValueError(f"{flag} cannot act beside a list of photos (--image_path {args.image_path[0]})")
-    if args.overwrite and not args.listed:
-        raise ValueError("--overwrite acts on a list of photos only: what one photo writes is always replaced")
-    if len(set(args.image_path)) < len(args.image_path):
-        raise ValueError(f"--image_path has a photo twice: {max(args.image_path, key=args.image_path.count)}")
-    if args.mask is not None and args.mode == "knockout":
-        if args.window is None:
-            raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")
-        if len(args.image_path) > 1:
-            raise ValueError("--mask is of one photo: give one --image_path")
-    if args.answer is not None and "--max_new_tokens" in given:
-        raise ValueError("--max_new_tokens cannot act beside --answer: nothing is generated")
-    texts = [(flag, getattr(args, flag)) for flag in ("prompt", "answer", "target", "contrast", "words", *PATH_FLAGS)]
-    texts = [(flag, text) for flag, text in texts if flag != "image_path"]
-    for flag, text in texts + [("image_path", path) for path in args.image_path]:
-        if text is not None and not text.strip():
-            raise ValueError(f"--{flag} {text!r} is empty: give a {'path' if flag in PATH_FLAGS else 'text'}")
-        if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"--{flag} {text!r} is not valid text in the terminal's encoding")
-        if text is not None and flag in PATH_FLAGS:
-            check_path(flag, text)
-    if args.words not in ("content", "all") and not all(word.strip() for word in args.words.split(",")):
-        raise ValueError(f"--words {args.words!r} has an empty word: give content, all, or words such as dog,apple")
-    if args.target is None and args.target_occurrence > 1:
-        raise ValueError(f"--target_occurrence {args.target_occurrence} needs a --target")
-    if args.contrast is not None and args.target is None:
-        raise ValueError(f"--contrast {args.contrast!r} needs a --target, whose place it takes")
-    if args.contrast is not None and args.contrast == args.target:
-        raise ValueError(f"--contrast {args.contrast!r} is the target itself: their difference is zero everywhere")
-
-
-def check_path(flag: str, path: str) -> None:
-    """Raises ValueError for a path that no file system takes, or that cannot be looked at."""
-    try:
-        os.stat(path)  # noqa: PTH116  (Path.stat is no better, and a name on the hub is no path)
-    except (FileNotFoundError, NotADirectoryError):
-        return  # told where it is opened
-    except (OSError, ValueError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise ValueError(f"--{flag} {path[:100]!r} is not a usable path: {reason}") from exc
-
+from common.flags import CHOICES, FOLDERS, MODES_OF_FLAG, RUNS_AT_ONCE, parse_args
 
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags are answered here
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from PIL import Image  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig  # noqa: E402
-from transformers.utils import cached_file  # noqa: E402
+# ruff: noqa: E402  (torch takes seconds to load)
+import numpy as np
+import torch
+import transformers
+from PIL import Image
 
-from smooth_gradcam import (  # noqa: E402
-    FAMILIES,
-    SUPPORTED,
+from common.checkpoint import count_layers, load_model, load_processor, model_identity, resolve_device
+from common.files import other_files, output_folder, to_csv, write_files
+from common.page import PAGE, Paper
+from common.photos import load_mask, load_photo, object_mask
+from smooth_gradcam import (
     ExplanationError,
     ExplanationWarning,
     Look,
@@ -388,14 +55,11 @@ from smooth_gradcam import (  # noqa: E402
     explain,
     find_target,
     get_model_layers,
-    load_rgb,
     read,
     resolve_layers,
 )
-from visualization_utils import (  # noqa: E402
-    PAGE,
+from visualization_utils import (
     PLAIN,
-    Paper,
     check_drawing,
     comparative_layers,
     create_comparative_analysis,  # noqa: F401  (users import it from here)
@@ -404,17 +68,15 @@ from visualization_utils import (  # noqa: E402
     draw_grid,
     draw_multilayer,
     draw_single,
-    other_files,
-    output_folder,
     select_layers,
     show_progress,
-    to_csv,
     visualize_multiple_layers,  # noqa: F401
-    write_files,
 )
 
-MAX_ASPECT = 200  # beyond it the processor refuses a photo
-HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of the files that phones write
+LOOK = ("colormap", "opacity", "upsample", "scale")
+SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")  # flags of the same name
+NO_MATTER = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
+NO_MATTER += ("recompute",)  # to what a list's results are, beyond rounding
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
 
 
@@ -441,35 +103,8 @@ def single_layer_visualization(
     return result | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
 
 
-# photo, folder, device
-
-
-def load_photo(path: str) -> Image.Image:
-    """The photo as RGB, the right way up. Raises ValueError if it is none or far too long for the processor."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", path):
-        raise ValueError(f"--image_path {path[:100]} is an address: download the photo, and give its file")
-    if Path(path).is_file():
-        try:
-            with Path(path).open("rb") as file:
-                head = file.read(12)
-        except OSError as exc:
-            raise ValueError(f"--image_path {path} cannot be read: {exc.strerror}") from exc
-        if head[4:8] == b"ftyp" and head[8:12] in HEIC:
-            raise ValueError(f"--image_path {path} is a HEIC photo: convert it to JPEG, e.g. with pillow-heif")
-    try:
-        photo = load_rgb(path)
-    except ValueError as exc:
-        raise ValueError(f"--image_path: {exc}") from exc
-    if max(photo.size) > MAX_ASPECT * min(photo.size):
-        size = f"{photo.width} x {photo.height} pixels"
-        raise ValueError(f"--image_path: {path} is {size}: sides up to 1 : {MAX_ASPECT} can be processed")
-    return photo
-
-
 def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
     """The object's pixels. Raises ValueError naming the flag."""
-    from studies.faithfulness import load_mask
-
     try:
         return load_mask(path, size)
     except ValueError as exc:
@@ -484,139 +119,6 @@ def check_answer(args: argparse.Namespace) -> None:
         from studies.words import choose_words
 
         choose_words(args.answer, [], args.words)
-
-
-def resolve_device(name: str) -> str:
-    """A device that is there: auto is cuda if there is one, else cpu. Raises ValueError."""
-    if name == "map":
-        return name
-    cuda = torch.cuda.device_count()
-    there = ["cpu"] + (["cuda", *(f"cuda:{i}" for i in range(cuda))] if cuda else [])
-    if torch.backends.mps.is_available():
-        there.append("mps")
-    if name == "auto":
-        return "cuda" if cuda else "cpu"
-    if name not in there:
-        raise ValueError(f"--device {name} is not there: choose auto, map, {', '.join(there)}")
-    return name
-
-
-def count_layers(model_path: str) -> int:
-    """Decoder layers of the checkpoint, from its config.json. Raises ValueError if it is of no supported family."""
-    folder, name = Path(model_path), f"--model_path {model_path}"
-    try:
-        if folder.exists() and not (folder / "config.json").is_file():
-            raise ValueError(f"{name} is no model folder: it has no config.json")
-        if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or model_path.startswith(".")):
-            raise ValueError(f"{name} does not exist: give a model folder or a name on the hub")
-        config, _ = PretrainedConfig.get_config_dict(model_path)
-    except PermissionError as exc:
-        raise ValueError(f"{name} cannot be read: {exc.strerror}") from exc
-    except (OSError, TypeError, AttributeError, RecursionError) as exc:  # of a config that is no record, too
-        missing = "neither a folder nor a name on the hub that can be reached"
-        raise ValueError(f"{name} is {'unreadable' if folder.exists() else missing}: {exc}") from exc
-    text = config.get("text_config", {}) if isinstance(config, dict) else None
-    if not isinstance(text, dict):
-        raise ValueError(f"{name} is unreadable: its config.json holds no record where one should be")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"{name} is of type {kind}, which is not supported: {SUPPORTED}")
-    for part in (config, text, config.get("vision_config") or {}):
-        if "/" in f"{part.get('_attn_implementation')} {part.get('attn_implementation')}":
-            raise ValueError(f"{name} wants attention code from a hub, which this tool never runs: take that out")
-    layers = {**config, **text}.get("num_hidden_layers")
-    if type(layers) is not int or not 1 <= layers < 10_000:
-        raise ValueError(f"{name} has a config.json with num_hidden_layers {layers!r}: it must be 1 or more")
-    return layers
-
-
-# model
-
-
-def cap_pixels(image_processor, max_pixels: int) -> None:
-    """Lower the processor's cap on a photo's pixels, never raise it. Raises ValueError below one image token."""
-    side = image_processor.patch_size * image_processor.merge_size
-    if max_pixels < side * side:
-        raise ValueError(f"--max_pixels {max_pixels} is less than one image token: give {side * side} or more")
-    size = dict(image_processor.size)
-    longest = min(size["longest_edge"], max_pixels)  # in pixels, whatever the names say
-    shortest = min(size["shortest_edge"], longest)
-    image_processor.size = type(image_processor.size)(shortest_edge=shortest, longest_edge=longest)
-    if hasattr(image_processor, "max_pixels"):  # transformers 4 keeps them twice
-        image_processor.min_pixels, image_processor.max_pixels = shortest, longest
-
-
-def refuse_foreign_code(model_path: str, error: Exception) -> None:
-    """Raises ValueError, in our words, if transformers failed because the checkpoint wants to run code of its own."""
-    if "trust_remote_code" in str(error):
-        raise ValueError(
-            f"--model_path {model_path} wants to run code of its own (auto_map), which this tool never does: use a "
-            "checkpoint of transformers' own classes"
-        ) from error
-
-
-def load_processor(model_path: str, max_pixels: int):
-    """The model's processor, capped. Raises ValueError if it is missing or not one of a vision-language model."""
-    try:
-        processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=False)
-    except Exception as exc:  # transformers raises anything here, from OSError to ImportError
-        refuse_foreign_code(model_path, exc)
-        raise ValueError(f"--model_path {model_path} lacks a processor that can be loaded: {exc}") from exc
-    for part in ("image_processor", "tokenizer", "chat_template"):
-        if getattr(processor, part, None) is None:
-            raise ValueError(f"--model_path {model_path} lacks a processor that can be loaded: there is no {part}")
-    if processor.image_token not in processor.tokenizer.get_vocab():  # transformers 5 makes do with an empty one
-        raise ValueError(f"--model_path {model_path} lacks its tokenizer: it has no {processor.image_token}")
-    cap_pixels(processor.image_processor, max_pixels)
-    return processor
-
-
-def check_shards(model_path: str) -> None:
-    """Raises ValueError if the index of the weights names files that are no safetensors of the same folder."""
-    index = "model.safetensors.index.json"
-    with suppress(OSError):  # transformers tells what is missing
-        path = Path(model_path, index) if Path(model_path).is_dir() else cached_file(model_path, index)
-        try:
-            names = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values())
-            foreign = next((name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)), None)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-            raise ValueError(f"--model_path {model_path} has an unreadable {index}: {exc}") from exc
-        if foreign is not None:
-            raise ValueError(
-                f"--model_path {model_path} keeps weights in {foreign}: only safetensors of its own folder are "
-                "opened, as pickles (.bin, .pt) can run code"
-            )
-
-
-def load_model(model_path: str, device: str, dtype: str):
-    """The model in evaluation mode. Raises ValueError if weights are missing: they would be random."""
-    where = {"device_map": "auto"} if device == "map" else {}
-    check_shards(model_path)
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            model_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **where
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except OSError as exc:
-        raise ValueError(
-            f"--model_path {model_path} lacks its weights as safetensors; pickles (.bin, .pt) can run code and are "
-            f"never opened: {exc.strerror or 'save it with model.save_pretrained(...) where you trust it'}"
-        ) from exc
-    except Exception as exc:  # a config can make transformers raise anything
-        refuse_foreign_code(model_path, exc)
-        raise ValueError(
-            f"--model_path {model_path} has weights that are damaged (a git-lfs pointer?) or do not fit its config: "
-            f"{type(exc).__name__}: {exc}"
-        ) from exc
-    if info["missing_keys"]:
-        raise ValueError(f"--model_path {model_path} lacks weights, such as {sorted(info['missing_keys'])[0]}")
-    if unknown := sorted(info["unexpected_keys"]):
-        about = f"--model_path {model_path} has {len(unknown)} weights that its config.json does not know: {unknown[0]}"
-        if any(re.search(r"\b(layers|blocks)\.\d+\.", key) for key in unknown):
-            raise ValueError(f"{about}, ...: the model would be cut short")
-        warnings.warn(about, ExplanationWarning, stacklevel=2)
-    return (model if where else model.to(device)).eval()
 
 
 # the run
@@ -757,39 +259,6 @@ def explain_readings(args, readings: list[Reading], names: list[str], layers, ma
     return explain_target(args, readings[0], layers, settings, mask)
 
 
-# a list of photos
-
-
-def model_identity(model_path: str) -> str:
-    """What tells a model from another: of a folder its files of text and, of each tensor, both ends; of a name on the
-    hub, its revision.
-    """
-    folder, state = Path(model_path), hashlib.sha256()
-    if not folder.is_dir():
-        return f"{model_path} {PretrainedConfig.get_config_dict(model_path)[0].get('_commit_hash')}"
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt"):
-            state.update(path.read_bytes())
-        elif path.suffix == ".safetensors":
-            for part in tensor_ends(path):
-                state.update(part)
-    return state.hexdigest()
-
-
-def tensor_ends(path: Path, most: int = 2**15) -> Iterator[bytes]:
-    """The header of a safetensors file, and the first and last bytes of each tensor; a damaged one ends early."""
-    with path.open("rb") as file, suppress(ValueError, LookupError, TypeError, AttributeError):
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, path.stat().st_size))
-        yield header
-        for name, tensor in json.loads(header).items():
-            if name != "__metadata__":
-                start, end = tensor["data_offsets"]
-                for at in (start, max(start, end - most)):
-                    file.seek(8 + length + at)
-                    yield file.read(min(most, end - at))
-
-
 def as_flags(exc: Exception) -> str:
     """The message in one line, with the names of flags for those of arguments."""
     message = " ".join(str(exc).split()) or type(exc).__name__
@@ -812,7 +281,6 @@ def run_list(args: argparse.Namespace) -> Done:
     """Explain each photo of a list in a folder of its own; what is whole already is left as it is."""
     from importlib.metadata import version
 
-    from studies.faithfulness import object_mask
     from studies.photo_list import RESULTS, Processes, read_list, work_off
 
     try:
@@ -889,7 +357,7 @@ def benchmark_photo(args, reading: Reading, layers, mask) -> tuple[dict, list[st
 
     A target that the model's own answer does not have is no failure of the photo: it is left out.
     """
-    from studies.faithfulness import benchmark_rows
+    from studies.benchmark import benchmark_rows
 
     try:
         span = find_target(reading.answer, args.target, args.target_occurrence)
@@ -968,7 +436,7 @@ def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[st
     consequence = "it is left out" if args.mode == "evaluate" else "its pictures are grey panels"
     lines += [f"layer {layer} has no map ({why}): {consequence}" for layer, why in token_maps.blank.items()]
     if args.mode == "evaluate":
-        from studies.faithfulness import evaluate
+        from studies.faithfulness_figures import evaluate
 
         options = {name: getattr(args, name) for name in ("steps", "baseline", "seed", "randomize", "quiet")}
         options |= {"batch_size": runs_at_once(args), "copies": passing(args)}
@@ -986,7 +454,7 @@ def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[st
 
 def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]:
     """The same of evaluate mode with --compare: every method with the settings that are given, or its own."""
-    from studies.faithfulness import compare
+    from studies.faithfulness_figures import compare
 
     asked, maps = {name: getattr(args, name) for name in SETTINGS}, {}
     for method in CHOICES["method"]:
@@ -1026,7 +494,7 @@ def find_targets(args, readings, names) -> list[tuple[int, int]]:
 
 def trace_photos(args, readings, names, layers, settings) -> tuple[dict, list[str]]:
     """The same of flow mode."""
-    from studies.information_flow import trace
+    from studies.flow_figures import trace
 
     spans = find_targets(args, readings, names)
     options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet} | passing(args)
@@ -1035,7 +503,7 @@ def trace_photos(args, readings, names, layers, settings) -> tuple[dict, list[st
 
 def sever_photos(args, readings, names, mask) -> tuple[dict, list[str]]:
     """The same of knockout mode."""
-    from studies.information_flow import sever
+    from studies.flow_figures import sever
 
     spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
     options = {name: getattr(args, name) for name in ("window", "keep", "quiet")}

@@ -10,35 +10,38 @@ The drawing functions take a photo, `TokenMaps` and a `Look`, and know nothing o
 Shapes:  H, W  rows and columns of image tokens     height, width  pixels of the photo     Lengths: inches of the page
 """
 
-import csv
-import errno
 import functools
-import io
-import os
-import shutil
-import signal
-import threading
-import unicodedata
-import warnings
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
-from signal import SIGINT, SIGTERM
+from dataclasses import replace
 
 import numpy as np
-from matplotlib import font_manager, rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
-from matplotlib.patches import Rectangle
-from matplotlib.textpath import text_to_path
-from matplotlib.ticker import AutoLocator
-from matplotlib.transforms import Affine2D
 from PIL import Image
 from tqdm.auto import tqdm
 
+from common.files import output_folder
+from common.page import (
+    BAND,
+    BODY_HEIGHTS,
+    GAP,
+    HEAD,
+    LINE,
+    MARGIN,
+    PAGE,
+    SMALL,
+    TEXT,
+    WIDTHS,
+    Page,
+    Paper,
+    best_columns,
+    excerpt,
+    fit_box,
+    grey_panel,
+    header,
+    masthead,
+    panel_width,
+    shrink,
+    small_print,
+)
 from smooth_gradcam import (
     Look,
     Settings,
@@ -56,11 +59,6 @@ from smooth_gradcam import (
     resolve_layers,
 )
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 __all__ = [
     *("create_layer_comparison_grid", "visualize_multiple_layers", "create_comparative_analysis"),
     *("SmoothQwenGradCAM", "get_model_layers", "LayerPictures", "output_folder"),
@@ -69,19 +67,7 @@ __all__ = [
 
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
 AUTO_LAYERS, LAYERS_PER_THIRD = 6, 3  # representative layers of "auto", and of a third in the comparative analysis
-
-WIDTHS = {"page": 7.2, "column": 3.3}  # both columns of a paper, or one
-VECTOR_FORMATS = ("pdf", "svg")
-BODY_HEIGHTS = {"page": 7.0, "column": 5.5}  # what header and caption leave of a paper's page
-MARGIN = 0.12
-GAP, BAND, HEAD = 0.08, 0.18, 0.27  # between pictures; the line that a title stands on; two lines, with the maximum
-LABELS = 0.43  # left of a plot, for the numbers and the name of its axis
-DPI, LINE = 200, 1.35 / 72  # line: its height per point of text
-MARKER = "#ffe08a"  # behind the explained part of the answer
-TEXT, SMALL, TINY, TITLE = 8, 7, 6, 11  # points; journals ask for 6 at least
-LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
-STAGING = ".smooth-gradcam-"  # with the process' number behind it, the folder for files that are not finished
 METHOD_NAMES = {
     "gradcam": "Grad-CAM",
     "hirescam": "HiResCAM",
@@ -133,7 +119,6 @@ def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
 
 
 # pictures of one layer
-
 
 PLAIN = Look()
 WEAK = 0.05  # of the strongest map of its kind: less is said to be weak
@@ -208,325 +193,12 @@ def layer_pictures(
     return {layer: LayerPictures(photo, token_maps, layer, look, strongest) for layer in token_maps.maps}
 
 
-# text
-
-
-def excerpt(text: str, span: tuple[int, int], columns: int) -> tuple[str, tuple[int, int]]:
-    """A long text cut to about `columns` of its characters around the span, and where the span is then.
-
-    Wide characters take two columns. White space and control characters become blanks.
-    """
-    text = "".join(" " if c.isspace() or unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    limit = columns * len(text) // (len(text) + wide) if text else 0
-    if len(text) <= limit:
-        return text, span
-    start = 0 if span[1] <= limit else min(max(span[0] - limit // 4, 0), len(text) - limit)
-    word = text.find(" ", start, span[0]) + 1  # not in the middle of a word, where there are words
-    start = word if 0 < word - start < 20 and start else start
-    before, after = "… " if start else "", " …" if start + limit < len(text) else ""
-    shift = len(before) - start
-    end = start + limit
-    word = text.rfind(" ", max(end - 20, span[1]), end) if after else -1  # nor at the end
-    cut = before + text[start : end if word < 0 else word] + after
-    return cut, (span[0] + shift, min(span[1] + shift, len(cut) - len(after)))
-
-
-@functools.cache
-def _characters_of(path: str) -> frozenset:
-    try:
-        return frozenset(FT2Font(path).get_charmap())
-    except (RuntimeError, OSError):
-        return frozenset()
-
-
-@functools.cache
-def _add_new_fonts() -> None:
-    """Let matplotlib know the fonts that were installed after it had made its list."""
-    known = {font.fname for font in font_manager.fontManager.ttflist}
-    for path in set(font_manager.findSystemFonts()) - known:
-        with suppress(OSError, RuntimeError):  # a font that it cannot read
-            font_manager.fontManager.addfont(path)
-
-
-@functools.cache
-def font_families(text: str) -> tuple[list[str], bool]:
-    """Installed font families that together can draw the text, and whether they draw all of it."""
-    missing = {ord(c) for c in text if not c.isspace()}
-    families = ["DejaVu Sans"]
-    missing -= _characters_of(font_manager.findfont("DejaVu Sans"))
-    if missing:
-        _add_new_fonts()
-    for font in font_manager.fontManager.ttflist if missing else ():
-        found = missing & _characters_of(font.fname)
-        if found and "LastResort" not in font.fname and font.style == "normal":
-            families.append(font.name)
-            missing -= found
-    return families, not missing
-
-
-def text_width(text: str, size: float, families: list[str], weight: str = "normal") -> float:
-    """Inches that the text takes on one line, in pictures and in vector files: letters are not fitted to pixels."""
-    font = font_manager.FontProperties(family=families, size=size, weight=weight)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # characters that no installed font has
-        return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
-
-
-def wrap(text: str, width: float, size: float, families: list[str], weight: str = "normal") -> list[tuple[int, int]]:
-    """(start, end) of each line, broken at blanks where there are any and between characters where not."""
-    lines, start = [], 0
-    while start < len(text):
-        fits, over = start + 1, len(text) + 1
-        while over - fits > 1:  # bisection: text[start:fits] fits, text[start:over] does not
-            middle = (fits + over) // 2
-            inside = text_width(text[start:middle].rstrip(), size, families, weight) <= width
-            fits, over = (middle, over) if inside else (fits, middle)
-        blank = text.rfind(" ", start, fits) + 1
-        end = blank if fits < len(text) and blank > start else fits
-        lines.append((start, end))
-        start = end
-    return lines or [(0, 0)]
-
-
-def split_at_span(text: str, line: tuple[int, int], span: tuple[int, int]) -> list[tuple[str, bool]]:
-    """The line's text in runs (text, is it marked), in the order in which they are drawn from left to right."""
-    start, end = line
-    inside = [min(max(edge, start), end) for edge in span]
-    edges = [start, *inside, end]
-    runs = [(text[a:b], i == 1) for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)) if a < b]
-    first_strong = next((d for d in map(unicodedata.bidirectional, text[start:end]) if d in ("L", "R", "AL")), "L")
-    return runs if first_strong == "L" else runs[::-1]
-
-
-# panels
-
-
-def figure_to_array(figure: Figure) -> np.ndarray:
-    """The figure's pixels, uint8 RGB (height, width, 3)."""
-    canvas = FigureCanvasAgg(figure)
-    with rc_context({"text.hinting": "none"}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # characters that no installed font has: drawn as boxes
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def grey_panel(width: int, height: int, text: str) -> np.ndarray:
-    """What stands in place of a map that does not exist: uint8 RGB (height, width, 3), grey, with words.
-
-    The words are left out where they could not be read in print.
-    """
-    words, figure = text.split(), Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="0.8")
-    breaks = [text.split("\n"), words]  # as it stands, or a word on each line
-    sizes = [min(0.8 * width / (0.62 * max(map(len, lines))), 0.8 * height / (1.4 * len(lines))) for lines in breaks]
-    size, lines = max(zip(sizes, breaks, strict=True))  # pixels of a letter
-    if size >= TINY * DPI / 72:
-        figure.text(0.5, 0.5, "\n".join(lines), size=size, ha="center", va="center", color="0.25", linespacing=1.3)
-    return figure_to_array(figure)
-
-
-def fit_box(aspect: float, width: float, height: float) -> tuple[float, float]:
-    """The largest (width, height) of that aspect in a box."""
-    width = min(width, height * aspect)
-    return width, width / aspect
-
-
-def panel_width(aspect: float, columns: int, rows: int, width: float, height: float, across: int, down: int) -> float:
-    """Width of a picture when titled cells of so many pictures across and down fill the columns and rows of an area."""
-    cell_width, cell_height = width / columns - GAP, height / rows - GAP - HEAD
-    return min((cell_width - (across - 1) * GAP / 2) / across, (cell_height - (down - 1) * GAP / 2) / down * aspect)
-
-
-def best_columns(aspect: float, count: int, most: int, width: float, height: float, across: int, down: int) -> int:
-    """How many columns of cells, `most` at most, give large pictures in few rows, with few cells left empty."""
-
-    def merit(columns):
-        rows = -(-count // columns)
-        return panel_width(aspect, columns, rows, width, height, across, down) * rows**-0.5 * count / (columns * rows)
-
-    return max(range(1, min(count, most) + 1), key=merit)
-
-
-# page
-
-
-@dataclass(frozen=True)
-class Paper:
-    """What figures are made for.
-
-    `width` is "page" (7.2 inches, both columns of a paper) or "column" (3.3 inches); no text is smaller than 6 points
-    there. `formats` are written beside each figure's PNG: "pdf", "svg". With `heatmaps`, grids show the heatmap of
-    each layer above or beside its overlay. Raises ValueError for anything else.
-    """
-
-    width: str = "page"
-    formats: tuple[str, ...] = ()
-    heatmaps: bool = False
-
-    def __post_init__(self):
-        if self.width not in WIDTHS:
-            raise ValueError(f"width={self.width!r} must be one of {', '.join(WIDTHS)}")
-        if isinstance(self.formats, str) or not set(self.formats) <= set(VECTOR_FORMATS):
-            raise ValueError(f"formats={self.formats!r} must be a tuple of {', '.join(VECTOR_FORMATS)}")
-        if not isinstance(self.heatmaps, bool):
-            raise ValueError(f"heatmaps={self.heatmaps!r} must be True or False")
-
-    def figure(self, name: str, draw) -> dict[str, object]:
-        """{file name: function that draws it} of a figure in all formats."""
-        return {f"{name}.{suffix}": draw for suffix in ("png", *self.formats)}
-
-
-PAGE = Paper()
-
-
 def check_drawing(look, paper) -> None:
     """Raises TypeError, before anything is computed, unless they are a `Look` and a `Paper`."""
     if not isinstance(look, Look):
         raise TypeError(f'look={look!r} must be a Look, such as Look(colormap="jet")')
     if not isinstance(paper, Paper):
         raise TypeError(f'paper={paper!r} must be a Paper, such as Paper("column")')
-
-
-class Page:
-    """A figure of a fixed width that is drawn upon from the top; `finish` says how long it is.
-
-    `text` is what it will have to be able to write; all lengths are inches, from the top left. `numpy.asarray` gives
-    its pixels, uint8 RGB (height, width, 3) at DPI pixels per inch, `vector` a file of one of `VECTOR_FORMATS`.
-    """
-
-    def __init__(self, width: float, text: str):
-        self.width, self.inner = width, width - 2 * MARGIN  # inner: between the margins
-        self.families, self.complete = font_families(text)
-        self.figure = Figure(figsize=(width, 1), dpi=DPI, facecolor="white")
-        self.from_top = Affine2D().scale(1, -1)
-        self.inches = self.from_top + self.figure.dpi_scale_trans
-        self.boxes = {}  # axes: where they are
-
-    def axes(self, x, y, width, height):
-        """Bare axes of that size, to be drawn upon."""
-        axes = self.figure.add_axes((0, 0, 1, 1), xticks=[], yticks=[])
-        axes.spines[:].set(linewidth=0.4, color="0.6")
-        axes.tick_params(labelsize=SMALL, length=2, width=0.5)
-        self.boxes[axes] = x, y, width, height
-        return axes
-
-    def text(self, x, y, text, size, **style):
-        """One line whose upper edge (with va="center": whose middle) is at y; no dollar sign starts a formula."""
-        style = {"family": self.families, "parse_math": False, "size": size} | style
-        if "va" not in style:
-            y += 0.8 * size * LINE  # the baseline
-        self.figure.text(x, y, text, transform=self.inches, **style)
-
-    def lines(self, x, y, width, text, size, span=(0, 0), **style) -> float:
-        """Wrapped text with its span marked; returns the y below it."""
-        weight = style.get("weight", "normal")
-        for line in wrap(text, width, size, self.families, weight):
-            at = x
-            for run, marked in split_at_span(text, line, span):
-                if marked:
-                    box = text_width(run.rstrip(), size, self.families), size * LINE
-                    mark = Rectangle((at, y), *box, facecolor=MARKER, zorder=-1, transform=self.inches)
-                    self.figure.add_artist(mark)
-                self.text(at, y, run, size, **style)
-                at += text_width(run, size, self.families, weight)
-            y += size * LINE
-        return y
-
-    def label(self, middle, y, name, largest) -> None:
-        """Two lines over the middle of a picture, HEAD high: its name, and the map's strength in small print."""
-        self.text(middle, y, name, SMALL, ha="center")
-        self.text(middle, y + SMALL * LINE, largest, TINY, ha="center", color="0.3")
-
-    def label_width(self, name, largest) -> float:
-        """Inches that the `label` takes."""
-        return max(text_width(name, SMALL, self.families), text_width(largest, TINY, self.families))
-
-    def centred(self, y, text, size, **style) -> float:
-        """Wrapped text in the middle of the page; returns the y below it."""
-        for start, end in wrap(text, self.inner, size, self.families):
-            self.text(self.width / 2, y, text[start:end].strip(), size, ha="center", **style)
-            y += size * LINE
-        return y
-
-    def picture(self, x, y, width, height, array):
-        """A uint8 RGB array in a thin frame; returns its axes, in pixels."""
-        size = pixels_of(width, height)
-        if array.shape[1::-1] != size:
-            array = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
-        axes = self.axes(x, y, width, height)
-        axes.imshow(array, aspect="auto")
-        return axes
-
-    def colour_scale(self, x, y, width, height, colours, ticks, size):
-        """Horizontal bars of colours (n, 3) uint8 RGB from 0 to 1, one above the other, with their ticks below."""
-        axes = self.axes(x, y, width, height)
-        axes.imshow(np.stack(colours), aspect="auto", extent=(0, 1, 0, 1), interpolation="nearest")
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.tick_params(labelsize=size, pad=1.5)
-        axes.spines[:].set(color="black")
-
-    def legend(self, y, entries: dict[str, object]) -> float:
-        """Names in their colours, in as few lines as they fit in; returns the y below them."""
-        pitch = 0.32 + max(text_width(label, SMALL, self.families) for label in entries)
-        rows = -(-len(entries) // max(1, int(self.inner / pitch)))
-        columns = -(-len(entries) // rows)
-        for i, (label, colour) in enumerate(entries.items()):
-            x = (self.width - pitch * columns) / 2 + 0.1 + i % columns * pitch
-            self.text(x, y + i // columns * SMALL * LINE, "●", SMALL, color=colour, family="DejaVu Sans")
-            self.text(x + 0.12, y + i // columns * SMALL * LINE, label, SMALL)
-        return y + rows * SMALL * LINE
-
-    def places(self, y, count: int, width: float, pitch: float) -> tuple[list[tuple[float, float, float]], float]:
-        """(x, y, width) of so many plots, side by side as far as there is room, and the y below their rows."""
-        columns = max(1, min(count, int(self.inner / (LABELS + 0.75 * width))))
-        slot = self.inner / columns
-        width = min(width, slot - LABELS - GAP)
-        x = MARGIN + LABELS + (slot - LABELS - width) / 2
-        found = [(x + i % columns * slot, y + i // columns * pitch, width) for i in range(count)]
-        return found, y - (-count // columns) * pitch
-
-    def plot(self, x, y, width, height, title: str, **style):
-        """Axes of that size under a title that stands at y; `style` goes to their `set`."""
-        self.text(x + width / 2, y, title, TEXT, ha="center", weight="bold")
-        axes = self.axes(x, y + BAND, width, height)
-        axes.spines[:].set(linewidth=0.5, color="black")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_locator(AutoLocator())
-        axes.yaxis.set_major_locator(AutoLocator())
-        axes.xaxis.label.set_size(SMALL)
-        axes.yaxis.label.set_size(SMALL)
-        axes.set(**style)
-        return axes
-
-    def finish(self, height: float) -> "Page":
-        """The page itself, cut at that height."""
-        self.figure.set_size_inches(self.width, height)
-        self.from_top.translate(0, height)
-        for axes, (x, y, w, h) in self.boxes.items():
-            axes.set_position((x / self.width, 1 - (y + h) / height, w / self.width, h / height))
-        return self
-
-    def __array__(self, dtype=None, copy=None):
-        return figure_to_array(self.figure).astype(dtype or np.uint8, copy=False)
-
-    def vector(self, suffix: str) -> bytes:
-        """The finished page as "pdf", with its fonts, or "svg", with text as outlines: the same bytes every time."""
-        buffer, style = io.BytesIO(), {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "smooth-gradcam"}
-        with rc_context(style), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # characters that no installed font has: drawn as boxes
-            undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}[suffix]
-            self.figure.savefig(buffer, format=suffix, dpi=DPI, metadata=undated)
-        return buffer.getvalue()
-
-
-def pixels_of(width: float, height: float) -> tuple[int, int]:
-    """Pixels (width, height) of a picture on the page."""
-    return max(1, round(width * DPI)), max(1, round(height * DPI))
-
-
-def shrink(photo: Image.Image, width: float, height: float) -> Image.Image:
-    """The photo as large as it stands on the page: maps are drawn at the size of their cell."""
-    return photo.resize(pixels_of(width, height), Image.Resampling.LANCZOS)
 
 
 # figures
@@ -591,47 +263,6 @@ def made_from(token_maps: TokenMaps, photo: Image.Image) -> str:
         f"{settings_text(token_maps.settings)}; photo {photo.width} × {photo.height} px, "
         f"{width} × {height} image tokens"
     )
-
-
-def header(page: Page, x: float, y: float, title: str, rows) -> float:
-    """Title, prompt, answer and what is explained; returns the y below them."""
-    y = page.lines(x, y, page.width - MARGIN - x, title, TITLE, weight="bold")
-    return header_rows(page, x, y + GAP, rows)
-
-
-def header_rows(page: Page, x: float, y: float, rows) -> float:
-    """(label, text, marked span) one below the other; returns the y below them."""
-    for label, text, span in rows:
-        page.text(x, y, label, TEXT, weight="bold")
-        y = page.lines(x + LABEL, y, page.width - MARGIN - x - LABEL, text, TEXT, span) + GAP / 2
-    return y
-
-
-def masthead(
-    page: Page, photo: Image.Image, title: str, rows, box=(2.3, 1.7), draw=np.asarray, under: str = ""
-) -> float:
-    """The photo in a box, or what `draw` makes of it, with a line under it, and the header beside it; the y below.
-
-    On a narrow page only the title stands beside the photo.
-    """
-    width, height = fit_box(photo.width / photo.height, min(box[0], page.inner / 2), min(box[1], page.inner / 3))
-    page.picture(MARGIN, MARGIN, width, height, draw(shrink(photo, width, height)))
-    page.text(MARGIN, MARGIN + height + 0.03, under, SMALL, color="0.3")
-    below = MARGIN + height + BAND * bool(under)
-    x = MARGIN + max(width, text_width(under, SMALL, page.families)) + 2 * GAP
-    if page.width - x > 3:
-        return max(header(page, x, MARGIN, title, rows), below)
-    x = MARGIN + width + 2 * GAP
-    below = max(page.lines(x, MARGIN, page.width - MARGIN - x, title, TEXT, weight="bold"), below) + GAP
-    return header_rows(page, MARGIN, below, rows)
-
-
-def small_print(page: Page, y: float, text: str, settings: str = "") -> float:
-    """A caption, and below it how the figure was made; returns the y below them, which is the page's height."""
-    if not page.complete:
-        text += " Boxes: characters that no installed font can draw."
-    y = page.lines(MARGIN, y, page.inner, text, SMALL, color="0.3")
-    return page.lines(MARGIN, y, page.inner, settings, TINY, color="0.3") + MARGIN if settings else y + MARGIN
 
 
 def footer(page: Page, y: float, method: str, text: str, settings: str, look: Look = PLAIN) -> float:
@@ -798,236 +429,6 @@ def draw_comparative(
         figure = functools.partial(draw, list(part), f"{title}, {name} layers")
         files |= paper.figure(f"{name}/layer_comparison_grid", figure) | _layer_files(part, f"{name}/")
     return parts, files
-
-
-# files
-
-
-def decimal(value: float, digits: int = 2) -> str:
-    """The value with so many digits, and no minus before a zero."""
-    return f"{round(value, digits) + 0.0:.{digits}f}"
-
-
-def to_csv(rows: list[dict]) -> str:
-    """Rows as comma-separated text with a head; what a row lacks is empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: decimal(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
-
-
-_DRAWING = threading.Lock()  # matplotlib draws in one thread at a time
-
-
-def _encode(name: str, content) -> bytes:
-    if callable(content):  # a picture that is drawn only now, so that not all of them are in memory at once
-        with _DRAWING:
-            content = content()
-            if isinstance(content, Page):
-                suffix = Path(name).suffix[1:]
-                content = content.vector(suffix) if suffix in VECTOR_FORMATS else np.asarray(content)
-    if isinstance(content, bytes):
-        return content
-    if isinstance(content, str):
-        return content.encode()
-    buffer = io.BytesIO()
-    if isinstance(content, dict):
-        np.savez_compressed(buffer, **content)
-    else:  # as small as level 6, in half the time
-        Image.fromarray(content).save(buffer, "PNG", dpi=(DPI, DPI), compress_level=4)
-    return buffer.getvalue()
-
-
-def _stage(path: Path, name: str, content) -> None:
-    data = _encode(name, content)
-    try:
-        (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_bytes(data)
-    except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(path).free / 1e6
-        raise OSError(
-            f"no space left for {name} in {path.parent}: it takes {len(data) / 1e6:.1f} MB, {free:.1f} MB are free"
-        ) from exc
-
-
-def _make_folders(folder: Path, made: list[Path]) -> None:
-    """Make the folder and those missing above it; `made` gets each that was made here."""
-    for path in (*reversed(folder.parents), folder):
-        if not path.is_dir():
-            with suppress(FileExistsError):  # another run was quicker
-                path.mkdir()
-                made.append(path)
-            if not path.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-
-
-def _hold(folder: Path) -> int | None:
-    """An open file that keeps other runs out of the folder until it is closed, if only by the end of this process.
-
-    None where the system cannot lock folders.
-    """
-    if fcntl is None:
-        return None
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        os.close(held)
-        if not isinstance(exc, BlockingIOError):  # a network disk without locks
-            return None
-        who = ", ".join(f"process {path.name.removeprefix(STAGING)}" for path in _staging_folders(folder))
-        raise BlockingIOError(f"{folder} is being written by {who or 'another run'}: choose another folder") from exc
-    return held
-
-
-def _staging_folders(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in folder.glob(f"{STAGING}*")
-        if path.name.removeprefix(STAGING).isdecimal() and path.is_dir() and not path.is_symlink()
-    ]
-
-
-def _remove_staging(staging: Path) -> None:
-    """Remove a staging folder: its files, and those of the folders in it, which is as deep as runs write."""
-    parts = [path for path in staging.iterdir() if path.is_dir() and not path.is_symlink()]
-    for part in (*parts, staging):
-        for path in part.iterdir():
-            if path not in parts:
-                path.unlink()
-        part.rmdir()
-
-
-def _check_path(save_dir, name: str) -> Path:
-    """The folder without links and `..`. Raises ValueError for what is no path or a link that leads nowhere."""
-    if not isinstance(save_dir, (str, os.PathLike)) or not str(save_dir).strip() or "\0" in str(save_dir):
-        raise ValueError(f"{name}={save_dir!r} must be the path of a folder")
-    given = Path(save_dir).absolute()
-    for path in (given, *given.parents):
-        if path.is_symlink() and not path.exists():
-            raise ValueError(f"{name}: {path} is a symbolic link that leads nowhere: choose another folder")
-    return Path(os.path.realpath(given))
-
-
-@contextmanager
-def _signals_wait():
-    """Inside, Ctrl-C and SIGTERM wait until the end, so that nothing is left half done."""
-    if threading.current_thread() is not threading.main_thread():  # which is where Python handles signals
-        yield
-        return
-    caught = []
-    before = {number: signal.signal(number, lambda *args: caught.append(args)) for number in (SIGINT, SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for number, _ in caught:
-        signal.raise_signal(number)
-
-
-@contextmanager
-def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_dir"):
-    """The folder that a run writes to, its own until the end; yields a function that writes {name: content}.
-
-        with output_folder("cam_results/grid") as write:
-            paths = write({"heatmap.png": picture})
-
-    A content is a uint8 RGB array (.png), a dictionary of arrays (.npz), a text, or a function that gives one of them
-    or a `Page` (.png, .pdf, .svg), called when its file's turn comes. Files are written to a staging folder in the
-    folder and then moved into place all at once: a failure, Ctrl-C or SIGTERM leaves nothing behind. Nothing is ever
-    removed but this staging folder, such folders of runs that were killed, and empty folders that this run made;
-    nothing is replaced but files of the names that are written. `subfolders` are those that the names will need;
-    errors call the folder `name`.
-
-    Raises ValueError if there can be no such folder, BlockingIOError if another run is writing there (where the system
-    can lock folders; Windows cannot), and OSError if a file cannot be written.
-    """
-    folder, made, held, staging = _check_path(save_dir, name), [], None, None
-    try:
-        try:
-            _make_folders(folder, made)
-            for part in (folder / part for part in subfolders):
-                if os.path.lexists(part) and not part.is_dir():
-                    raise NotADirectoryError(errno.ENOTDIR, f"{part.name} is no folder")
-                if part.is_dir() and part.stat().st_dev != folder.stat().st_dev:
-                    raise OSError(errno.EXDEV, f"{part.name} is on another disk")
-            held = _hold(folder)
-            for stale in _staging_folders(folder) if held is not None else ():  # whoever made them is no longer there
-                _remove_staging(stale)
-            mine = folder / f"{STAGING}{os.getpid()}"
-            mine.mkdir()
-            staging = mine  # from here on it is this run's to remove
-        except BlockingIOError:
-            raise
-        except OSError as exc:
-            raise ValueError(f"{name}: {folder} cannot be written ({exc.strerror}): choose another folder") from exc
-        yield functools.partial(_write, folder, staging, made)
-    finally:
-        with _signals_wait():
-            if staging is not None:
-                _remove_staging(staging)
-            for path in reversed(made):
-                with suppress(OSError):  # it is not empty
-                    path.rmdir()
-            if held is not None:
-                os.close(held)
-
-
-def _keep(file: Path, copy: Path) -> None:
-    """Another name for the file, or a copy where the disk knows no hard links."""
-    try:
-        os.link(file, copy, follow_symlinks=False)
-    except (OSError, NotImplementedError):
-        shutil.copy2(file, copy, follow_symlinks=False)
-
-
-def _move(folder: Path, staging: Path, made: list[Path], names: Iterable[str]) -> None:
-    """Move all files into place, or none: what was there before is put back if one cannot be replaced."""
-    moved = {}  # target: what was there before
-    try:
-        for i, name in enumerate(names):
-            target, before = folder / name, staging / f"{i}.before"
-            _make_folders(target.parent, made)
-            if os.path.lexists(target):
-                _keep(target, before)
-            (staging / name).replace(target)
-            moved[target] = before
-    except OSError as exc:
-        for done, before in moved.items():
-            before.replace(done) if os.path.lexists(before) else done.unlink()
-        raise OSError(
-            f"{target} cannot be written ({exc.strerror}): nothing is changed, choose another folder"
-        ) from exc
-
-
-def _write(folder: Path, staging: Path, made: list[Path], files: dict[str, object]) -> list[Path]:
-    for name in files:
-        if (folder / name).is_dir():
-            raise ValueError(f"{folder / name} is a folder where a file is to be written: choose another folder")
-
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # compression takes longest
-        list(pool.map(functools.partial(_stage, staging), files, files.values()))
-    with _signals_wait():
-        _move(folder, staging, made, files)
-    return [folder / name for name in files]
-
-
-def write_files(folder, files: dict[str, object]) -> list[Path]:
-    """Write {name in the folder: content} as `output_folder` does; returns the paths."""
-    with output_folder(folder) as write:
-        return write(files)
-
-
-def other_files(paths: list[Path]) -> list[Path]:
-    """Files beside the given ones that are not among them: of an earlier run, say, and another photo."""
-    found = {path for parent in {path.parent for path in paths} for path in parent.iterdir() if path.is_file()}
-    return sorted(path for path in found - set(paths) if not path.name.startswith("."))
 
 
 # the documented entry points

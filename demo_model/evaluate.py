@@ -131,7 +131,7 @@ def main():
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{options.scenes} unseen scenes, {model.dtype}, {platform.machine()} {options.device}, {versions}")
     sys.path.append(str(Path(__file__).parent.parent))
-    from studies.information_flow import image_hidden  # only here: who imports this module needs none of it
+    from studies.knockout import image_hidden
 
     for layer in [None, *options.hide_image_from]:
         print("the whole image" if layer is None else f"the image hidden from layer {layer} on")

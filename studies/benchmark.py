@@ -7,12 +7,18 @@
 Shapes:  P  photos     R  resamples
 """
 
+from dataclasses import replace
+
 import numpy as np
+import torch
 
-from visualization_utils import decimal
+from common.files import decimal
+from smooth_gradcam import Reading, TokenMaps, borrowed, prepare_inputs, score_parts, token_probabilities
+from studies.faithfulness import ORDERS, TOLERANCE, baseline_image, insertion_deletion, score_rows
+from studies.faithfulness_figures import map_key, side_by_side
+from studies.localization import centre_map, fit_of
 
-__all__ = ["summarise", "to_latex", "to_table"]
-
+__all__ = ["benchmark_rows", "summarise", "to_latex", "to_table"]
 MEASURES = {  # as `benchmark_rows` has them: heads of the table
     "pointing": "pointing",
     "near": "near",
@@ -130,3 +136,54 @@ def escaped(text: str) -> str:
     for character in "&%$#_{}":
         text = text.replace(character, f"\\{character}")
     return text
+
+
+# of one photo of a benchmark
+
+SENSITIVE = 0.2  # of probability that a token loses on the baseline picture, if it needs the photo (EAGLE)
+
+
+def sensitive_tokens(reading: Reading, tokens: list[int], baseline: str) -> list[int]:
+    """Those of the answer's tokens whose probability falls by more than 0.2 on the baseline picture (EAGLE, 2025)."""
+    blank = baseline_image(reading.photo, baseline)
+    with borrowed(reading.model):
+        blank = prepare_inputs(reading.model, reading.processor, blank, reading.prompt)["pixel_values"]
+        forced, (scored,) = score_parts(reading.inputs, reading.tokens, [tokens])
+        pixels = torch.stack([reading.inputs["pixel_values"], blank])
+        full, empty = token_probabilities(reading.model, forced, pixels, scored)
+    return [token for token, fall in zip(tokens, full - empty, strict=True) if fall > SENSITIVE]
+
+
+def benchmark_rows(
+    reading: Reading, maps: dict[str, list[TokenMaps]], mask: np.ndarray | None = None, *, steps=64, baseline="blur",
+    batch_size=8, seed=0,
+) -> list[dict]:  # fmt: skip
+    """Rows {"method", "layer", measures} of the maps, then of a map of the centre and of random ones.
+
+    `maps` are of each method the maps of the explained part and, if it has several tokens, of each of them. Insertion
+    and deletion are of its tokens that need the photo, see `sensitive_tokens`; None if there is none. The measures of
+    `localization` and `at_border` need the `mask`. A layer without a map misses: 0, and None.
+    """
+    together, rng = side_by_side({method: parts[0] for method, parts in maps.items()}), np.random.default_rng(seed)
+    centre = centre_map(reading.grid)
+    sensitive = sensitive_tokens(reading, together.target_tokens, baseline)
+    areas = {}
+    if sensitive:
+        given = replace(together, maps=together.maps | {"centre": centre}, target_tokens=sensitive)
+        options = {"steps": steps, "baseline": baseline, "batch_size": batch_size, "seed": seed}
+        measured = insertion_deletion(reading, given, random_orders=ORDERS, tolerance=TOLERANCE, **options)
+        kept = ("insertion", "deletion", "difference")
+        areas = {row["layer"]: {name: row[name] for name in kept} for row in score_rows(given, measured, None)}
+
+    def row(method, layer, key, drawn):
+        fits = [fit_of(cams, mask) for cams in drawn] if mask is not None else [{}]
+        means = {name: float(np.mean([fit[name] for fit in fits])) for name in fits[0]}
+        return {"method": method, "layer": layer} | means | areas.get(key, {})
+
+    rows = [
+        row(method, layer, map_key(method, layer), [[part.maps[layer] for part in parts]])
+        for method, parts in maps.items()
+        for layer in parts[0].maps
+    ]
+    random = [[rng.random(reading.grid).astype(np.float32)] for _ in range(ORDERS)]
+    return [*rows, row("centre", "", "centre", [[centre]]), row("random", "", "random", random)]

@@ -22,10 +22,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from visualization_utils import output_folder
+from common.files import output_folder
 
 __all__ = ["Item", "Processes", "plan", "read_list", "work_off"]
-
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # what counts as a photo in a folder
 TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")

@@ -15,6 +15,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from common.files import decimal, output_folder
+from common.page import GAP, HEAD, MARGIN, PAGE, WIDTHS, Page, Paper, best_columns, header, panel_width, shrink
 from smooth_gradcam import (
     Look,
     Reading,
@@ -29,35 +31,21 @@ from smooth_gradcam import (
     resolve_layers,
 )
 from visualization_utils import (
-    GAP,
-    HEAD,
-    MARGIN,
-    PAGE,
     PLAIN,
     WEAK,
-    WIDTHS,
-    Page,
-    Paper,
-    best_columns,
     caption,
     check_drawing,
-    decimal,
     draw_layer,
     footer,
-    header,
     made_from,
     method_title,
-    output_folder,
-    panel_width,
     show_progress,
-    shrink,
     strength,
     strongest_of,
     text_rows,
 )
 
 __all__ = ["create_video_maps", "draw_video", "animate", "strip_figure"]
-
 STRIP_HEIGHT = 6.0  # inches that the frames of a strip take at most
 SIDE = 640  # pixels of an animation's longer side
 

@@ -21,6 +21,25 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from common.files import output_folder
+from common.page import (
+    BODY_HEIGHTS,
+    GAP,
+    LINE,
+    MARGIN,
+    PAGE,
+    SMALL,
+    TINY,
+    WIDTHS,
+    Page,
+    Paper,
+    excerpt,
+    fit_box,
+    masthead,
+    shrink,
+    text_width,
+    wrap,
+)
 from smooth_gradcam import (
     COLORMAPS,
     Look,
@@ -40,38 +59,21 @@ from smooth_gradcam import (
     token_probabilities,
 )
 from visualization_utils import (
-    BODY_HEIGHTS,
-    GAP,
-    LINE,
-    MARGIN,
-    PAGE,
     PLAIN,
-    SMALL,
-    TINY,
     WEAK,
-    WIDTHS,
-    Page,
-    Paper,
     caption,
     check_drawing,
     draw_layer,
-    excerpt,
-    fit_box,
     footer,
     layer_pictures,
     made_from,
-    masthead,
     method_title,
-    output_folder,
     select_layers,
     settings_text,
     show_progress,
-    shrink,
     strength,
     strongest_of,
     text_rows,
-    text_width,
-    wrap,
 )
 
 __all__ = ["compute_word_maps", "create_word_maps", "choose_words", "split_words", "draw_words"]

@@ -36,8 +36,8 @@ import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
-from studies.information_flow import covered_tokens  # noqa: E402
-from test_gradcam import load_model, load_processor  # noqa: E402
+from common.checkpoint import load_model, load_processor  # noqa: E402
+from studies.decoder import covered_tokens  # noqa: E402
 
 DEMO, PUBLISHED = ("scenes", "flat", "crowded"), ("eyes", "words", "blurred", "sinks")
 CELL = scenes.TOKEN  # pixels of one image token

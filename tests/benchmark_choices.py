@@ -44,8 +44,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import smooth_gradcam as core
-from studies.faithfulness import STYLES, auc, insertion_deletion
-from visualization_utils import BAND, DPI, GAP, MARGIN, TITLE, WIDTHS, Page, small_print
+from common.files import DPI
+from common.page import BAND, GAP, MARGIN, TITLE, WIDTHS, Page, small_print
+from studies.faithfulness import auc, insertion_deletion
+from studies.faithfulness_figures import STYLES
 
 # features and gradients (K, N, C), and what of them is explained
 

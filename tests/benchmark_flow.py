@@ -21,17 +21,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo_model")]
 import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
+from common.checkpoint import load_model, load_processor  # noqa: E402
 from smooth_gradcam import Settings, read  # noqa: E402
-from studies.faithfulness import localization, randomize_weights, spearman  # noqa: E402
-from studies.information_flow import (  # noqa: E402
-    find_cliff,
-    group_sums,
-    maps_and_gradients,
-    sever_photo,
-    token_groups,
-    tokens_that_need_the_photo,
-)
-from test_gradcam import load_model, load_processor  # noqa: E402
+from studies.decoder import token_groups  # noqa: E402
+from studies.flow import group_sums, maps_and_gradients  # noqa: E402
+from studies.knockout import find_cliff, sever_photo, tokens_that_need_the_photo  # noqa: E402
+from studies.localization import localization  # noqa: E402
+from studies.randomization import randomize_weights, spearman  # noqa: E402
 
 MEASURES = ("cliff", "stops pointing", "gradient share halved", "strength halved")
 

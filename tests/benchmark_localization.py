@@ -45,10 +45,13 @@ import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
+from common.checkpoint import count_layers, load_model, load_processor  # noqa: E402
+from common.files import DPI  # noqa: E402
+from common.page import BAND, GAP, MARGIN, TITLE, WIDTHS, Page, small_print  # noqa: E402
 from smooth_gradcam import paper  # noqa: E402
-from studies.faithfulness import PLOT, STYLES, at_border, auc, centre_map, insertion_deletion, localization  # noqa: E402
-from test_gradcam import count_layers, load_model, load_processor  # noqa: E402
-from visualization_utils import BAND, DPI, GAP, MARGIN, TITLE, WIDTHS, Page, small_print  # noqa: E402
+from studies.faithfulness import auc, insertion_deletion  # noqa: E402
+from studies.faithfulness_figures import PLOT, STYLES  # noqa: E402
+from studies.localization import at_border, centre_map, localization  # noqa: E402
 
 MEASURES = ("pointing", "near", "energy", "obj_iou", "border")  # as `localization` has them, and `at_border`
 RESAMPLES = 1000

@@ -31,9 +31,13 @@ import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
-from studies.faithfulness import STYLES, auc, insertion_deletion, localization, spearman  # noqa: E402
-from test_gradcam import load_model, load_processor  # noqa: E402
-from visualization_utils import BAND, DPI, GAP, MARGIN, TITLE, WIDTHS, Page  # noqa: E402
+from common.checkpoint import load_model, load_processor  # noqa: E402
+from common.files import DPI  # noqa: E402
+from common.page import BAND, GAP, MARGIN, TITLE, WIDTHS, Page  # noqa: E402
+from studies.faithfulness import auc, insertion_deletion  # noqa: E402
+from studies.faithfulness_figures import STYLES  # noqa: E402
+from studies.localization import localization  # noqa: E402
+from studies.randomization import spearman  # noqa: E402
 
 DRAWN = ("gradcam", "hirescam", "product")  # methods
 MEASURES = ("near", "obj_iou", "insertion", "likeness")

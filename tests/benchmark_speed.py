@@ -25,9 +25,9 @@ import transformers
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from common.checkpoint import load_model, load_processor  # noqa: E402
 from smooth_gradcam import Reading, Settings, explain, get_model_layers, read, score_parts  # noqa: E402
 from studies.words import choose_words  # noqa: E402
-from test_gradcam import load_model, load_processor  # noqa: E402
 from visualization_utils import spread  # noqa: E402
 
 ANSWER = "There is a plane at the top left, a house on the right and a dog at the bottom left."

@@ -19,9 +19,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo_model")]
 import scenes  # noqa: E402
 from evaluate import UNSEEN  # noqa: E402
 
-from studies.faithfulness import localization  # noqa: E402
+from common.checkpoint import load_model, load_processor  # noqa: E402
+from studies.localization import localization  # noqa: E402
 from studies.words import compute_word_maps  # noqa: E402
-from test_gradcam import load_model, load_processor  # noqa: E402
 
 
 def measure(model, processor, number: int, layer: int, **settings) -> list[tuple[float, float, float]]:

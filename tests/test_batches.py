@@ -9,7 +9,7 @@ import torch
 
 import smooth_gradcam as core
 from smooth_gradcam import Settings, SmoothQwenGradCAM, compute_token_maps, explain, find_target, get_model_layers, read
-from studies.information_flow import maps_and_gradients
+from studies.flow import maps_and_gradients
 
 PROMPT = "What is it?"
 ANSWER = "the red cat 猫"

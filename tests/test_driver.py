@@ -24,24 +24,18 @@ from conftest import make_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import common.checkpoint
+import common.files
+import common.flags
+import common.page
 import smooth_gradcam as core
 import test_gradcam
 import visualization_utils
+from common.checkpoint import cap_pixels, load_model, load_processor, model_identity
+from common.flags import CHOICES, EXAMPLES, FOLDERS, MODES_OF_FLAG, make_parser, parse_args
 from smooth_gradcam import METHODS, ExplanationError, compute_token_maps, get_model_layers
-from studies import faithfulness
-from test_gradcam import (
-    CHOICES,
-    EXAMPLES,
-    FOLDERS,
-    MODES_OF_FLAG,
-    cap_pixels,
-    load_model,
-    load_processor,
-    make_parser,
-    model_identity,
-    parse_args,
-    single_layer_visualization,
-)
+from studies import faithfulness, knockout
+from test_gradcam import single_layer_visualization
 from visualization_utils import (
     create_comparative_analysis,
     create_layer_comparison_grid,
@@ -77,7 +71,7 @@ def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch):
     """Run the driver on the tiny model; returns (exit code, stdout, stderr). Later flags win over the usual ones."""
 
     monkeypatch.setattr(test_gradcam, "load_model", load_once)
-    monkeypatch.setattr(visualization_utils, "DPI", 40)  # quicker
+    monkeypatch.setattr(common.page, "DPI", 40)  # quicker
 
     def drive(*flags):
         usual = ["--model_path", model_folder, "--output_dir", tmp_path / "out", "--device", "cpu"]
@@ -95,7 +89,7 @@ def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def no_figures(drive, monkeypatch):
     """Blank pages, which are quicker."""
-    monkeypatch.setattr(visualization_utils, "figure_to_array", lambda figure: np.zeros((2, 2, 3), np.uint8))
+    monkeypatch.setattr(common.page, "figure_to_array", lambda figure: np.zeros((2, 2, 3), np.uint8))
 
 
 @pytest.fixture
@@ -392,7 +386,7 @@ def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monk
     monkeypatch.setattr(
         faithfulness, "localization", lambda cam, mask: dict(zip(FITS, (0, 1, 0.25, 0.125), strict=True))
     )
-    monkeypatch.setattr(visualization_utils, "DPI", 40)
+    monkeypatch.setattr(common.page, "DPI", 40)
     folder = tmp_path / "out/evaluate"
     real, tenth = faithfulness.insertion_deletion, []
 
@@ -545,10 +539,8 @@ def test_noisy_copies_are_run_at_once_in_every_mode_that_has_them(drive, picture
 
 @pytest.mark.usefixtures("no_figures")
 def test_runs_of_evaluate_and_knockout_mode_are_eight_at_once_unless_told(drive, monkeypatch):
-    from studies import faithfulness, information_flow
-
     seen = []
-    for module, name in ((faithfulness, "insertion_deletion"), (information_flow, "knockout")):
+    for module, name in ((faithfulness, "insertion_deletion"), (knockout, "knockout")):
         usual = getattr(module, name)
 
         def spy(*args, usual=usual, **options):
@@ -1209,7 +1201,7 @@ def test_a_name_on_the_hub_is_looked_up_there(drive, monkeypatch):
     asked = []
     config = {"model_type": "qwen2_5_vl", "text_config": {"num_hidden_layers": 28}}
     hub = type("Hub", (), {"get_config_dict": staticmethod(lambda name: (asked.append(name) or config, {}))})
-    monkeypatch.setattr(test_gradcam, "PretrainedConfig", hub)
+    monkeypatch.setattr(common.checkpoint, "PretrainedConfig", hub)
     code, _, err = drive("--model_path", "Qwen/Qwen2.5-VL-7B-Instruct", "--layer", 28)
     assert (code, asked) == (2, ["Qwen/Qwen2.5-VL-7B-Instruct"])
     assert "the model has 0 to 27" in err
@@ -1358,15 +1350,15 @@ def check_result(result, image, grid):
 
 
 def test_documented_functions_return_pictures_and_maps(make_model, processor, image, tmp_path, monkeypatch):
-    monkeypatch.setattr(visualization_utils, "DPI", 40)
+    monkeypatch.setattr(common.page, "DPI", 40)
     model, settings = make_model(torch.float32, layers=4), {"num_samples": 2, "answer": ANSWER}
-    common = (model, processor, image, "What is there?")
-    single = single_layer_visualization(*common, save_dir=tmp_path / "single", **settings)
+    usual = (model, processor, image, "What is there?")
+    single = single_layer_visualization(*usual, save_dir=tmp_path / "single", **settings)
     check_result(single, image, (4, 6))
     assert (single["layer"], single["answer"]) == (3, ANSWER)
-    grid = create_layer_comparison_grid(*common, layer_range="late", save_dir=tmp_path / "grid", **settings)
-    multi = visualize_multiple_layers(*common, layer_indices=[-1, 0], save_dir=tmp_path / "multi", **settings)
-    thirds = create_comparative_analysis(*common, save_dir=tmp_path / "thirds", **settings)
+    grid = create_layer_comparison_grid(*usual, layer_range="late", save_dir=tmp_path / "grid", **settings)
+    multi = visualize_multiple_layers(*usual, layer_indices=[-1, 0], save_dir=tmp_path / "multi", **settings)
+    thirds = create_comparative_analysis(*usual, save_dir=tmp_path / "thirds", **settings)
     assert (list(grid), list(multi), list(thirds)) == ([2, 3], [3, 0], ["early", "middle", "late"])
     assert [list(third) for third in thirds.values()] == [[0], [1], [2, 3]]
     for result in (*grid.values(), *multi.values(), *thirds["late"].values()):
@@ -1406,7 +1398,7 @@ def test_number_in_place_of_a_list_of_layers_is_told(model, processor, image, tm
 
 
 def test_comparative_analysis_can_show_all_layers_of_each_third(make_model, processor, image, tmp_path, monkeypatch):
-    monkeypatch.setattr(visualization_utils, "DPI", 40)
+    monkeypatch.setattr(common.page, "DPI", 40)
     model, options = make_model(torch.float32, layers=12), {"num_samples": 1, "answer": ANSWER}
     few = create_comparative_analysis(model, processor, image, "What?", tmp_path / "few", **options)
     every = create_comparative_analysis(
@@ -1462,7 +1454,7 @@ def test_choices_of_the_flags_are_those_of_the_modules():
     assert tuple(core.RULES) == CHOICES["rules"]
     assert CHOICES["tap"] == core.TAPS
     assert CHOICES["baseline"] == faithfulness.BASELINES
-    assert visualization_utils.LAYER_RANGES == test_gradcam.LAYER_NAMES
+    assert visualization_utils.LAYER_RANGES == common.flags.LAYER_NAMES
     assert set(test_gradcam.SETTINGS) == {field.name for field in fields(core.Settings)}
 
 
@@ -1523,7 +1515,7 @@ def test_run_holds_its_folder_until_a_signal_ends_it(drive, tmp_path):
     folders = {number: tmp_path / f"out{number}" for number in (signal.SIGINT, signal.SIGTERM)}
     runs = {number: start("--output_dir", folder, "--num_samples", 1000) for number, folder in folders.items()}
     for number, run in runs.items():
-        while not list(folders[number].glob(f"single/{visualization_utils.STAGING}*")):
+        while not list(folders[number].glob(f"single/{common.files.STAGING}*")):
             time.sleep(0.01)
         code, out, err = drive("--answer", ANSWER, "--output_dir", folders[number])
         assert (code, out) == (1, "")
@@ -1551,7 +1543,7 @@ def test_files_are_written_whatever_becomes_of_the_report(tmp_path, photo_path, 
 def test_working_directory_survives_a_failing_run(drive, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis.txt").write_text("years of work")
-    monkeypatch.setattr(visualization_utils, "_encode", lambda content: fail_with(OSError(28, "No space left")))
+    monkeypatch.setattr(common.files, "_encode", lambda content: fail_with(OSError(28, "No space left")))
     assert drive("--answer", ANSWER, "--output_dir", "results/../out")[0] == 1
     assert written(tmp_path) == {"thesis.txt"}
 

@@ -16,6 +16,7 @@ from skimage.metrics import structural_similarity
 from test_core import decoder, raising, state_of, unruly
 from torch import nn
 
+from common.photos import load_mask
 from smooth_gradcam import (
     Settings,
     explain,
@@ -26,18 +27,9 @@ from smooth_gradcam import (
     upsample_cam,
 )
 from studies import faithfulness
-from studies.faithfulness import (
-    BASELINES,
-    auc,
-    baseline_image,
-    cascading_randomization,
-    insertion_deletion,
-    load_mask,
-    localization,
-    randomize_weights,
-    spearman,
-    ssim,
-)
+from studies.faithfulness import BASELINES, auc, baseline_image, insertion_deletion
+from studies.localization import localization
+from studies.randomization import cascading_randomization, randomize_weights, spearman, ssim
 
 PROMPT = "What is it?"
 ANSWER = "the red cat"

@@ -16,16 +16,16 @@ from conftest import CHAT_TEMPLATE, SPECIAL, _keep_float64, check_layout, make_i
 from PIL import Image
 from torch import nn
 
+import common.page
 import smooth_gradcam as core
 import test_gradcam
-import visualization_utils
+from common.checkpoint import cap_pixels, load_model, load_processor
+from common.page import Paper
 from smooth_gradcam import Look, Settings, Video, compute_token_maps, explain, find_target, get_model_layers, read
+from studies.decoder import token_groups
 from studies.faithfulness import insertion_deletion
-from studies.information_flow import token_groups
 from studies.video import animate, create_video_maps, strip_figure
 from studies.words import create_word_maps
-from test_gradcam import cap_pixels, load_model, load_processor
-from visualization_utils import Paper
 
 PROMPT = "What is it?"
 ANSWER = "the red cat 猫"
@@ -516,7 +516,7 @@ def folder(tmp_path_factory, family, tokenizer, processor):
 @pytest.fixture
 def drive(folder, image, tmp_path, capsys, monkeypatch):
     """Run the driver; returns (exit code, stderr)."""
-    monkeypatch.setattr(visualization_utils, "DPI", 40)
+    monkeypatch.setattr(common.page, "DPI", 40)
     image.save(tmp_path / "photo.png")
 
     def drive(*flags):

@@ -14,27 +14,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+import common.page
 import test_gradcam
 import visualization_utils
+from common.files import write_files
+from common.page import WIDTHS, Page, Paper, excerpt, font_families, split_at_span, text_width, wrap
 from smooth_gradcam import Look, Settings, TokenMaps, colorize_cam, render_cam
-from studies.faithfulness import (
-    Faithfulness,
-    comparison_rows,
-    draw_comparison,
-    draw_faithfulness,
-    draw_randomization,
-    randomization_rows,
-    score_rows,
-    side_by_side,
-)
+from studies.faithfulness import Faithfulness, comparison_rows, score_rows, side_by_side
+from studies.faithfulness_figures import draw_comparison, draw_faithfulness, draw_randomization
+from studies.randomization import randomization_rows
 from studies.video import create_video_maps
 from studies.words import create_word_maps, draw_words, page_data
 from visualization_utils import (
     METHOD_NAMES,
-    WIDTHS,
     LayerPictures,
-    Page,
-    Paper,
     comparative_layers,
     create_comparative_analysis,
     create_layer_comparison_grid,
@@ -42,15 +35,9 @@ from visualization_utils import (
     draw_grid,
     draw_multilayer,
     draw_single,
-    excerpt,
-    font_families,
-    split_at_span,
     split_thirds,
     spread,
-    text_width,
     visualize_multiple_layers,
-    wrap,
-    write_files,
 )
 
 FORMATS = {"landscape": (4, 6), "portrait": (6, 4), "square": (5, 5)}
@@ -60,7 +47,7 @@ ANSWER = "There is a dog at the top left, and a red car in the center."
 
 @pytest.fixture(autouse=True)
 def _coarse(monkeypatch):
-    monkeypatch.setattr(visualization_utils, "DPI", 100)  # quicker
+    monkeypatch.setattr(common.page, "DPI", 100)  # quicker
 
 
 def make_photo(grid):
@@ -151,7 +138,7 @@ def test_every_layer_is_in_the_figure_and_has_its_files():
     names = {f"layer_{i}_{kind}.png" for i in range(28) for kind in ("heatmap", "superimposed")}
     assert set(files) == names | {"original_image.png", "all_layers_comparison.png"}
     few = draw_multilayer(make_photo(grid), make_maps({0: maps[0]}))[1]
-    assert len(drawn(files["all_layers_comparison.png"])) < 11 * visualization_utils.DPI  # a page
+    assert len(drawn(files["all_layers_comparison.png"])) < 11 * common.page.DPI  # a page
     assert share_of(drawn(few["all_layers_comparison.png"]), blueish) > 0.05
 
 
@@ -212,8 +199,8 @@ def test_any_text_can_be_drawn(text):
     grid = FORMATS["landscape"]
     maps = make_maps({0: hot_spot(grid, (0, 0))}, answer=text, prompt=text)
     figure = drawn(draw_single(make_photo(grid), maps)[1]["visualization.png"])
-    assert figure.shape[1] == round(7.2 * visualization_utils.DPI)
-    assert len(figure) < 8 * visualization_utils.DPI
+    assert figure.shape[1] == round(7.2 * common.page.DPI)
+    assert len(figure) < 8 * common.page.DPI
     assert (figure[:, -4:] == 255).all()  # nothing runs out of the page
 
 
@@ -242,7 +229,7 @@ def test_font_that_was_installed_after_matplotlib_made_its_list_is_found(pages, 
 
     def draw():
         font_families.cache_clear()
-        visualization_utils._add_new_fonts.cache_clear()
+        common.page._add_new_fonts.cache_clear()
         page = drawn(draw_single(make_photo((4, 6)), maps)[1]["visualization.png"])
         return page, boxes in prose_of(pages[-1])
 
@@ -303,8 +290,8 @@ def test_explained_part_changes_the_figure_and_is_yellow():
 def test_colour_scales_run_from_cold_to_hot_one_above_the_other():
     page, share = Page(2, ""), np.linspace(0, 1, 256)
     page.colour_scale(0.5, 0.2, 1, 0.2, [colorize_cam(share, "jet"), colorize_cam(share)[::-1]], (0, 1), 7)
-    rows = np.asarray(page.finish(1))[[round(y * visualization_utils.DPI) for y in (0.25, 0.35)]].astype(int)
-    (cold, hot), (yellow, blue) = rows[:, [round(x * visualization_utils.DPI) for x in (0.51, 1.49)]]
+    rows = np.asarray(page.finish(1))[[round(y * common.page.DPI) for y in (0.25, 0.35)]].astype(int)
+    (cold, hot), (yellow, blue) = rows[:, [round(x * common.page.DPI) for x in (0.51, 1.49)]]
     assert is_blue(cold)
     assert is_red(hot)
     assert is_hot(yellow)
@@ -320,7 +307,7 @@ def test_extreme_photos_can_be_drawn(size):
     figures = ("layer_comparison_grid.png", "visualization.png", "words_by_layer.png")
     for name, content in files.items():
         if name in figures:
-            assert drawn(content).shape[1] == round(7.2 * visualization_utils.DPI)
+            assert drawn(content).shape[1] == round(7.2 * common.page.DPI)
         elif name.endswith(".png"):
             assert drawn(content).shape == (size[1], size[0], 3)
 
@@ -335,7 +322,7 @@ SHAPES = {"landscape": (12, 16), "portrait": (16, 12), "wide": (3, 27), "tall": 
 @pytest.fixture
 def drawings(monkeypatch):
     """The pages that are drawn, as matplotlib's figures, and the words on grey panels."""
-    pages, panels, real = [], [], visualization_utils.figure_to_array
+    pages, panels, real = [], [], common.page.figure_to_array
 
     def keep(figure):
         if figure.axes:
@@ -344,7 +331,7 @@ def drawings(monkeypatch):
             panels.append("".join(texts_of(figure)))
         return real(figure)
 
-    monkeypatch.setattr(visualization_utils, "figure_to_array", keep)
+    monkeypatch.setattr(common.page, "figure_to_array", keep)
     return pages, panels
 
 
@@ -516,7 +503,7 @@ def test_figure_of_curves_has_room_for_all(pages, layers, shape, mask, orders, b
     photo, result = make_photo(maps.grid), measured(maps, orders)
     pixels = np.tri(photo.height, photo.width, dtype=bool) if mask else None
     rows = score_rows(maps, result, pixels)
-    assert drawn(draw_faithfulness(photo, maps, result, rows)).shape[1] == round(7.2 * visualization_utils.DPI)
+    assert drawn(draw_faithfulness(photo, maps, result, rows)).shape[1] == round(7.2 * common.page.DPI)
     (figure,) = pages
     check_layout(figure)
     plots = [axes for axes in figure.axes if axes.get_xlabel()]
@@ -593,7 +580,7 @@ def test_figure_of_redrawn_weights_has_room_for_all(pages, layers, numbers, shap
         staged[number] = dataclasses.replace(given, maps=maps)
     rows = randomization_rows(staged)
     picture = drawn(draw_randomization(make_photo(given.grid), staged, rows))
-    assert len(picture) < 8 * visualization_utils.DPI
+    assert len(picture) < 8 * common.page.DPI
     (figure,) = pages
     check_layout(figure)
     assert {"the model", *(f"{number} re-drawn" for number in numbers[1:])} <= set(texts_of(figure))
@@ -660,7 +647,7 @@ def test_figure_of_words_has_room_for_all(pages, words, answer, shape, layers, b
         cells += len([axes for axes in figure.axes if axes.images]) - 2  # but the photo and the colour scale
         found += "".join(texts_of(figure)).replace(" ", "")
         rows += [text for text in texts_of(figure) if text.startswith("layer ")]
-        assert len(page) < 10.5 * visualization_utils.DPI
+        assert len(page) < 10.5 * common.page.DPI
     assert cells == len(words) * len(layers)
     assert all(word in found for word in words)
     assert set(rows) == {f"layer {layer}" for layer in layers}
@@ -768,7 +755,7 @@ def check_pictures(found, results, kinds):
 
 @pytest.mark.parametrize(("side", "per_third"), [("landscape", 3), ("portrait", 3), ("portrait", None)])
 def test_thirds_are_rows_under_their_names(pages, monkeypatch, side, per_third):
-    monkeypatch.setattr(visualization_utils, "DPI", 200)  # ten columns of pairs are narrow
+    monkeypatch.setattr(common.page, "DPI", 200)  # ten columns of pairs are narrow
     thirds = comparative_layers(28, per_third)
     photo, maps = varied(SIDES[side], sum(thirds.values(), []))
     results, files = draw_comparative(photo, maps, thirds)
@@ -844,7 +831,7 @@ def test_long_answers_take_several_pages_and_each_word_stands_once(pages, count,
     found = []
     for i, name in enumerate(names):
         page = drawn(files[name])
-        assert len(page) < 10.5 * visualization_utils.DPI  # on a page of a paper
+        assert len(page) < 10.5 * common.page.DPI  # on a page of a paper
         check_layout(pages[i])
         cells = check_words(pages[i], page, maps, results)
         words, rows = sorted({int(word[1:]) for word, _ in cells}), sorted({layer for _, layer in cells})

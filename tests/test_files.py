@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import visualization_utils
-from visualization_utils import STAGING, other_files, output_folder, write_files
+import common.files
+from common.files import STAGING, other_files, output_folder, write_files
 
 ROOT = Path(__file__).parent.parent
 PIXELS = np.zeros((2, 2, 3), np.uint8)
@@ -172,11 +172,11 @@ def test_a_file_that_cannot_be_replaced_undoes_those_before_it(tmp_path, monkeyp
 
 
 WRITER = """
-import sys, time, numpy, visualization_utils
+import sys, time, numpy, common.files
 def slow():
     print("writing", flush=True)
     time.sleep(60)
-with visualization_utils.output_folder(sys.argv[1]) as write:
+with common.files.output_folder(sys.argv[1]) as write:
     print("ready", flush=True)
     write({"a.png": numpy.ones((2, 2, 3), "uint8"), "sub/b.png": slow})
 """
@@ -225,7 +225,7 @@ def test_disk_that_knows_no_locks_is_written_to_and_nothing_is_removed(tmp_path,
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     (tmp_path / f"{STAGING}1").mkdir()
-    monkeypatch.setattr(visualization_utils.fcntl, "flock", unlockable)
+    monkeypatch.setattr(common.files.fcntl, "flock", unlockable)
     write_files(tmp_path, {"a.png": PIXELS})
     assert listing(tmp_path) == [f"{STAGING}1", "a.png"]
 

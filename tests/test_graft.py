@@ -10,8 +10,8 @@ import scenes
 from safetensors.torch import load_file
 from train import Packer
 
+from common.checkpoint import load_model, load_processor
 from smooth_gradcam import Settings, explain, read
-from test_gradcam import load_model, load_processor
 
 DEMO = str(graft.DEMO)
 

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image, ImageOps
 from test_core import ANSWER, PROMPT, decoder, forced_by_hand, state_of, unruly
 
+from common.page import WIDTHS, Paper
 from smooth_gradcam import (
     ExplanationError,
     Settings,
@@ -24,30 +25,29 @@ from smooth_gradcam import (
     score_parts,
     token_probabilities,
 )
-from studies import information_flow
-from studies.faithfulness import randomize_weights
-from studies.information_flow import (
-    Edge,
+from studies import flow
+from studies.decoder import covered_tokens, token_groups
+from studies.flow import (
     attention_flow,
     attention_maps,
-    cliff_interval,
-    covered_tokens,
-    find_cliff,
-    find_onset,
     flow_findings,
     flow_rows,
     gradient_flow,
     group_sums,
+    trace_photo,
+)
+from studies.flow_figures import sever, trace
+from studies.knockout import (
+    Edge,
+    cliff_interval,
+    find_cliff,
+    find_onset,
     image_hidden,
     knockout,
-    sever,
     sever_photo,
-    token_groups,
-    trace,
-    trace_photo,
     truncation_finding,
 )
-from visualization_utils import WIDTHS, Paper
+from studies.randomization import randomize_weights
 
 LAYERS = 3  # of the model
 PLAIN = Settings(use_smooth=False, rules="plain")
@@ -92,7 +92,7 @@ def chosen(reading, word):
 @pytest.mark.parametrize("word", [None, "cat"])
 @pytest.mark.parametrize("chunk", [3, 64, 1000])
 def test_attention_flow_is_the_mean_of_full_attention_however_it_is_cut(reading, full, monkeypatch, word, chunk):
-    monkeypatch.setattr(information_flow, "CHUNK", chunk)
+    monkeypatch.setattr(flow, "CHUNK", chunk)
     span, rows = chosen(reading, word)
     found = attention_flow(reading, span)
     np.testing.assert_allclose(found, full[:, :, rows].mean((1, 2)), rtol=1e-4, atol=1e-7)
@@ -104,7 +104,7 @@ def test_attention_flow_is_the_mean_of_full_attention_however_it_is_cut(reading,
 def test_attention_maps_are_full_attention_averaged_over_stretches_of_one_group(
     reading, full, monkeypatch, pool, chunk
 ):
-    monkeypatch.setattr(information_flow, "CHUNK", chunk)
+    monkeypatch.setattr(flow, "CHUNK", chunk)
     maps, edges = attention_maps(reading, [2, 0], pool)
     stretches = list(itertools.pairwise(edges.tolist()))
     groups = names_by_hand(reading)[:-1]  # the last token predicts nothing

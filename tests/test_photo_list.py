@@ -11,9 +11,9 @@ import pytest
 from conftest import make_image
 from kill_runs import count_lost, work
 
+from common.photos import object_mask
 from studies import coco
 from studies.benchmark import basis, interval, summarise, to_latex, to_table
-from studies.faithfulness import object_mask
 from studies.photo_list import Item, Processes, key_of, named, read_list, work_off
 
 ROOT = Path(__file__).parent.parent

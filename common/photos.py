@@ -1,0 +1,110 @@
+"""Photos and masks as people have them, beyond what `load_rgb` of the core opens."""
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from smooth_gradcam import load_rgb
+
+__all__ = ["load_mask", "load_photo", "object_mask"]
+MAX_ASPECT = 200  # beyond it the processor refuses a photo
+HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of the files that phones write
+
+
+# photo, folder, device
+
+
+def load_photo(path: str) -> Image.Image:
+    """The photo as RGB, the right way up. Raises ValueError if it is none or far too long for the processor."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", path):
+        raise ValueError(f"--image_path {path[:100]} is an address: download the photo, and give its file")
+    if Path(path).is_file():
+        try:
+            with Path(path).open("rb") as file:
+                head = file.read(12)
+        except OSError as exc:
+            raise ValueError(f"--image_path {path} cannot be read: {exc.strerror}") from exc
+        if head[4:8] == b"ftyp" and head[8:12] in HEIC:
+            raise ValueError(f"--image_path {path} is a HEIC photo: convert it to JPEG, e.g. with pillow-heif")
+    try:
+        photo = load_rgb(path)
+    except ValueError as exc:
+        raise ValueError(f"--image_path: {exc}") from exc
+    if max(photo.size) > MAX_ASPECT * min(photo.size):
+        size = f"{photo.width} x {photo.height} pixels"
+        raise ValueError(f"--image_path: {path} is {size}: sides up to 1 : {MAX_ASPECT} can be processed")
+    return photo
+
+
+def load_mask(mask, size: tuple[int, int]) -> np.ndarray:
+    """The object's pixels, bool (height, width): where a path or PIL image is lighter than mid grey.
+
+    Raises ValueError if its size is not the photo's (width, height), or if nothing or everything is the object.
+    """
+    image = load_rgb(mask)
+    if image.size != size:
+        raise ValueError(
+            f"the mask has {image.width} x {image.height} pixels, the photo {size[0]} x {size[1]}: they must be equal"
+        )
+    pixels = np.asarray(image.convert("L")) > 127
+    if pixels.all() or not pixels.any():
+        raise ValueError("the mask is all object or has none: white is the object, black is the rest")
+    return pixels
+
+
+def object_mask(given: dict, size: tuple[int, int]) -> np.ndarray:
+    """The object's pixels, bool (height, width), of {"mask": path}, {"box": ...} or {"segmentation": ...}, as in COCO.
+
+    A box is [x, y, width, height] in pixels of the photo. A segmentation is a list of polygons [x, y, x, y, ...], a
+    run-length mask {"size": [height, width], "counts": ...}, which needs pycocotools, or a list of both: their union.
+    Raises ValueError for anything else, and if nothing or everything is the object; ImportError without pycocotools.
+    """
+    ((kind, value),) = given.items()
+    if kind == "mask":
+        try:
+            return load_mask(value, size)
+        except ValueError as exc:
+            raise ValueError(f"the mask {value}: {exc}") from exc
+    pixels = np.zeros(size[::-1], np.uint8)
+    try:
+        if kind == "box":
+            if isinstance(value, (str, dict)) or not np.isfinite(value).all():
+                raise ValueError(f"it is {value!r}")
+            x, y, width, height = (float(number) for number in value)
+            left, top, right, bottom = (max(round(edge), 0) for edge in (x, y, x + width, y + height))
+            pixels[top:bottom, left:right] = 1
+        else:
+            for part in [value] if isinstance(value, dict) else value:
+                if isinstance(part, dict):
+                    pixels |= run_lengths(part, size)
+                else:  # drawn twice as large: a pixel is inside if its middle is
+                    large, corners = np.zeros((2 * size[1], 2 * size[0]), np.uint8), np.array(part, float)
+                    if not (np.abs(corners) < 2**20).all():
+                        raise ValueError("a polygon leads far out of the photo")
+                    cv2.fillPoly(large, [np.round(2 * corners.reshape(-1, 2)).astype(np.int32)], 1)
+                    pixels |= large[1::2, 1::2]
+    except (TypeError, ValueError, KeyError) as exc:
+        valid = "[x, y, width, height]" if kind == "box" else "polygons [[x, y, x, y, x, y, ...], ...], or run lengths"
+        raise ValueError(f"the {kind} cannot be read ({exc}): give {valid}") from exc
+    if pixels.all() or not pixels.any():
+        held = "all" if pixels.all() else "nothing"
+        raise ValueError(f"the {kind} holds {held} of the photo's {size[0]} x {size[1]} pixels")
+    return pixels.astype(bool)
+
+
+def run_lengths(part: dict, size: tuple[int, int]) -> np.ndarray:
+    """A run-length mask of COCO, uint8 (height, width).
+
+    Raises ImportError without pycocotools, ValueError for another size.
+    """
+    try:
+        from pycocotools import mask as coco
+    except ImportError as exc:
+        raise ImportError("a run-length mask needs pycocotools: pip install pycocotools") from exc
+    height, width = part["size"]
+    if (width, height) != size:
+        raise ValueError(f"the run lengths are of {width} x {height} pixels, the photo has {size[0]} x {size[1]}")
+    return coco.decode(coco.frPyObjects(part, height, width) if isinstance(part["counts"], list) else part)

@@ -1,0 +1,273 @@
+"""What the answer reads of a photo, layer by layer: attention and gradients at every position.
+
+    Reading -> attention_flow, gradient_flow    (layers, positions)
+            -> shares, findings, tables
+
+Shapes:  as in studies/decoder.py
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.files import decimal
+from smooth_gradcam import (
+    ExplanationError,
+    Reading,
+    Settings,
+    TokenMaps,
+    at_least_float32,
+    borrowed,
+    explain,
+    get_model_layers,
+    memory_explained,
+    resolve_layers,
+)
+from studies.decoder import CHUNK, _length, embed, empty_cache, hooked, predicting, run_decoder, token_groups
+
+__all__ = ["attention_flow", "attention_maps", "gradient_flow", "group_sums"]
+
+
+# attention and gradients: what the answer reads
+
+
+def attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tensor], None]) -> None:
+    """Calls note(layer, start, weights (heads, S, T)) of all query rows from position `first` on.
+
+    The weights are those of queries start ... start + S - 1 over keys 0 ... T - 1, T = start + S. Rows before `first`
+    run as the model runs them; then `CHUNK` rows at a time with eager attention, so the peak is that of one layer,
+    CHUNK * L * heads, beside the keys and values of L positions. Raises ExplanationError if the model gives no weights.
+    """
+    model, start = reading.model, 0
+
+    def register(i, attention):
+        def hook(module, args, output):
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if weights is None:
+                raise ExplanationError(f"{type(module).__name__} gives no attention weights: its layers cannot be read")
+            note(i, start, weights[0])
+
+        return attention.register_forward_hook(hook)
+
+    with borrowed(model), memory_explained(len(reading.positions)):
+        embeddings, positions = embed(reading)
+        cache = empty_cache(model)
+        if first:
+            run_decoder(model, embeddings[:, :first], positions[..., :first], cache)
+        with hooked(model, register):
+            for start in range(first, embeddings.shape[1], CHUNK):  # noqa: B007  (the hook reads it)
+                rows = slice(start, start + CHUNK)
+                run_decoder(model, embeddings[:, rows], positions[..., rows], cache)
+
+
+def attention_flow(reading: Reading, span: tuple[int, int] | None = None) -> np.ndarray:
+    """Attention to every position, (K, L) float32: mean over heads and over the positions that predict the span.
+
+    Of layer l, 1/|R| sum of A_l[i, j] over i in R; each row sums to one. `span` is (start, end) in characters of the
+    answer, None all of it. `group_sums` makes of it the shares of figure 2A of "From Redundancy to Relevance".
+    """
+    rows = np.array(predicting(reading, span))
+    flow = np.zeros((get_model_layers(reading.model)[1], _length(reading)), np.float32)
+
+    def note(layer, start, weights):
+        inside = rows[(rows >= start) & (rows < start + weights.shape[1])] - start
+        if len(inside):
+            mean = at_least_float32(weights[:, inside]).mean(0).sum(0) / len(rows)  # (T,)
+            flow[layer, : len(mean)] += mean.cpu().numpy()
+
+    attention_rows(reading, int(rows.min()), note)
+    return flow
+
+
+def attention_maps(reading: Reading, layers: Iterable[int], pool: int | None = None) -> tuple[dict, np.ndarray]:
+    """({layer: (bins, bins) float32}, edges (bins + 1,)): attention between stretches of positions, mean over heads.
+
+    A stretch has at most `pool` positions (10 to 20 by the length for None) of one group; the mean is over the pairs of
+    a query and a key that it may see, nan where there is none. Figure 2B of "From Redundancy to Relevance".
+    """
+    edges = pooled_edges(reading, pool)
+    where = torch.as_tensor(np.repeat(np.arange(len(edges) - 1), np.diff(edges)))
+    bins = len(edges) - 1
+    maps = {layer: torch.zeros(bins, bins) for layer in resolve_layers(layers, get_model_layers(reading.model)[1])}
+
+    def pooled(rows, start):  # (S, T) -> (bins, bins): sums over stretches
+        columns = torch.zeros(len(rows), bins).index_add_(1, where[: rows.shape[1]], rows)
+        return torch.zeros(bins, bins).index_add_(0, where[start : start + len(rows)], columns)
+
+    def note(layer, start, weights):
+        if layer in maps:
+            maps[layer] += pooled(at_least_float32(weights).mean(0).cpu().float(), start)
+
+    attention_rows(reading, 0, note)
+    seen = np.add.reduceat(np.tri(len(where)), edges[:-1], 0)
+    seen = torch.as_tensor(np.add.reduceat(seen, edges[:-1], 1))  # pairs that may see each other
+    return {layer: torch.where(seen > 0, cam / seen, torch.nan).numpy() for layer, cam in maps.items()}, edges
+
+
+def pooled_edges(reading: Reading, pool: int | None = None) -> np.ndarray:
+    """Borders (bins + 1,) of stretches of at most `pool` positions, none of which holds two groups."""
+    length = _length(reading) - 1  # the answer's last token predicts nothing that is explained
+    pool = pool or int(np.clip(length // 60, 10, 20))
+    edges = [0]
+    for part in token_groups(reading).values():
+        end = min(part.stop, length)
+        bins = -(-(end - edges[-1]) // pool)
+        edges += np.round(np.linspace(edges[-1], end, bins + 1)[1:]).astype(int).tolist()
+    return np.array(edges)
+
+
+def gradient_flow(reading: Reading, span: tuple[int, int] | None = None, settings=None) -> np.ndarray:
+    """What every position contributes to the score of the span, |g_i . A_i|, (K, L) float32.
+
+    A_i are the hidden states at position i where the layer is read (as `settings`, a `Settings`, has it; without noise
+    for None), g_i the gradient of the score there, mean over noisy copies. By AttnLRP's rules, g_i . A_i is relevance.
+    """
+    return maps_and_gradients(reading, span, settings or Settings(use_smooth=False))[1]
+
+
+def maps_and_gradients(
+    reading: Reading, span, settings: Settings, progress=None, **passes
+) -> tuple[TokenMaps, np.ndarray]:
+    """The maps of all layers, and `gradient_flow`, from the same passes (`batch_size`, `recompute`: see `explain`)."""
+    total = get_model_layers(reading.model)[1]
+    flow = np.zeros((total, _length(reading)), np.float32)
+
+    def watch(pairs):
+        for layer, (features, gradient) in pairs.items():
+            if gradient is not None:
+                products = (at_least_float32(features) * at_least_float32(gradient)).sum(-1)[0].abs()
+                flow[layer, : len(products)] += products.float().cpu().numpy() / settings.num_samples
+
+    span = span or (0, len(reading.answer))
+    (token_maps,) = explain(reading, [span], range(total), settings, progress, watch=watch, **passes)
+    return token_maps, flow
+
+
+def group_sums(flow: np.ndarray, groups: dict[str, slice], only: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """{group: (...)}: the share of each group in the sum over (..., L), of all groups or of some.
+
+    With only=("system", "image", "user"), eq. 7 of "From Redundancy to Relevance". Where the sum is zero: nan.
+    """
+    sums = {name: flow[..., groups[name]].sum(-1) for name in (only or groups)}
+    whole = np.asarray(sum(sums.values()))
+    whole = np.where(whole > 0, whole, np.nan)
+    return {name: value / whole for name, value in sums.items()}
+
+
+class Traced(NamedTuple):
+    """What is read of one photo."""
+
+    reading: Reading
+    maps: TokenMaps
+    attention: np.ndarray  # (K, L)
+    gradient: np.ndarray  # (K, L)
+
+
+def trace_photo(reading: Reading, span, settings: Settings, progress=None, **passes) -> Traced:
+    """Attention forwards; gradients and maps of all layers backwards."""
+    maps, gradient = maps_and_gradients(reading, span, settings, progress, **passes)
+    return Traced(reading, maps, attention_flow(reading, span), gradient)
+
+
+def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradient: dict[str, np.ndarray]) -> list[str]:
+    """In words what the curves by layer say, each (K,): attention shares of system, image and user, gradient shares."""
+    image = shares["image"]
+    most, least = int(image.argmax()), int(image.argmin())
+    line = (
+        f"attention: the image gets {decimal(image.min())} (layer {least}) to {decimal(image.max())} (layer {most}) of "
+        "what system, image and user tokens get"
+    )
+    per_token = {name: (shares[name] / sizes[name]).mean() for name in shares}
+    times = {name: per_token[name] / per_token["image"] for name in ("system", "user")}
+    line += "; per token " + " and ".join(f"a {name} token {value:.1f}" for name, value in times.items())
+    lines = [f"{line} times as much as an image token, in the mean over the layers"]
+    carried = gradient["image"]
+    if not np.isfinite(carried).any():
+        return [*lines, "gradient: none reaches the layers where they are read"]
+    first = carried[np.isfinite(carried)][0]
+    kept = np.flatnonzero(carried >= first / 2)[-1]  # the last layer with half of it
+    where = "and half of that or more at every layer"
+    if kept + 1 < len(carried):
+        where = f"less than half of that from layer {kept + 1} on"
+    return [*lines, f"gradient: the image carries {decimal(first)} of the score at the first layer, {where}"]
+
+
+def curves_by_layer(traced: list[Traced]) -> tuple[dict, dict, dict]:
+    """{group: (photos, K)} of attention shares after eq. 7, attention per token, and gradient shares."""
+    found = []
+    for part in traced:
+        groups = token_groups(part.reading)
+        sums = {name: part.attention[:, where].sum(-1) for name, where in groups.items()}
+        sizes = {name: where.stop - where.start for name, where in groups.items()}
+        sizes["answer"] = np.mean(part.maps.target_tokens) + 1  # those that the explained positions see
+        found.append(
+            (
+                group_sums(part.attention, groups, ("system", "image", "user")),
+                {name: value / max(sizes[name], 1) for name, value in sums.items()},
+                group_sums(part.gradient, groups),
+            )
+        )
+    return tuple({name: np.stack([one[name] for one in kind]) for name in kind[0]} for kind in zip(*found, strict=True))
+
+
+def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:
+    """Rows of information_flow.csv, one for each photo and layer."""
+    rows = []
+    for i, (name, part) in enumerate(zip(names, traced, strict=True)):
+        sums = {group: part.attention[:, where].sum(-1) for group, where in token_groups(part.reading).items()}
+        shares, per_token, gradients = ({g: v[0] for g, v in kind.items()} for kind in curves_by_layer([traced[i]]))
+        kinds = {"attention": sums, "share": shares, "per_token": per_token, "gradient": gradients}
+        for layer in range(len(part.attention)):
+            row = {"photo": name, "layer": layer}
+            row |= {f"{k}_{group}": f"{v[layer]:.4g}" for k, kind in kinds.items() for group, v in kind.items()}
+            rows.append(row)
+    return rows
+
+
+def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]:
+    """information_flow.npz: of each photo i attention_i and gradient_i (K, L), maps_i (K, H, W), groups_i (4, 2)."""
+    arrays = {"photos": np.array(names), "groups": np.array(list(token_groups(traced[0].reading)))}
+    arrays["settings"] = np.array(json.dumps(asdict(traced[0].maps.settings)))
+    for i, part in enumerate(traced):
+        where = token_groups(part.reading).values()
+        arrays |= {f"attention_{i}": part.attention, f"gradient_{i}": part.gradient}
+        arrays[f"maps_{i}"] = np.stack(list(part.maps.maps.values()))
+        arrays[f"groups_{i}"] = np.array([(piece.start, piece.stop) for piece in where])
+        arrays[f"answer_{i}"] = np.array(part.reading.answer)
+    return arrays
+
+
+TAPS = ("input", "input_layernorm", "self_attn.v_proj", "post_attention_layernorm")
+TAP_NAMES = {"input": "layer input", "self_attn.v_proj": "v_proj"}  # where it is not the module's
+
+
+def tap_modules(model, layers: list[int]) -> dict[str, dict[int, object]]:
+    """{tap: {layer: what `explain` takes}} of figure 7 of "From Redundancy to Relevance"."""
+    decoder = get_model_layers(model)[0]
+    return {
+        tap: {layer: layer if tap == "input" else decoder[layer].get_submodule(tap) for layer in layers} for tap in TAPS
+    }
+
+
+def _size(reading: Reading, name: str) -> int:
+    part = token_groups(reading)[name]
+    return max(part.stop - part.start, 1)
+
+
+# the modes
+
+
+def forecast(readings: list[Reading], forwards: float) -> str:
+    """How long so many forward passes of each photo will take, from one of the first."""
+    with borrowed(readings[0].model), memory_explained(len(readings[0].positions)):
+        start = time.monotonic()
+        embed(readings[0])
+    each = time.monotonic() - start
+    total = forwards * len(readings)
+    return f"expected: the time of about {total:.0f} forward passes, {each:.2f} s each: {each * total:.0f} seconds"

@@ -1,0 +1,121 @@
+"""Whether a map depends on the model: its likeness as weights are re-drawn layer by layer (Adebayo et al., 2018)."""
+
+import copy
+import operator
+from collections.abc import Iterable
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from common.files import decimal
+from smooth_gradcam import Reading, TokenMaps, check_whole, explain, get_model_layers, normalize_cam
+from studies.faithfulness import _check_same
+
+__all__ = ["cascading_randomization", "spearman", "ssim"]
+
+
+# cascading randomisation
+
+
+def randomize_weights(modules: Iterable[nn.Module], generator: torch.Generator) -> None:
+    """Re-draw the weights of the modules, in place, each tensor from a normal with its own mean and deviation."""
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        if not parameter.is_floating_point() or parameter.is_meta:
+            raise ValueError(f"weights of {parameter.dtype} on {parameter.device} cannot be re-drawn")
+        values = parameter.detach().float()
+        deviation = values.std(correction=0).item()
+        drawn = torch.randn(values.shape, generator=generator) * deviation + values.mean().item()
+        parameter.data.copy_(drawn)
+
+
+def cascading_randomization(
+    reading: Reading, token_maps: TokenMaps, *, stages: int = 7, seed: int = 0, progress=None, **passes
+) -> dict[int, TokenMaps]:
+    """{number of re-drawn decoder layers: maps of the same answer} (Adebayo et al., "Sanity Checks", 2018).
+
+    On a copy of the model, which takes its memory again, weights are re-drawn from the top down: the last decoder layer
+    with the norm and, if it is not tied to the embeddings, the head behind it, then further ones, in `stages` even
+    steps down to the first; behind the last step the vision tower as well. 0 are the maps that were given. A map that
+    depends on what the model has learned changes. `progress` wraps the iterable over the stages, `passes` are further
+    keywords of `explain`.
+    """
+    check_whole("stages", stages, 1)
+    check_whole("seed", seed, 0)
+    _check_same(reading, token_maps)
+    generator, total = torch.Generator().manual_seed(operator.index(seed)), get_model_layers(reading.model)[1]
+    numbers = np.unique(np.round(np.linspace(0, total, min(stages, total) + 1)).astype(int)).tolist()
+    model, results = copy.deepcopy(reading.model), {0: token_maps}
+    randomized = replace(reading, model=model)
+    layers, _ = get_model_layers(model)
+    parent = operator.attrgetter("model.language_model" if hasattr(model.model, "language_model") else "model")(model)
+    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    tied = head.weight is model.get_input_embeddings().weight
+    for before, number in zip(numbers, (progress or iter)(numbers[1:]), strict=False):
+        fresh = [] if before else [parent.norm] if tied else [parent.norm, head]
+        fresh += layers[total - number : total - before]
+        if number == total and hasattr(model.model, "visual"):
+            fresh.append(model.model.visual)
+        randomize_weights(fresh, generator)
+        places = [modules[key] if isinstance(key, str) else key for key in token_maps.maps]
+        (results[number],) = explain(randomized, [token_maps.target_span], places, token_maps.settings, **passes)
+    return results
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks (n,) of the values, equal ones sharing the mean of theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two maps, -1 to 1; 0 if one of them is the same everywhere."""
+    a, b = _ranks(a.ravel()), _ranks(b.ravel())
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity of two (H, W) maps, each scaled by its maximum: at most 1 (Wang et al., 2004).
+
+    Gaussian window of standard deviation 1.5 and 11 x 11 cells, constants 0.01 and 0.03, data range 1.
+    """
+    a, b = (normalize_cam(cam).astype(np.float64) for cam in (a, b))
+
+    def mean(x):
+        return cv2.GaussianBlur(x, (11, 11), 1.5, borderType=cv2.BORDER_REFLECT)
+
+    a_mean, b_mean = mean(a), mean(b)
+    a_variance, b_variance = mean(a * a) - a_mean**2, mean(b * b) - b_mean**2
+    covariance = mean(a * b) - a_mean * b_mean
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * a_mean * b_mean + c1) * (2 * covariance + c2)
+    return float((similarity / ((a_mean**2 + b_mean**2 + c1) * (a_variance + b_variance + c2))).mean())
+
+
+def randomization_rows(staged: dict[int, TokenMaps]) -> list[dict]:
+    """Likeness of each layer's map to the given one after each stage: rows of randomization.csv."""
+    given = staged[0]
+    return [
+        {
+            "redrawn_layers": number,
+            "layer": layer,
+            "spearman": spearman(cam, token_maps.maps[layer]),
+            "ssim": ssim(cam, token_maps.maps[layer]),
+        }
+        for number, token_maps in staged.items()
+        for layer, cam in given.maps.items()
+        if layer not in given.blank
+    ]
+
+
+def randomization_verdict(rows: list[dict]) -> str:
+    """In words, how much of the maps is left when all weights are re-drawn."""
+    last = max(row["redrawn_layers"] for row in rows)
+    likeness = [row["spearman"] for row in rows if row["redrawn_layers"] == last]
+    mean = float(np.mean(likeness))
+    depends = (
+        "the maps depend on what the model has learned" if mean < 0.5 else "beware: the maps hardly need the model"
+    )
+    return f"with all weights re-drawn the maps keep a mean rank correlation of {decimal(mean)}: {depends}"
