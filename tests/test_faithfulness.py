@@ -26,7 +26,7 @@ from smooth_gradcam import (
     read,
     upsample_cam,
 )
-from studies import faithfulness
+from studies import randomization
 from studies.faithfulness import BASELINES, auc, baseline_image, insertion_deletion
 from studies.localization import localization
 from studies.randomization import cascading_randomization, randomize_weights, spearman, ssim
@@ -586,13 +586,13 @@ def lively(make_model):
 @pytest.fixture
 def stages(monkeypatch):
     """The reading of every stage, with the weights as they were when its maps were computed."""
-    seen, real = [], faithfulness.explain
+    seen, real = [], randomization.explain
 
     def compute(reading, *args, **kwargs):
         seen.append(dataclasses.replace(reading, model=copy.deepcopy(reading.model)))
         return real(reading, *args, **kwargs)
 
-    monkeypatch.setattr(faithfulness, "explain", compute)
+    monkeypatch.setattr(randomization, "explain", compute)
     return seen
 
 
