@@ -2,7 +2,7 @@
 
 The method is that of "From Redundancy to Relevance" (NAACL 2025): Grad-CAM of the answer's score at a decoder layer,
 averaged over noisy copies of the photo as in SmoothGrad, 1/n sum M(photo + noise). Gradients pass the decoder by
-AttnLRP's rules (`attnlrp`): without them, the maps of a transformer rest on very little.
+AttnLRP's rules (`attnlrp`): without them, the maps of a transformer are mostly noise.
 
 The mathematics stands first. Then the file reads in the order in which data flows: settings, photo, the reading of
 photo, prompt and answer, features and gradients, token maps, pictures; the documented class is its end.
@@ -12,7 +12,6 @@ Shapes:  H, W  rows and columns of image tokens     N = H * W     C  channels of
          B  noisy copies that go through the model at once
 """
 
-import functools
 import inspect
 import math
 import operator
@@ -24,8 +23,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from copy import copy as shallow_copy
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -36,12 +34,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 __all__ = [
     *("SmoothQwenGradCAM", "get_model_layers", "compute_token_maps", "render_cam"),
-    *("gradcam", "hirescam", "product", "paper"),
-    *("Settings", "Look", "Reading", "Video", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
+    *("Settings", "Look", "Reading", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
 ]
 
 
@@ -49,11 +45,11 @@ __all__ = [
 
 
 def standardised(features: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Features as the norm behind them sees them, centred, and the gradients with respect to them: (N, C), (N, C).
+    """Features as the next norm sees them, centred, and the gradients with respect to them: (N, C), (N, C).
 
-    Each token is divided by its root mean square r, its gradient multiplied by it, so that r_i g_i . A_i / r_i is what
-    it was; then the mean over the tokens, which tells no two places apart, is taken away. A token that is long in a few
-    channels, as attention sinks are, weighs no more than any other.
+    Each token is divided by its root mean square r and its gradient multiplied by it, so that g_i . A_i stays the same;
+    then the mean over the tokens, which is the same everywhere, is subtracted. A token that is long in a few channels,
+    as attention sinks are, counts as much as any other.
     """
     size = features.square().mean(-1, keepdim=True).sqrt()  # (N, 1)
     features = features / size.clamp_min(torch.finfo(features.dtype).tiny)
@@ -61,10 +57,10 @@ def standardised(features: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def paper(features: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM to the letter, ReLU(sum_k alpha_k A_k), alpha_k the gradient's mean over the tokens: (N, C) x 2 -> (N,).
+    """Grad-CAM exactly as published, ReLU(sum_k alpha_k A_k), alpha_k the mean gradient: (N, C), (N, C) -> (N,).
 
-    Selvaraju et al., ICCV 2017, eq. 1 and 2, with image tokens in the place of pixels, as "From Redundancy to
-    Relevance" has it.
+    Selvaraju et al., ICCV 2017, eq. 1 and 2, with image tokens in place of pixels, as in "From Redundancy to
+    Relevance".
     """
     return (features @ gradients.mean(0)).relu()
 
@@ -72,8 +68,8 @@ def paper(features: Tensor, gradients: Tensor) -> Tensor:
 def gradcam(features: Tensor, gradients: Tensor) -> Tensor:
     """Grad-CAM, ReLU(sum_k alpha_k A_k), alpha_k the gradient pooled over the tokens: (N, C), (N, C) -> (N,).
 
-    Features are `standardised`, and in the mean over the tokens each gradient weighs as much as its token speaks for
-    the score, ReLU(g_i . A_i): a plain mean is one over the background.
+    Features are `standardised`. In the mean over the tokens, each gradient is weighted by its token's contribution to
+    the score, ReLU(g_i . A_i): a plain mean is dominated by the background.
     """
     features, gradients = standardised(features, gradients)
     share = (features * gradients).sum(-1).relu()  # (N,)
@@ -91,7 +87,7 @@ def hirescam(features: Tensor, gradients: Tensor) -> Tensor:
 
 
 def product(features: Tensor, gradients: Tensor) -> Tensor:
-    """Grad-CAM^(3/4) HiResCAM^(1/4), their weighted geometric mean: high where both say so. (N, C), (N, C) -> (N,)."""
+    """Grad-CAM^(3/4) HiResCAM^(1/4), high only where both are: (N, C), (N, C) -> (N,)."""
     return gradcam(features, gradients) ** 0.75 * hirescam(features, gradients) ** 0.25
 
 
@@ -101,12 +97,27 @@ def logit_score(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def logprob_score(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Sum of the tokens' log-probabilities, which also know what the alternatives were."""
+    """Sum of the log-probabilities of the tokens, which also depend on the alternatives."""
     return logit_score(logits.log_softmax(-1), tokens)
 
 
-METHODS = {"gradcam": gradcam, "hirescam": hirescam, "product": product, "paper": paper}
+class Method(NamedTuple):
+    """A map's formula, its name in figures, and where and by which rules it is read unless the settings say so."""
+
+    formula: Callable[[Tensor, Tensor], Tensor]
+    title: str
+    tap: str = "input"
+    rules: str = "attnlrp"
+
+
+METHODS = {
+    "gradcam": Method(gradcam, "Grad-CAM"),
+    "hirescam": Method(hirescam, "HiResCAM"),
+    "product": Method(product, "Grad-CAM × HiResCAM"),
+    "paper": Method(paper, "Grad-CAM as published", "post_attention_layernorm", "plain"),
+}
 SCORES = {"logit": logit_score, "logprob": logprob_score}
+TAPS = ("input", "output", "post_attention_layernorm")
 
 
 # settings and results
@@ -117,41 +128,28 @@ class ExplanationError(RuntimeError):
 
 
 class ExplanationWarning(UserWarning):
-    """There is a map, but it may not say what one expects of it."""
-
-
-def caution(message: str) -> None:
-    """Warn of what the caller of this module's caller has asked for."""
-    warnings.warn(message, ExplanationWarning, stacklevel=3)
-
-
-TAPS = ("input", "output", "post_attention_layernorm")
-USUAL = {"tap": "input", "score": "logit", "rules": "attnlrp"}  # of every method but the paper's
-PAPER = {"tap": "post_attention_layernorm", "score": "logit", "rules": "plain"}
+    """There is a map, but it may not show what one expects."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a map is made. ValueError names a value that cannot be, and what would be valid.
+    """How a map is made. ValueError names an invalid value, and what would be valid.
 
     num_samples  noisy copies whose maps are averaged
     noise_std    standard deviation of the noise, for pixel values in [0, 1]; 0 is no noise, and one copy
     use_smooth   False: one clean copy, without noise
     seed         of the noise: the same seed gives the same maps
-    tap          read decoder layers at the hidden states that enter them ("input"), at their "output", or at the output
-                 of their "post_attention_layernorm"; at the last two the last layer has no gradient. Qwen3-VL's first
-                 layers lack what is added to the photo's tokens behind them (see `find_taps`)
-    score        "logit" (the paper's) or "logprob": what is summed over the explained tokens
-    contrast     explain the target's score minus that of this text in its place, after the same words; scores are sums
-                 over tokens, so both should have the same number
+    tap          where decoder layers are read: at the hidden states that enter them ("input"), at their "output", or at
+                 the output of their "post_attention_layernorm"; at the last two, the last layer has no gradient
+    score        what is summed over the explained tokens: "logit" (as in the paper) or "logprob"
+    contrast     explain the target's score minus that of this text in its place, after the same words; needs the passes
+                 of `common/passes.py`. Scores are sums over tokens, so both should have the same number of tokens
     method       "gradcam" (gradients pooled over the image tokens), "hirescam" (each token's own), "product" (of the
-                 two, the most exact), or "paper" (the paper's formula to the letter)
-    rules        how gradients pass the decoder: by AttnLRP's rules for norms, gates and attention ("attnlrp"), with no
-                 more than the norms' denominators held constant ("detached"), or as they are ("plain")
+                 two), or "paper" (exactly as published; for a whole answer, its end of turn is scored as well)
+    rules        how gradients pass the decoder: by AttnLRP's rules for norms, gates and attention ("attnlrp"), with
+                 only the denominators of the norms held constant ("detached"), or unchanged ("plain")
 
-    A tap, score or rules of None is the method's own: "input", "logit" and "attnlrp", but for "paper", which is read at
-    the "post_attention_layernorm" with "plain" rules. The score of a whole answer then counts its end of turn as well.
-    It is settled when the Settings are made: `dataclasses.replace` with another method keeps it.
+    A tap or rules of None are the method's own, see `METHODS`.
     """
 
     num_samples: int = 10
@@ -159,7 +157,7 @@ class Settings:
     use_smooth: InitVar[bool] = True
     seed: int = 0
     tap: str | None = None
-    score: str | None = None
+    score: str = "logit"
     contrast: str | None = None
     method: str = "gradcam"
     rules: str | None = None
@@ -169,34 +167,38 @@ class Settings:
         check_whole("seed", self.seed, 0)
         if not (isinstance(self.noise_std, (int, float, np.number)) and 0 <= self.noise_std <= 1):
             raise ValueError(f"noise_std={self.noise_std!r} must be 0 to 1 (0.15 is 15 % of the pixel range)")
-        if self.contrast is not None and not (isinstance(self.contrast, str) and self.contrast.strip()):
-            raise ValueError(f"contrast={self.contrast!r} must be a text that is not empty")
+        if self.contrast is not None:
+            check_text("contrast", self.contrast)
         for name, valid in {"method": METHODS, "tap": TAPS, "score": SCORES, "rules": RULES}.items():
             value = getattr(self, name)
-            if value is None and name in USUAL:
-                value = (PAPER if self.method == "paper" else USUAL)[name]
-                object.__setattr__(self, name, value)
-            if not isinstance(value, str) or value not in valid:
+            if not (value is None and name in ("tap", "rules") or isinstance(value, str) and value in valid):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(valid)}")
         if not use_smooth or self.noise_std == 0:  # all copies would be equal
             object.__setattr__(self, "num_samples", 1)
             object.__setattr__(self, "noise_std", 0.0)
 
+    def settled(self) -> "Settings":
+        """The same with the method's own tap and rules where none is given."""
+        own = METHODS[self.method]
+        return replace(self, tap=self.tap or own.tap, rules=self.rules or own.rules)
+
 
 def check_whole(name: str, value, least: int) -> None:
     """Raises ValueError unless `least` <= value < 2^63."""
-    if not hasattr(value, "__index__") or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
-    if value >= 2**63:
-        raise ValueError(f"{name}={value!r} must be below 2^63")
+    if not hasattr(value, "__index__") or not least <= value < 2**63:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more, and below 2^63")
 
 
-def check_batch_size(value) -> None:
-    """Raises ValueError unless `value` is "auto" or 1 <= value < 2^63."""
-    if not (isinstance(value, str) and value == "auto"):
-        if not hasattr(value, "__index__"):
-            raise ValueError(f'batch_size={value!r} must be "auto" or a whole number, 1 or more')
-        check_whole("batch_size", value, 1)
+def check_text(name: str, value) -> None:
+    """Raises ValueError unless the value is a string with more than white space in it."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name}={value!r} must be a non-empty string")
+
+
+def check_type(name: str, value, kind: type) -> None:
+    """Raises TypeError unless the value is an instance of the class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r} must be a {kind.__name__}")
 
 
 @dataclass(frozen=True)
@@ -278,31 +280,14 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
-@dataclass(frozen=True)
-class Video:
-    """Frames in their order, each what `load_rgb` opens, all of one size; `fps` of them are a second."""
-
-    frames: Iterable
-    fps: float = 2.0
-
-    def __post_init__(self):
-        if not (isinstance(self.fps, (int, float)) and 0 < self.fps < math.inf):
-            raise ValueError(f"fps={self.fps!r} must be frames per second, above 0")
-        frames = tuple(map(load_rgb, self.frames))
-        if len(frames) < 2 or len({frame.size for frame in frames}) > 1:
-            sizes = ", ".join(f"{width} x {height}" for width, height in dict.fromkeys(frame.size for frame in frames))
-            raise ValueError(f"a video of {len(frames)} frames ({sizes}): give two or more, all of one size")
-        object.__setattr__(self, "frames", frames)
-
-
 def add_noise(
-    pixel_values: Tensor, noise_std: float, image_processor, generator: torch.Generator, still: bool = True
+    pixel_values: Tensor, noise_std: float, image_processor, generator: torch.Generator, still=True
 ) -> Tensor:
     """One SmoothGrad copy of the processor's pixels, (patches, channels * temporal copies * P * P).
 
     `noise_std` is in units of pixel values in [0, 1] (Smilkov et al., 2017: sigma / (max - min)). A still image is
-    stored twice along time: every distinct pixel gets one draw, the same in both copies; not `still`, they are frames
-    of a video, with a draw each. Drawn on the CPU, so that a seed means the same noise on every device.
+    stored twice along time: both copies of a pixel get the same draw; the frames of a video get one each. Drawn on the
+    CPU, so that a seed means the same noise on every device.
     """
     std = torch.tensor(image_processor.image_std if image_processor.do_normalize else 1.0).expand(3)
     copies = image_processor.temporal_patch_size
@@ -330,11 +315,7 @@ def check_family(model) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A photo, a prompt and an answer as a model reads them: made once by `read`, explained as often as you like.
-
-    There may be several photos; `photo` and `grid` are of the only one. A video is read as its temporal patches, of two
-    frames each, with the first of them as photo.
-    """
+    """Photos, a prompt and an answer as a model reads them: made once by `read`, explained as often as you like."""
 
     model: nn.Module
     processor: object
@@ -346,7 +327,7 @@ class Reading:
     tokens: list[int]  # A token ids of the answer
     spans: list[tuple[int, int]]  # A: the characters of `answer` that each token has a part in
     answer: str
-    seen: dict = field(default_factory=dict, repr=False)  # what the vision tower gave for the photos, see `seeing`
+    pixels: str = "pixel_values"  # which of the inputs gets the noise
 
     @property
     def photo(self) -> Image.Image:
@@ -359,9 +340,9 @@ class Reading:
         return self._only(self.grids)
 
     def _only(self, of_photos: tuple):
-        if len(of_photos) > 1 or "pixel_values_videos" in self.inputs:
-            given = "a video" if "pixel_values_videos" in self.inputs else f"{len(of_photos)} images"
-            raise ValueError(f"the prompt has {given}, and this is made for one photo: use read and explain")
+        if len(of_photos) > 1 or self.pixels != "pixel_values":
+            what = f"{len(of_photos)} images" if self.pixels == "pixel_values" else "a video"
+            raise ValueError(f"the prompt has {what}, and this takes one photo: use read and explain")
         return of_photos[0]
 
     def tokens_of(self, span: tuple[int, int]) -> list[int]:
@@ -373,83 +354,66 @@ class Reading:
 def read(model, processor, image, prompt: str, answer: str | None = None, max_new_tokens: int = 128) -> Reading:
     """Photo, prompt and answer, the model's own (greedy) if none is given, as `explain` needs them.
 
-    `image` is what `load_rgb` opens, a list of such, or a `Video`: they stand before the prompt, in their order.
-    Raises ValueError for bad arguments, ExplanationError if the model answers with nothing.
+    `image` is what `load_rgb` opens, or a list of such: they stand before the prompt, in their order. Raises ValueError
+    for bad arguments, ExplanationError if the model's answer is empty.
     """
     check_family(model)
-    check_whole("max_new_tokens", max_new_tokens, 1)
-    texts = {"prompt": prompt} if answer is None else {"prompt": prompt, "answer": answer}
-    for name, text in texts.items():
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name}={text!r} must be a text that is not empty")
+    check_text("prompt", prompt)
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
             raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
-    image = image if isinstance(image, Video) else tuple(map(load_rgb, _each(image)))
-    photos, tokenizer = image, processor.tokenizer
-    if isinstance(image, Video):
-        photos = image.frames[:: processor.video_processor.temporal_patch_size]
-    seen = {}
-    with borrowed(model):
-        inputs = prepare_inputs(model, processor, image, prompt)
-        positions, grids = image_grids(model, inputs)
-        with memory_explained(len(positions)), seeing(model, seen):
-            if answer is None:
-                tokens = generate(model, tokenizer, inputs, max_new_tokens)
-            else:
-                tokens = tokenise(tokenizer, answer)
-    text = decode(tokenizer, tokens)
-    if not text.strip():
-        raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
+    images = image if isinstance(image, (list, tuple)) else [image]
+    if not images:
+        raise ValueError(f"image={image!r} has no photo: give one or more")
+    photos = tuple(map(load_rgb, images))
+    inputs = prepare_inputs(model, processor, photos, prompt)
+    return answered(model, processor, photos, prompt, inputs, "image", answer, max_new_tokens)
+
+
+def answered(
+    model, processor, photos, prompt: str, inputs: dict[str, Tensor], kind: str, answer: str | None, max_new_tokens: int
+) -> Reading:
+    """The reading of inputs whose `kind` ("image" or "video") is explained, with the given or the generated answer."""
+    check_whole("max_new_tokens", max_new_tokens, 1)
+    positions, grids = image_grids(model, inputs, kind)
     for height, width in grids:
         if height * width < 9:
-            caution(f"the photo is seen as {width} x {height} image tokens: so few cells tell hardly any places apart")
-    spans = token_spans(tokenizer, tokens)
-    return Reading(model, processor, photos, prompt, inputs, positions, grids, tokens, spans, text, seen)
-
-
-def _each(image) -> Iterable:
-    """The photos that are given, one or a list."""
-    if not isinstance(image, (list, tuple)):
-        return (image,)
-    if not image:
-        raise ValueError(f"image={image!r} has no photo: give one or more")
-    return image
-
-
-def prepare_inputs(model, processor, image, prompt: str) -> dict[str, Tensor]:
-    """What the processor makes of a photo, a list of them or a video, and a prompt behind it, with its chat template.
-
-    The tensors are where the model's embeddings are.
-    """
-    if isinstance(image, Video):
-        kind, count, given = "video", 1, video_arguments(image)
+            message = f"the photo is seen as {width} x {height} image tokens: too few to tell places apart"
+            warnings.warn(message, ExplanationWarning, stacklevel=3)
+    tokenizer = processor.tokenizer
+    if answer is None:
+        with borrowed(model), memory_explained(len(positions)):
+            tokens = generate(model, tokenizer, inputs, max_new_tokens)
     else:
-        images = list(_each(image))
-        kind, count, given = "image", len(images), {"images": images}
+        tokens = tokenise(tokenizer, answer)
+    text = decode(tokenizer, tokens)
+    if not text.strip():
+        raise ExplanationError("the model's answer is empty: give a text to explain with answer= (--answer)")
+    pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
+    spans = token_spans(tokenizer, tokens)
+    return Reading(model, processor, photos, prompt, inputs, positions, grids, tokens, spans, text, pixels)
+
+
+def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, Tensor]:
+    """What the processor makes of photos and a prompt behind them, with its chat template.
+
+    With `video`, the processor's arguments for one, that takes the place of the photos. The tensors are where the
+    model's embeddings are.
+    """
     for marker in processor.tokenizer.all_special_tokens:
-        if marker in prompt and not re.search("object|box|quad", marker):  # but for those of grounding
+        if marker in prompt and not re.search("object|box|quad", marker):  # except those of grounding
             raise ValueError(f"prompt={prompt!r} contains {marker}, which stands for a picture or a turn of the chat")
-    message = {"role": "user", "content": [*[{"type": kind}] * count, {"type": "text", "text": prompt}]}
-    text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    inputs = dict(processor(text=[text], **given, return_tensors="pt"))
+    places = [{"type": "video"}] if video else [{"type": "image"}] * len(photos)
+    chat = [{"role": "user", "content": [*places, {"type": "text", "text": prompt}]}]
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = dict(processor(text=[text], **(video or {"images": list(photos)}), return_tensors="pt"))
     if "mm_token_type_ids" in accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
         ids = inputs["input_ids"]
-        kinds = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
-        inputs.setdefault("mm_token_type_ids", kinds)
+        types = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
+        inputs.setdefault("mm_token_type_ids", types)
     device = model.get_input_embeddings().weight.device
     device = "cpu" if device.type == "meta" else device  # weights that accelerate offloads
     return {name: value.to(device) for name, value in inputs.items() if torch.is_tensor(value)}
-
-
-def video_arguments(video: Video) -> dict:
-    """The processor's arguments for all frames of a video, none left out."""
-    from transformers.video_utils import VideoMetadata
-
-    count = len(video.frames)
-    about = VideoMetadata(total_num_frames=count, fps=video.fps, frames_indices=list(range(count)))
-    frames = np.stack([np.asarray(frame) for frame in video.frames])
-    return {"videos": [frames], "video_metadata": [about], "fps": video.fps, "do_sample_frames": False}
 
 
 def accepted(model) -> Iterable[str]:
@@ -460,22 +424,18 @@ def accepted(model) -> Iterable[str]:
 def grid_from_count(count: int) -> tuple[int, int]:
     """(H, W), H <= W: the factors of a bare count of image tokens nearest to a square; 3577 gives (49, 73).
 
-    Only for inputs that know no grid: a portrait photo has H > W, and many counts have several factor pairs.
+    Only for inputs without grid sizes: a portrait photo has H > W, and many counts have several factor pairs.
     """
     height = next(h for h in range(math.isqrt(count), 0, -1) if count % h == 0)
     return height, count // height
 
 
-def image_grids(model, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-    """Positions (N,) of the image tokens in the sequence and the grid (H, W) of each image, raster order.
+def image_grids(model, inputs: dict[str, Tensor], kind="image") -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """Positions (N,) of the image tokens in the sequence and the grid (H, W) of each image, in raster order.
 
-    Of a video the grid of each temporal patch.
+    With `kind` "video", of each temporal patch.
     """
-    kind = "video" if "video_grid_thw" in inputs else "image"
-    token = getattr(model.config, f"{kind}_token_id")
-    positions = (inputs["input_ids"][0] == token).nonzero()[:, 0]  # (N,)
-    if f"{kind}_grid_thw" not in inputs:
-        return positions, (grid_from_count(len(positions)),)
+    positions = (inputs["input_ids"][0] == getattr(model.config, f"{kind}_token_id")).nonzero()[:, 0]  # (N,)
     merge = model.config.vision_config.spatial_merge_size
     sizes = inputs[f"{kind}_grid_thw"].tolist()  # in patches
     grids = tuple((height // merge, width // merge) for patches, height, width in sizes for _ in range(patches))
@@ -505,9 +465,10 @@ def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -
 
 def tokenise(tokenizer, text: str, name: str = "answer") -> list[int]:
     """The text's token ids. Raises ValueError for special tokens in it."""
+    check_text(name, text)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not text.strip() or set(tokens) & set(tokenizer.all_special_ids):
-        raise ValueError(f"{name}={text!r} must be text that is not empty, without special tokens")
+    if set(tokens) & set(tokenizer.all_special_ids):
+        raise ValueError(f"{name}={text!r} must be text without special tokens")
     return tokens
 
 
@@ -580,10 +541,10 @@ class Scored(NamedTuple):
 
 
 def score_parts(inputs, tokens: list[int], parts: list[Iterable[int]]) -> tuple[dict[str, Tensor], list[Scored]]:
-    """The inputs with the answer behind them as far as its parts need it, and what of each part is scored there.
+    """The inputs, extended by the answer as far as its parts need it, and what of each part is scored there.
 
-    `parts` are indices into the answer's `tokens`. What is per token grows along, else mask and positions would be
-    others.
+    `parts` are indices into the answer's `tokens`. What is per token is extended to match, or else the mask and the
+    positions would be wrong.
     """
     ids = inputs["input_ids"]
     before = ids.shape[1] - 1  # the position that predicts the answer's first token
@@ -598,25 +559,11 @@ def score_parts(inputs, tokens: list[int], parts: list[Iterable[int]]) -> tuple[
     return inputs | forced, scored
 
 
-def put_in_place(reading: Reading, span: tuple[int, int], contrast: str) -> tuple[list[int], range]:
-    """The answer's tokens with `contrast` in the place of these characters, and which of them it is."""
-    part = reading.tokens_of(span)
-    first, last = reading.spans[part[0]][0], reading.spans[part[-1]][1]  # what their tokens say besides is kept
-    text = reading.answer[first : span[0]] + contrast + reading.answer[span[1] : last]
-    other = tokenise(reading.processor.tokenizer, text, "contrast")
-    if max(len(other), len(part)) > 2 * min(len(other), len(part)):
-        caution(
-            f"contrast={contrast!r} has {len(other)} tokens, the target {len(part)}: scores are sums over tokens, so "
-            "the map mostly shows the difference in length"
-        )
-    return reading.tokens[: part[0]] + other, range(part[0], part[0] + len(other))
-
-
 # features and gradients
 
 
 def get_model_layers(model) -> tuple[nn.ModuleList, int]:
-    """The decoder layers of a Qwen2.5-VL (or a model laid out like it, of whatever family) and their number.
+    """The decoder layers of a Qwen2.5-VL (or a model with the same layout, of any family) and their number.
 
     Raises ValueError if the model has them in none of the known places.
     """
@@ -679,6 +626,18 @@ def find_taps(model, layers, tap: str) -> list[Tap]:
 
 
 @contextmanager
+def hooked(handles: Iterable):
+    """Inside, these hooks are registered; afterwards none is, even if registering one of them failed."""
+    held = []
+    try:
+        held.extend(handles)
+        yield
+    finally:
+        for handle in held:
+            handle.remove()
+
+
+@contextmanager
 def captured(taps: list[Tap]):
     """Inside, a forward pass leaves the tapped tensor of each layer in the yielded dictionary; no hook outlives it."""
     features = {}
@@ -704,17 +663,13 @@ def captured(taps: list[Tap]):
 
         return hook
 
-    handles = [
+    with hooked(
         module.register_forward_pre_hook(at_input(key), with_kwargs=True)
         if inside
         else module.register_forward_hook(at_output(key))
         for key, module, inside in taps
-    ]
-    try:
+    ):
         yield features
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -748,17 +703,15 @@ def detached_norms(model):
         growth = (centred * args[0]).mean(-1, keepdim=True) / variance  # of std(x), relative: what the gradient lacks
         return output + shown * (growth - growth.detach())
 
-    handles = []
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            handles.append(module.register_forward_hook(rms_norm))
-        elif isinstance(module, nn.LayerNorm):
-            handles.append(module.register_forward_hook(layer_norm))
-    try:
+    def register():
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                yield module.register_forward_hook(rms_norm)
+            elif isinstance(module, nn.LayerNorm):
+                yield module.register_forward_hook(layer_norm)
+
+    with hooked(register()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -783,44 +736,8 @@ def attnlrp(model):
         attention, mlp = layer.self_attn, layer.mlp
         hooks |= {attention.q_proj: share(0.25), attention.k_proj: share(0.25), attention.v_proj: share(0.5)}
         hooks |= {mlp.up_proj: share(0.5), mlp.act_fn: activation}
-    handles = []
-    try:
-        handles += [module.register_forward_hook(hook) for module, hook in hooks.items()]
-        with detached_norms(model):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def forwards_restored(modules: Iterable[nn.Module]):
-    """Inside, modules may be given a forward of another kind; afterwards they have theirs, or accelerate's."""
-    before = [(module, vars(module).get("forward")) for module in modules]
-    try:
+    with hooked(module.register_forward_hook(hook) for module, hook in hooks.items()), detached_norms(model):
         yield
-    finally:
-        for module, forward in before:
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
-
-
-@contextmanager
-def recomputed(model):
-    """Inside, a forward keeps of each decoder layer no more than its input: the backward runs the layer once more.
-
-    What hooks the forward has inside a layer, the backward must have as well. The vision tower keeps what it keeps.
-    """
-    layers = get_model_layers(model)[0]
-    away = any(
-        parameter.is_meta for parameter in layers.parameters()
-    )  # accelerate takes them away behind a whole layer
-    with forwards_restored(layers):
-        for layer in layers:  # there is no dropout, so the random state need not be kept
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        with set_checkpoint_early_stop(not away):
-            yield
 
 
 RULES = {"attnlrp": attnlrp, "detached": detached_norms, "plain": nullcontext}
@@ -854,49 +771,17 @@ def borrowed(model):
 
 
 @contextmanager
-def seeing(model, seen: dict):
-    """Inside, the vision tower does not run for pictures it has seen: what it gave is kept in `seen`, and given again.
-
-    It runs where its weights are others since then, or where hooks watch or change what happens in it.
-    """
-    tower = model.model.visual
-    if any(module._forward_hooks or module._forward_pre_hooks for module in tower.modules()):
-        yield
-        return
-    run = tower.forward
-    state = tower, [parameter._version for parameter in tower.parameters()]
-
-    def once(pixels, *args, **kwargs):
-        if seen and seen["state"] == state and torch.equal(seen["pixels"], pixels):
-            return shallow_copy(seen["given"])  # as the model may write into it
-        given = run(pixels, *args, **kwargs)
-        if not seen:
-            seen.update(state=state, pixels=pixels, given=shallow_copy(given))
-        return given
-
-    with forwards_restored([tower]):
-        tower.forward = once
-        yield
-
-
-@contextmanager
 def memory_explained(count: int):
-    """Inside, running out of memory is told with what to do about it; `count` are the image tokens."""
+    """Inside, running out of memory is reported with what to do about it; `count` are the image tokens."""
     try:
         yield
     except RuntimeError as exc:
-        if not is_out_of_memory(exc):
+        if not (isinstance(exc, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(exc)):
             raise
         raise RuntimeError(
-            f"out of memory with {count} image tokens: give the model fewer pixels (--max_pixels), explain only later "
-            "layers, or recompute activations (--recompute); --num_samples does not lower it, nor does --batch_size: "
-            "copies run one by one where they must"
+            f"out of memory with {count} image tokens: lower batch_size, give the model fewer pixels, explain only "
+            "later layers, or recompute activations (--batch_size, --max_pixels, --layers, --recompute)"
         ) from exc
-
-
-def is_out_of_memory(exc: RuntimeError) -> bool:
-    """Whether a device, or the processor, had no memory left to give."""
-    return isinstance(exc, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(exc)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -917,17 +802,6 @@ def compute_logits(model, inputs: dict[str, Tensor], first: int) -> Tensor:
     return model(**inputs, **keep, use_cache=False).logits
 
 
-def token_probabilities(model, forced: dict[str, Tensor], pixels: Tensor, scored: Scored) -> np.ndarray:
-    """Probability of each scored token for each of B pictures: pixels (B, patches, ...) -> (B, T)."""
-    length = forced["input_ids"].shape[1]
-    with torch.no_grad():
-        batch = batch_of(forced, [{"pixel_values": picture} for picture in pixels])
-        logits = compute_logits(model, batch, min(scored.predicting))  # (B, L or less, V)
-    logits = at_least_float32(logits[:, [position - length for position in scored.predicting]])  # (B, T, V)
-    expected = torch.tensor(scored.expected, device=logits.device).expand(len(pixels), -1)[..., None]
-    return logits.softmax(-1).gather(2, expected)[..., 0].cpu().numpy()
-
-
 def batch_of(forced: dict[str, Tensor], pixels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The inputs with the pixels of B copies in the place of one's: patches one below the other, all else B times."""
     batch = {name: value.repeat(len(pixels), *[1] * (value.dim() - 1)) for name, value in forced.items()}
@@ -935,21 +809,21 @@ def batch_of(forced: dict[str, Tensor], pixels: list[dict[str, Tensor]]) -> dict
 
 
 def features_and_gradients(
-    model, forced, taps: list[Tap], targets: list[Scored], settings: Settings, recompute: bool = False
+    model, forced: dict[str, Tensor], taps: list[Tap], targets: list[Scored], settings: Settings
 ) -> Iterator[dict]:
-    """One forward of B copies, and of each target one backward: yields {key: (features, gradient or None)} of all taps.
+    """One forward of B copies, and one backward of each target: yields {key: (features, gradient or None)} of all taps.
 
     Features and gradients have the shape that the layer gives them, whose first dimension is that of a copy B times.
     """
 
     @contextmanager
-    def hooked():
+    def ready():  # hooks stand around the forward and, as layers may be recomputed there, the backward: never longer
         with RULES[settings.rules](model), captured(taps) as found:
             yield found
 
     length = forced["input_ids"].shape[1]
     first = min(position for target in targets for position in target.predicting)
-    with recomputed(model) if recompute else nullcontext(), hooked() as found:
+    with ready() as found:
         logits = compute_logits(model, forced, first)  # (B, L, V), or the last of it
     if len(found) < len(taps):
         missing = next(tap.key for tap in taps if tap.key not in found)
@@ -958,26 +832,14 @@ def features_and_gradients(
     for i, target in enumerate(targets, 1):
         rows = at_least_float32(logits[:, [position - length for position in target.predicting]])  # (B, T, V)
         expected = torch.tensor(target.expected, device=rows.device)
-        values = [SCORES[settings.score](row, expected) for row in rows]  # no copy has a part in another's
-        if wrong := [value.item() for value in values if not value.isfinite()]:
+        scores = [SCORES[settings.score](row, expected) for row in rows]  # no copy has a part in another's
+        if wrong := [score.item() for score in scores if not score.isfinite()]:
             raise ExplanationError(f"the score is {wrong[0]} in {model.dtype}: {steadier(model.dtype)}")
         gradients = [None] * len(features)
         if rows.requires_grad:
-            with hooked() if recompute else nullcontext():  # a layer that runs again must run as before
-                gradients = torch.autograd.grad(values, features, allow_unused=True, retain_graph=i < len(targets))
+            with ready():
+                gradients = torch.autograd.grad(scores, features, allow_unused=True, retain_graph=i < len(targets))
         yield {key: (a.detach(), g) for key, a, g in zip(found, features, gradients, strict=True)}
-
-
-def contrasted(pairs: dict, others: dict) -> dict:
-    """The first features with the difference of the gradients. What stands before the answer is the same in both."""
-    result = {}
-    for key, (features, gradient) in pairs.items():
-        other = others[key][1]
-        if gradient is not None and gradient.dim() > 2:  # sequences that may end differently
-            length = min(gradient.shape[1], other.shape[1])
-            features, gradient, other = (tensor[:, :length] for tensor in (features, gradient, other))
-        result[key] = features, None if gradient is None else gradient - other
-    return result
 
 
 def copy_by_copy(pairs: dict, count: int) -> Iterator[dict]:
@@ -994,140 +856,35 @@ def copy_by_copy(pairs: dict, count: int) -> Iterator[dict]:
         yield {key: tuple(own(key, tensor, i) for tensor in pair) for key, pair in pairs.items()}
 
 
-def scored_readings(reading: Reading, spans, settings: Settings) -> list[tuple[dict, list[Scored]]]:
-    """The inputs and what of each part is scored there: of the answer and, if there is one, of the contrast."""
+def noisy_passes(
+    reading: Reading, spans, taps: list[Tap], settings: Settings, progress=None, batch_size: int = 1
+) -> Iterator[tuple[int, dict]]:
+    """Yields (part, {key: (features, gradient or None)}) of each noisy copy and each part of the answer.
+
+    One forward of each batch of copies, one backward of each part: of a batch come the parts in their order, of each
+    the copies in theirs. `settings` are settled; to be used inside `borrowed`.
+    """
     tokens, parts = reading.tokens, [reading.tokens_of(span) for span in spans]
-    if not all(parts):
-        raise ValueError(f"the span {spans[parts.index([])]} has no token in the answer {reading.answer!r}")
     if settings.method == "paper" and settings.contrast is None:
         whole = list(range(len(tokens)))
         tokens = [*tokens, reading.processor.tokenizer.eos_token_id]
         parts = [[*part, len(whole)] if part == whole else part for part in parts]
-    readings = [score_parts(reading.inputs, tokens, parts)]
-    if settings.contrast is not None:
-        tokens, part = put_in_place(reading, spans[0], settings.contrast)
-        readings.append(score_parts(reading.inputs, tokens, [part]))
-    return readings
-
-
-MOST = {"cuda": 8, "cpu": 4}  # copies at once for "auto": more were no faster on a processor
-KEPT = 6  # numbers kept for each one that a linear map gives: 3.1 to 3.4 were measured, and memory is to be left
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had there; of the processor's memory half of them, and 0 where it does not say."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    with suppress(OSError, TypeError):
-        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-        with suppress(OSError, ValueError):  # a container may have less
-            group = Path("/sys/fs/cgroup")
-            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-            free = min(free, limit - used)
-        return free // 2
-    return 0
-
-
-def kept_bytes(model, taps: list[Tap], length: int) -> int:
-    """About what the forward of one copy keeps for the backward, by the rule above: in the decoder from the first tap.
-
-    A tap of the vision tower starts the graph there, and an image token has several patches: then all counts thrice.
-    """
-    first = min(tap.key if isinstance(tap.key, int) else 0 for tap in taps)
-    layers = get_model_layers(model)[0][first:]
-    outputs = sum(module.out_features for module in layers.modules() if isinstance(module, nn.Linear))
-    vision = 3 if any("visual" in str(tap.key) for tap in taps) else 1
-    return KEPT * vision * outputs * length * model.dtype.itemsize
-
-
-class Room:
-    """How many copies go through the model at once, `size`: a number, or for "auto" as many as memory has room for.
-
-    On a CUDA device the first copy runs alone, and its peak is what each of the others needs. Elsewhere `need`, the
-    bytes of one copy, is estimated.
-    """
-
-    def __init__(self, model, asked: int | str, need: int):
-        self.size, self.peaks = asked, {}
-        if asked == "auto":
-            devices = {parameter.device for parameter in model.parameters()}
-            self.peaks = {device: 0 for device in devices if device.type == "cuda"}
-            self.size = 1 if self.peaks else self.fitting(torch.device("cpu"), need)
-
-    @staticmethod
-    def fitting(device: torch.device, need: int) -> int:
-        """Copies that fit, with a tenth to spare."""
-        return int(max(1, min(MOST[device.type], 0.9 * free_memory(device) // max(need, 1))))
-
-    @contextmanager
-    def measured(self):
-        """Around a batch: the first one, of one copy, is measured."""
-        before = {device: torch.cuda.memory_allocated(device) for device in self.peaks}
-        for device in self.peaks:
-            torch.cuda.reset_peak_memory_stats(device)
-        yield
-        needs = {device: torch.cuda.max_memory_allocated(device) - start for device, start in before.items()}
-        if needs:
-            self.size, self.peaks = min(self.fitting(*need) for need in needs.items()), {}
-
-
-def noisy_passes(
-    reading: Reading, spans, taps: list[Tap], settings: Settings, progress=None, *, batch_size=1, recompute=False
-) -> Iterator[tuple]:
-    """Yields (copy, part, {key: (features, gradient or None)}) of each noisy copy and each of the parts at `spans`.
-
-    One forward a batch (a second one for a contrast), one backward a part: of a batch come the parts in their order,
-    of each the copies in theirs. A batch that memory does not suffice for is halved, as all behind it, and goes on with
-    the part that is missing; RuntimeError for one copy. To be used inside `borrowed`.
-    """
-    readings = scored_readings(reading, spans, settings)
-    name, still, images = "pixel_values", True, reading.processor.image_processor
-    if "pixel_values_videos" in reading.inputs:
-        name, still, images = "pixel_values_videos", False, reading.processor.video_processor
-    clean = reading.inputs[name]
+    forced, targets = score_parts(reading.inputs, tokens, parts)
+    clean, still = reading.inputs[reading.pixels], reading.pixels == "pixel_values"
+    images = reading.processor.image_processor if still else reading.processor.video_processor
     generator = torch.Generator().manual_seed(operator.index(settings.seed))
-    length = readings[0][0]["input_ids"].shape[1]
-    room = Room(reading.model, batch_size, kept_bytes(reading.model, taps, length))
-    todo, drawn = [(0, settings.num_samples, 0)], {}  # stretches of copies, and the part from which on they are missing
-    for copy in (progress or iter)(range(settings.num_samples)):
-        while todo and todo[-1][0] <= copy:  # the copy, or a part of it, is still missing
-            first, last, part = todo.pop()
-            batches = -(-(last - first) // room.size)
-            if batches > 1:
-                middle = first - (first - last) // batches  # batches are as even as can be
-                todo.append((middle, last, part))
-                last = middle
-            for i in range(first, last):
-                if i not in drawn:  # after a failure they are there already
-                    drawn[i] = add_noise(clean, settings.noise_std, images, generator, still)
-            batch = [{name: drawn[i]} for i in range(first, last)]
-            try:
-                with room.measured():
-                    for copies in part_by_part(reading.model, readings, batch, part, taps, settings, recompute):
-                        for i, pairs in enumerate(copies, first):
-                            yield i, part, pairs
-                            del pairs  # nothing of a batch outlives it
-                        part += 1
-            except RuntimeError as exc:
-                if len(batch) == 1 or not is_out_of_memory(exc):
-                    raise
-                todo.append((first, last, part))
-                room.size = len(batch) // 2
-            else:
-                drawn = {i: pixels for i, pixels in drawn.items() if i >= last}
-
-
-def part_by_part(
-    model, readings, pixels: list[dict[str, Tensor]], part: int, taps, settings, recompute
-) -> Iterator[Iterator[dict]]:
-    """Of each part from `part` on {key: (features, gradient or None)} of each copy of a batch."""
-    runs = [
-        features_and_gradients(model, batch_of(forced, pixels), taps, targets[part:], settings, recompute)
-        for forced, targets in readings
-    ]
-    for pairs in zip(*runs, strict=True):
-        yield copy_by_copy(pairs[0] if len(pairs) == 1 else contrasted(*pairs), len(pixels))
+    batch, count = [], 0
+    for _ in (progress or iter)(range(settings.num_samples)):
+        batch.append(add_noise(clean, settings.noise_std, images, generator, still))
+        count += 1
+        if len(batch) == batch_size or count == settings.num_samples:
+            copies = batch_of(forced, [{reading.pixels: pixels} for pixels in batch])
+            for part, pairs in enumerate(features_and_gradients(reading.model, copies, taps, targets, settings)):
+                for own in copy_by_copy(pairs, len(batch)):
+                    yield part, own
+            batch = []
+    if count != settings.num_samples:
+        raise ValueError(f"progress={progress!r} yields {count} of {settings.num_samples} copies: it must yield all")
 
 
 # token maps
@@ -1169,7 +926,7 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
         raise ExplanationError(f"the gradient at layer {key} is not finite in {dtype}: {steadier(dtype)}")
     if not gradient.any():
         return None
-    heat = METHODS[method](features, gradient).float().cpu().numpy()
+    heat = METHODS[method].formula(features, gradient).float().cpu().numpy()
     counts = np.multiply([math.prod(grid) for grid in reading.grids], len(heat) // len(reading.positions))
     parts = zip(np.split(heat, np.cumsum(counts)[:-1]), reading.grids, strict=True)  # the vision tower's, too
     config = reading.model.config.vision_config
@@ -1183,50 +940,49 @@ def explain(
     settings: Settings = Settings(),  # noqa: B008  (it is frozen)
     progress: Callable[[Iterable], Iterable] | None = None,
     *,
-    watch: Callable[[dict], None] | None = None,
-    batch_size: int | str = 1,
-    recompute: bool = False,
+    batch_size: int = 1,
+    passes: Callable[..., Iterator[tuple[int, dict]]] = noisy_passes,
 ) -> list[TokenMaps]:
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
-    One TokenMaps for each part; of several photos, or of a video's temporal patches, for each part one for each of them
-    in turn. Their tokens are pooled and centred together, as the image tokens they all are, so that maps of one part
-    compare: a photo that the part is not taken from is darker.
+    One TokenMaps for each part; of several photos, or of a video's temporal patches, one for each of them in turn.
+    Their tokens are pooled and centred together, as the image tokens they all are, so that the maps of one part
+    compare: a photo that contributes less is darker.
 
-    `spans` are the parts, (start, end) in characters of `reading.answer`, one or more (one for a contrast); see
-    `find_target`. `watch` is called with {key: (features, gradient or None)} of every copy and part, in the shapes that
-    the layers give a copy alone; copies of a batch come part by part. `layers`, `progress`, `batch_size`, `recompute`
-    and errors are described in `compute_token_maps`.
+    `spans` are the parts, (start, end) in characters of `reading.answer`, one or more; see `find_target`. `passes`
+    takes the place of `noisy_passes`: see `common/passes.py`. `layers`, `progress`, `batch_size` and errors are
+    described in `compute_token_maps`.
     """
-    check_batch_size(batch_size)
-    if settings.contrast is not None and len(spans) != 1:
-        raise ValueError(f"contrast={settings.contrast!r} needs one part to take the place of, not {len(spans)}")
+    check_type("reading", reading, Reading)
+    check_type("settings", settings, Settings)
+    check_whole("batch_size", batch_size, 1)
     if not spans:
-        raise ValueError("spans=[] names no part of the answer: give one or more, (start, end) in characters")
+        raise ValueError("spans=[] has no part of the answer: give one or more, (start, end) in characters")
+    for start, end in spans:
+        if not 0 <= start < end <= len(reading.answer) or not reading.tokens_of((start, end)):
+            valid = f"(start, end) in the {len(reading.answer)} characters of the answer, with a token in it"
+            raise ValueError(f"spans={spans!r}: ({start!r}, {end!r}) must be {valid}")
+    if settings.contrast is not None and passes is noisy_passes:
+        raise ValueError(f"contrast={settings.contrast!r} needs passes=contrasted_passes of common/passes.py")
+    settings = settings.settled()
     taps = find_taps(reading.model, layers, settings.tap)
     maps = [{tap.key: np.zeros(len(reading.positions), np.float32) for tap in taps} for _ in spans]
     alive = [set() for _ in spans]
-    clean = not settings.noise_std and all(isinstance(tap.key, int) for tap in taps)  # a tap in the tower has to run
-    sight = seeing(reading.model, reading.seen) if clean else nullcontext()
-    with borrowed(reading.model), memory_explained(len(reading.positions)), sight:
-        how = {"batch_size": batch_size, "recompute": recompute}
-        for _, part, pairs in noisy_passes(reading, spans, taps, settings, progress, **how):
-            if watch is not None:
-                watch(pairs)
-            heats = {key: token_map(key, *pair, reading, settings.method) for key, pair in pairs.items()}
-            del pairs  # before the next batch
-            for key, heat in heats.items():
+    with borrowed(reading.model), memory_explained(len(reading.positions)):
+        for part, pairs in passes(reading, spans, taps, settings, progress, batch_size):
+            for key, (features, gradient) in pairs.items():
+                heat = token_map(key, features, gradient, reading, settings.method)
                 if heat is not None:
                     maps[part][key] += heat / settings.num_samples
                     alive[part].add(key)
-    about = reading.prompt, reading.answer, list(reading.tokens)
     ends = np.cumsum([math.prod(grid) for grid in reading.grids])
     results = []
     for span, cams, live in zip(spans, maps, alive, strict=True):
-        told = reading.answer[slice(*span)], span, reading.tokens_of(span), frozenset(cams) - live, settings
+        about = reading.prompt, reading.answer, list(reading.tokens), reading.answer[slice(*span)], span
+        about += reading.tokens_of(span), frozenset(cams) - live, settings
         for image, (grid, end) in enumerate(zip(reading.grids, ends, strict=True)):
             own = {key: cam[end - math.prod(grid) : end].reshape(grid) for key, cam in cams.items()}
-            results.append(TokenMaps(own, grid, *about, *told, image))
+            results.append(TokenMaps(own, grid, *about, image))
     return results
 
 
@@ -1242,8 +998,8 @@ def compute_token_maps(
     target: str | None = None,
     target_occurrence: int = 1,
     progress: Callable[[Iterable], Iterable] | None = None,
-    batch_size: int | str = 1,
-    recompute: bool = False,
+    batch_size: int = 1,
+    passes: Callable[..., Iterator[tuple[int, dict]]] = noisy_passes,
     **settings,
 ) -> TokenMaps:
     """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
@@ -1256,52 +1012,31 @@ def compute_token_maps(
     target          score only the tokens of this part of the answer; None is the whole answer
     target_occurrence  which one, where the answer has the target several times: 1 is the first
     progress        wraps the iterable over the copies, e.g. tqdm; None is silent
-    batch_size      noisy copies that go through the model at once, or "auto": as many as memory has room for, up to 8
-                    (4 without a GPU, where more are no faster). The maps do not depend on it beyond rounding. Where
-                    memory runs out it is halved, and no copy is lost
-    recompute       keep of each decoder layer its input alone and run it once more in the backward: slower, for a
-                    fraction of the memory where many layers are explained
+    batch_size      noisy copies that go through the model at once; the maps do not depend on it beyond rounding
+    passes          how the copies pass the model, see `explain`
     settings        num_samples, noise_std, use_smooth, seed, tap, score, contrast, method, rules: see `Settings`
 
-    Raises ValueError for bad arguments, ExplanationError if the model answers with nothing or gives a score or gradient
-    that is not finite, and RuntimeError if memory runs out. The model and the random state of the caller stay as they
-    are. Threads may explain with one model: one pass waits for the other.
+    Raises ValueError or TypeError for bad arguments, ExplanationError if the model's answer is empty or a score or
+    gradient is not finite, and RuntimeError if memory runs out. The model and the random state of the caller stay as
+    they are. Threads may explain with one model: one pass waits for the other.
     """
     settings, layers = Settings(**settings), list(_listed(layers))
-    check_batch_size(batch_size)
     if settings.contrast is not None and target is None:
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
-    if isinstance(image, (list, tuple, Video)):
-        given = "a video" if isinstance(image, Video) else f"{len(image)} images"
-        raise ValueError(f"{given}, and this is made for one photo: use read and explain, with a map each")
+    if isinstance(image, (list, tuple)):
+        raise ValueError(f"image has {len(image)} photos, and this takes one: use read and explain, with a map each")
     check_family(model)
-    find_taps(model, layers, settings.tap)  # before an answer is generated
+    find_taps(model, layers, settings.settled().tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
-    span, how = find_target(reading.answer, target, target_occurrence), {"batch_size": batch_size}
-    return explain(reading, [span], layers, settings, progress, **how, recompute=recompute)[0]
+    span = find_target(reading.answer, target, target_occurrence)
+    return explain(reading, [span], layers, settings, progress, batch_size=batch_size, passes=passes)[0]
 
 
 # pictures
 
 
-JET = np.abs(4 * np.linspace(0, 1, 256)[:, None] - np.array([3, 2, 1]))  # distance from red, green and blue
-JET = np.round(255 * (1.5 - JET).clip(0, 1)).astype(np.uint8)  # (256, 3) RGB, from blue to red
-
-
-def colour_table(number: int) -> np.ndarray:
-    """(256, 3) uint8 RGB of one of OpenCV's colour maps."""
-    return cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], number)[:, 0, ::-1]
-
-
-COLORMAPS = {  # the first five: perceptually uniform
-    "plasma": colour_table(cv2.COLORMAP_PLASMA),
-    "inferno": colour_table(cv2.COLORMAP_INFERNO),
-    "magma": colour_table(cv2.COLORMAP_MAGMA),
-    "viridis": colour_table(cv2.COLORMAP_VIRIDIS),
-    "cividis": colour_table(cv2.COLORMAP_CIVIDIS),
-    "turbo": colour_table(cv2.COLORMAP_TURBO),
-    "jet": JET,
-}
+# the first five are perceptually uniform
+COLORMAPS = ("plasma", "inferno", "magma", "viridis", "cividis", "turbo", "jet")
 UPSAMPLING = {"smooth": "bilinear", "cells": "nearest-exact"}
 SCALES = ("map", "word", "all")
 OPAQUE, HALF = 0.7, 0.5  # opacity that follows the value: the most there is, and the value from which on it is that
@@ -1351,7 +1086,13 @@ def upsample_cam(cam: np.ndarray, size: tuple[int, int], how: str = "smooth") ->
 
 def colorize_cam(cam01: np.ndarray, colormap: str = "plasma") -> np.ndarray:
     """A map in [0, 1] in 256 colours, (...) -> (..., 3) uint8 RGB."""
-    return COLORMAPS[colormap][np.rint(np.multiply(cam01, 255, dtype=np.float32)).astype(np.uint8)]
+    return colour_table(colormap)[np.rint(np.multiply(cam01, 255, dtype=np.float32)).astype(np.uint8)]
+
+
+def colour_table(colormap: str) -> np.ndarray:
+    """(256, 3) uint8 RGB of one of OpenCV's colour maps, the hot end last."""
+    steps = np.arange(256, dtype=np.uint8)[:, None]
+    return cv2.applyColorMap(steps, getattr(cv2, f"COLORMAP_{colormap.upper()}"))[:, 0, ::-1]
 
 
 def opacity_of(cam01: np.ndarray, look: Look) -> np.ndarray:
@@ -1410,8 +1151,8 @@ class SmoothQwenGradCAM:
     def __init__(self, model, processor, target_layer, num_samples=10, noise_std=0.1, *, look=None, **options):
         if "use_smooth" in options:
             raise TypeError("use_smooth is an argument of generate_cam")
-        others = ("answer", "max_new_tokens", "target", "target_occurrence", "progress", "batch_size", "recompute")
-        check_batch_size(options.get("batch_size", 1))
+        check_type("look", look or Look(), Look)
+        others = inspect.signature(compute_token_maps).parameters
         Settings(num_samples, noise_std, **{name: value for name, value in options.items() if name not in others})
         self.model, self.processor, self.target_layer, self.options = model, processor, target_layer, options
         self.num_samples, self.noise_std, self.look = num_samples, noise_std, look or Look()

@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +42,7 @@ from PIL import Image
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, resolve_device
 from common.files import other_files, output_folder, to_csv, write_files
 from common.page import PAGE, Paper
+from common.passes import passes_of, recomputed, vision_kept
 from common.photos import load_mask, load_photo, object_mask
 from smooth_gradcam import (
     ExplanationError,
@@ -241,14 +242,21 @@ def run(args: argparse.Namespace) -> Done:
     with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir") as write:
         processor = load_processor(args.model_path, args.max_pixels)
         model = load_model(args.model_path, device, args.dtype)
-        readings = read_all(args, model, processor, asked)
-        files, lines = explain_readings(args, readings, [one.name for one in asked], layers, mask)
+        with vision_kept(model):
+            readings = read_all(args, model, processor, asked)
+            files, lines = explain_readings(args, readings, [one.name for one in asked], layers, mask)
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)
 
 
 def explain_readings(args, readings: list[Reading], names: list[str], layers, mask) -> tuple[dict, list[str]]:
     """({file name: content}, lines to be said) of the mode, of one photo or of several together."""
+    with recomputed(readings[0].model) if args.recompute else nullcontext():
+        return explain_mode(args, readings, names, layers, mask)
+
+
+def explain_mode(args, readings: list[Reading], names: list[str], layers, mask) -> tuple[dict, list[str]]:
+    """The same, with activations kept as they are."""
     if args.mode == "knockout":
         return sever_photos(args, readings, names, mask)
     settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
@@ -409,14 +417,14 @@ def drawing(args: argparse.Namespace) -> dict[str, Look | Paper]:
     return {"look": look, "paper": Paper(args.width, tuple(dict.fromkeys(args.format)), args.heatmaps)}
 
 
-def passing(args: argparse.Namespace) -> dict[str, int | str | bool]:
+def passing(args: argparse.Namespace) -> dict:
     """How the noisy copies pass the model: keywords of `explain`."""
-    return {"batch_size": args.batch_size, "recompute": args.recompute}
+    return {"batch_size": args.batch_size or 1, "passes": passes_of(args.contrast)}
 
 
 def runs_at_once(args: argparse.Namespace) -> int:
     """How many runs of evaluate and knockout mode pass the model at once."""
-    return RUNS_AT_ONCE if args.batch_size == "auto" else args.batch_size
+    return args.batch_size or RUNS_AT_ONCE
 
 
 def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[str]]:

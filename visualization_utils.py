@@ -42,7 +42,9 @@ from common.page import (
     shrink,
     small_print,
 )
+from common.passes import passes_of
 from smooth_gradcam import (
+    METHODS,
     Look,
     Settings,
     SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
@@ -68,12 +70,6 @@ __all__ = [
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
 AUTO_LAYERS, LAYERS_PER_THIRD = 6, 3  # representative layers of "auto", and of a third in the comparative analysis
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
-METHOD_NAMES = {
-    "gradcam": "Grad-CAM",
-    "hirescam": "HiResCAM",
-    "product": "Grad-CAM × HiResCAM",
-    "paper": "Grad-CAM as published",
-}
 
 
 # which layers
@@ -220,7 +216,7 @@ def text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
 
 def method_title(settings: Settings) -> str:
     """The method's name, smooth or not."""
-    name = METHOD_NAMES[settings.method]
+    name = METHODS[settings.method].title
     return f"Smooth {name}" if settings.noise_std else name
 
 
@@ -274,7 +270,7 @@ def footer(page: Page, y: float, method: str, text: str, settings: str, look: Lo
     page.colour_scale((page.width - width) / 2, y, width, height, bars, ticks, SMALL)
     y += height + SMALL * LINE + 0.05
     of = {"map": "the map's own maximum", "word": "its word's maximum", "all": "the maximum of all maps"}[look.scale]
-    y = page.centred(y, f"{METHOD_NAMES[method]}, share of {of}; below: over grey", SMALL)
+    y = page.centred(y, f"{METHODS[method].title}, share of {of}; below: over grey", SMALL)
     return small_print(page, y + GAP, text, settings)
 
 
@@ -456,6 +452,7 @@ def create_layer_comparison_grid(
     check_drawing(look, paper)
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    settings["passes"] = passes_of(settings.get("contrast"))
     with output_folder(save_dir) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
         results, files = draw_grid(image, token_maps, look, paper)
@@ -475,6 +472,7 @@ def visualize_multiple_layers(
     check_drawing(look, paper)
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    settings["passes"] = passes_of(settings.get("contrast"))
     with output_folder(save_dir) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
         results, files = draw_multilayer(image, token_maps, look, paper)
@@ -497,6 +495,7 @@ def create_comparative_analysis(
     thirds = comparative_layers(get_model_layers(model)[1], layers_per_third)
     layers = [layer for part in thirds.values() for layer in part]
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    settings["passes"] = passes_of(settings.get("contrast"))
     with output_folder(save_dir, thirds) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
         results, files = draw_comparative(image, token_maps, thirds, look, paper)

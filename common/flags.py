@@ -51,7 +51,7 @@ ASKED_BY_LIST = (
     "--target_occurrence",
     "--mask",
 )
-RUNS_AT_ONCE = 8  # of evaluate and knockout mode, where --batch_size is auto
+RUNS_AT_ONCE = 8  # of evaluate and knockout mode, where no --batch_size is given
 LAYER_NAMES = ("auto", "early", "middle", "late", "all")
 CHOICES = {  # as the modules have them, whose import takes too long for --help
     "score": ("logit", "logprob"),
@@ -100,13 +100,6 @@ def _layers(text: str) -> list[int | str]:
             raise argparse.ArgumentTypeError(f"{text!r} is none of {names}, no index, and no list such as 6,12 or 0-3")
         found += range(first, last + 1)
     return found
-
-
-def _batch_size(text: str) -> int | str:
-    """The word auto, or a whole number."""
-    if text != "auto" and not re.fullmatch(r"-?\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be auto, or a whole number from 1 on")
-    return text if text == "auto" else int(text)
 
 
 def _opacity(text: str) -> float | None:
@@ -169,7 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="gradcam",
         help="gradients pooled, each token's own, their product, or the paper's formula to the letter",
     )
-    add("--score", choices=CHOICES["score"], help="what is summed over the explained tokens (default: logit)")
+    add("--score", choices=CHOICES["score"], default="logit", help="what is summed over the explained tokens")
     add(
         "--rules",
         choices=CHOICES["rules"],
@@ -208,10 +201,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=64, help="evaluate mode: steps of insertion and deletion")
     add(
         "--batch_size",
-        type=_batch_size,
-        default="auto",
-        help="noisy copies through the model at once, fewer where memory runs out (auto: as many as it has room for); "
-        f"evaluate, knockout mode: runs at once too (auto: {RUNS_AT_ONCE})",
+        type=int,
+        help="noisy copies through the model at once (default: 1); in evaluate and knockout mode, runs at once too "
+        f"(default: {RUNS_AT_ONCE})",
     )
     add("--recompute", action="store_true", help="recompute activations in the backward: slower, for less memory")
     add("--randomize", action="store_true", help="evaluate mode: also re-draw the weights of a copy, and compare maps")
@@ -279,7 +271,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     )
     for flag in counts:
         value = getattr(args, flag)
-        if value is not None and value != "auto" and not 1 <= value < 2**63:
+        if value is not None and not 1 <= value < 2**63:
             raise ValueError(f"--{flag} {value} must be 1 or more, and below 2^63")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be 0 to {2**63 - 1}")

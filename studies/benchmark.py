@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from common.files import decimal
-from smooth_gradcam import Reading, TokenMaps, borrowed, prepare_inputs, score_parts, token_probabilities
+from common.passes import token_probabilities
+from smooth_gradcam import Reading, TokenMaps, borrowed, prepare_inputs, score_parts
 from studies.faithfulness import ORDERS, TOLERANCE, baseline_image, insertion_deletion, score_rows
 from studies.faithfulness_figures import map_key, side_by_side
 from studies.localization import centre_map, fit_of
@@ -147,7 +148,7 @@ def sensitive_tokens(reading: Reading, tokens: list[int], baseline: str) -> list
     """Those of the answer's tokens whose probability falls by more than 0.2 on the baseline picture (EAGLE, 2025)."""
     blank = baseline_image(reading.photo, baseline)
     with borrowed(reading.model):
-        blank = prepare_inputs(reading.model, reading.processor, blank, reading.prompt)["pixel_values"]
+        blank = prepare_inputs(reading.model, reading.processor, [blank], reading.prompt)["pixel_values"]
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [tokens])
         pixels = torch.stack([reading.inputs["pixel_values"], blank])
         full, empty = token_probabilities(reading.model, forced, pixels, scored)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from common.files import decimal
+from common.passes import token_probabilities
 from smooth_gradcam import (
     ExplanationError,
     Reading,
@@ -24,7 +25,6 @@ from smooth_gradcam import (
     memory_explained,
     prepare_inputs,
     score_parts,
-    token_probabilities,
 )
 from studies.localization import localization
 from visualization_utils import show_progress
@@ -112,7 +112,7 @@ def insertion_deletion(
     model, count, rng = reading.model, len(reading.positions), np.random.default_rng(seed)
     blank = baseline_image(reading.photo, baseline)
     with borrowed(model):
-        blank = prepare_inputs(model, reading.processor, blank, reading.prompt)["pixel_values"]
+        blank = prepare_inputs(model, reading.processor, [blank], reading.prompt)["pixel_values"]
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [token_maps.target_tokens])
         ends = [
             pixels.unflatten(0, (count, -1)) for pixels in (blank, reading.inputs["pixel_values"])

@@ -25,6 +25,7 @@ from common.page import (
     small_print,
 )
 from smooth_gradcam import (
+    METHODS,
     Look,
     Reading,
     TokenMaps,
@@ -45,7 +46,6 @@ from studies.faithfulness import (
 )
 from studies.randomization import cascading_randomization, randomization_rows, randomization_verdict
 from visualization_utils import (
-    METHOD_NAMES,
     PLAIN,
     draw_layer,
     look_text,
@@ -265,12 +265,12 @@ def draw_comparison(
         best, beside = max(own, key=own.get), min(columns, len(methods) - i // columns * columns)
         middle = MARGIN + (page.inner + GAP - pitch * beside) / 2 + (i % columns + 0.5) * pitch - GAP / 2
         top = y + i // columns * row_height
-        page.text(middle, top, METHOD_NAMES[method], SMALL, ha="center", weight="bold")
+        page.text(middle, top, METHODS[method].title, SMALL, ha="center", weight="bold")
         under = f"layer {best}, ins. − del. {decimal(own[best])}"
         page.text(middle, top + BAND, under, SMALL, ha="center", color="0.3")
         picture = draw_layer(small, token_maps, map_key(method, best), True, look)
         page.picture(middle - width / 2, top + 2 * BAND, width, height, picture)
-        values[METHOD_NAMES[method]] = [own.get(layer, np.nan) for layer in layers], *STYLES[method]
+        values[METHODS[method].title] = [own.get(layer, np.nan) for layer in layers], *STYLES[method]
     y += -(-len(methods) // columns) * row_height + 2 * GAP
     chance = chances(measured)
     low, high = min(chance), max(chance)
@@ -302,7 +302,7 @@ def evaluate(
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, verdict in lines) of the maps; `mask` as of `load_mask`, the rest as measured above.
 
-    `copies` are keywords of `explain` (`batch_size`, `recompute`) for the maps of a model whose weights are re-drawn.
+    `copies` are keywords of `explain` (`passes`, `batch_size`) for the maps of a model whose weights are re-drawn.
     Raises ExplanationError if no layer has a map.
     """
     measured = measure(reading, token_maps, steps, baseline, batch_size, seed, quiet)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.files import decimal
+from common.passes import watched_passes
 from smooth_gradcam import (
     ExplanationError,
     Reading,
@@ -27,6 +28,7 @@ from smooth_gradcam import (
     explain,
     get_model_layers,
     memory_explained,
+    noisy_passes,
     resolve_layers,
 )
 from studies.decoder import CHUNK, _length, embed, empty_cache, hooked, predicting, run_decoder, token_groups
@@ -132,9 +134,9 @@ def gradient_flow(reading: Reading, span: tuple[int, int] | None = None, setting
 
 
 def maps_and_gradients(
-    reading: Reading, span, settings: Settings, progress=None, **passes
+    reading: Reading, span, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1
 ) -> tuple[TokenMaps, np.ndarray]:
-    """The maps of all layers, and `gradient_flow`, from the same passes (`batch_size`, `recompute`: see `explain`)."""
+    """The maps of all layers, and `gradient_flow`, from the same passes; see `explain`."""
     total = get_model_layers(reading.model)[1]
     flow = np.zeros((total, _length(reading)), np.float32)
 
@@ -145,7 +147,9 @@ def maps_and_gradients(
                 flow[layer, : len(products)] += products.float().cpu().numpy() / settings.num_samples
 
     span = span or (0, len(reading.answer))
-    (token_maps,) = explain(reading, [span], range(total), settings, progress, watch=watch, **passes)
+    (token_maps,) = explain(
+        reading, [span], range(total), settings, progress, passes=watched_passes(passes, watch), batch_size=batch_size
+    )
     return token_maps, flow
 
 

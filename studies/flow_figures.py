@@ -384,14 +384,13 @@ def draw_knockout(
 
 def trace(
     readings: list[Reading], names: list[str], spans: list[tuple[int, int]], layers: list[int], settings: Settings, *,
-    attention_map=False, taps=False, quiet=False, look=PLAIN, paper=PAGE, batch_size=1, recompute=False,
+    attention_map=False, taps=False, quiet=False, look=PLAIN, paper=PAGE, **passing,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
     """({file name: content}, findings in lines) of the mode flow: see the module's table of figures.
 
-    `names` are those of the photos; `spans` are (start, end) in characters of each answer. `batch_size` and `recompute`
-    are those of `explain`.
+    `names` are those of the photos; `spans` are (start, end) in characters of each answer. `passing` are `passes`
+    and `batch_size` of `explain`.
     """
-    passing = {"batch_size": batch_size, "recompute": recompute}
     if not quiet:
         passes = 2 + 2.2 * settings.num_samples * (1 + taps) + 2 * attention_map
         print(forecast(readings, passes), flush=True)

@@ -1,6 +1,6 @@
 """Where in a video the answer comes from: a map of each temporal patch, as a strip and as an animation.
 
-    Reading of a Video                  read: its temporal patches, of two frames each
+    Reading of a Video                  read_video: its temporal patches, of two frames each
       -> TokenMaps of each              explain: all from the same passes, pooled together
       -> strip, animation               draw_video
 
@@ -9,24 +9,30 @@ Shapes:  H, W  rows and columns of image tokens of a frame
 
 import functools
 import io
+import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
+from transformers.video_utils import VideoMetadata
 
 from common.files import decimal, output_folder
 from common.page import GAP, HEAD, MARGIN, PAGE, WIDTHS, Page, Paper, best_columns, header, panel_width, shrink
+from common.passes import passes_of
 from smooth_gradcam import (
     Look,
     Reading,
     Settings,
     TokenMaps,
-    Video,
+    answered,
+    check_family,
+    check_text,
     explain,
     find_target,
     get_model_layers,
-    read,
+    load_rgb,
+    prepare_inputs,
     render_cam,
     resolve_layers,
 )
@@ -45,9 +51,42 @@ from visualization_utils import (
     text_rows,
 )
 
-__all__ = ["create_video_maps", "draw_video", "animate", "strip_figure"]
+__all__ = ["Video", "create_video_maps", "read_video", "draw_video", "animate", "strip_figure"]
 STRIP_HEIGHT = 6.0  # inches that the frames of a strip take at most
 SIDE = 640  # pixels of an animation's longer side
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames in their order, each what `load_rgb` opens, all of one size; `fps` of them are a second."""
+
+    frames: Iterable
+    fps: float = 2.0
+
+    def __post_init__(self):
+        if not (isinstance(self.fps, (int, float)) and 0 < self.fps < math.inf):
+            raise ValueError(f"fps={self.fps!r} must be frames per second, above 0")
+        frames = tuple(map(load_rgb, self.frames))
+        if len(frames) < 2 or len({frame.size for frame in frames}) > 1:
+            sizes = ", ".join(f"{width} x {height}" for width, height in dict.fromkeys(frame.size for frame in frames))
+            raise ValueError(f"a video of {len(frames)} frames ({sizes}): give two or more, all of one size")
+        object.__setattr__(self, "frames", frames)
+
+
+def read_video(model, processor, video: Video, prompt: str, answer=None, max_new_tokens: int = 128) -> Reading:
+    """The same as `read` for a video, none of whose frames is left out: of each temporal patch, two frames, a map.
+
+    The photos of the reading are the first frame of each temporal patch.
+    """
+    check_family(model)
+    check_text("prompt", prompt)
+    count = len(video.frames)
+    metadata = VideoMetadata(total_num_frames=count, fps=video.fps, frames_indices=list(range(count)))
+    frames = np.stack([np.asarray(frame) for frame in video.frames])
+    given = {"videos": [frames], "video_metadata": [metadata], "fps": video.fps, "do_sample_frames": False}
+    inputs = prepare_inputs(model, processor, (), prompt, **given)
+    photos = video.frames[:: processor.video_processor.temporal_patch_size]
+    return answered(model, processor, photos, prompt, inputs, "video", answer, max_new_tokens)
 
 
 def animate(frames: Iterable[Image.Image], maps: list[np.ndarray], fps: float, look: Look = PLAIN) -> bytes:
@@ -128,8 +167,8 @@ def create_video_maps(
     (layer,) = resolve_layers([total // 2 if layer_idx is None else layer_idx], total)
     video, settings = Video(frames, fps), Settings(num_samples, noise_std, **settings)
     with output_folder(save_dir) as write:
-        reading = read(model, processor, video, prompt, answer, max_new_tokens)
+        reading = read_video(model, processor, video, prompt, answer, max_new_tokens)
         span = find_target(reading.answer, target, target_occurrence)
-        patches = explain(reading, [span], [layer], settings, show_progress(quiet))
+        patches = explain(reading, [span], [layer], settings, show_progress(quiet), passes=passes_of(settings.contrast))
         write(draw_video(reading, patches, layer, video, look, paper))
     return patches

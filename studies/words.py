@@ -40,14 +40,14 @@ from common.page import (
     text_width,
     wrap,
 )
+from common.passes import token_probabilities
 from smooth_gradcam import (
-    COLORMAPS,
     Look,
     Reading,
     Settings,
     TokenMaps,
     borrowed,
-    check_batch_size,
+    colour_table,
     explain,
     get_model_layers,
     is_word_character,
@@ -56,7 +56,6 @@ from smooth_gradcam import (
     occurrences,
     read,
     score_parts,
-    token_probabilities,
 )
 from visualization_utils import (
     PLAIN,
@@ -156,7 +155,7 @@ def map_words(reading: Reading, words, layers, settings: Settings, progress=None
 
 def compute_word_maps(
     model, processor, image, prompt: str, layers: Iterable[int | nn.Module],
-    *, words="content", answer=None, max_new_tokens=128, progress=None, batch_size=1, recompute=False, **settings,
+    *, words="content", answer=None, max_new_tokens=128, progress=None, batch_size=1, **settings,
 ) -> list[TokenMaps]:  # fmt: skip
     """The raw maps of each word of the answer, in its order: one forward per noisy copy serves all words and layers.
 
@@ -165,9 +164,8 @@ def compute_word_maps(
     `compute_token_maps`, which says what is raised; ValueError too for words that are not in the answer.
     """
     settings = Settings(**settings)
-    check_batch_size(batch_size)
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
-    return map_words(reading, words, layers, settings, progress, batch_size=batch_size, recompute=recompute)
+    return map_words(reading, words, layers, settings, progress, batch_size=batch_size)
 
 
 def word_tokens(reading: Reading, word_maps: list[TokenMaps]) -> tuple[list[list[float]], list[list[str]]]:
@@ -352,7 +350,7 @@ def page_data(
         "layers": list(given.maps),
         "settings": settings_text(given.settings),
         "look": {"colours": look.colormap, "opacity": look.opacity, "scale": look.scale},
-        "table": base64.b64encode(COLORMAPS[look.colormap].tobytes()).decode(),
+        "table": base64.b64encode(colour_table(look.colormap).tobytes()).decode(),
         "words": [
             {
                 "text": word.target,
@@ -420,7 +418,7 @@ def draw_words(
 def create_word_maps(
     model, processor, image, prompt, layer_range="auto", save_dir="cam_results_words",
     *, words="content", answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN,
-    paper=PAGE, batch_size=1, recompute=False, **settings,
+    paper=PAGE, batch_size=1, **settings,
 ):  # fmt: skip
     """A map of each word of the answer at each layer, all from one answer and one forward pass per noisy copy.
 
@@ -434,12 +432,11 @@ def create_word_maps(
     """
     check_drawing(look, paper)
     layers = select_layers(layer_range, get_model_layers(model)[1])
-    settings, passes = Settings(num_samples, noise_std, **settings), {"batch_size": batch_size, "recompute": recompute}
-    check_batch_size(batch_size)
+    settings = Settings(num_samples, noise_std, **settings)
     with output_folder(save_dir) as write:
         reading = read(model, processor, image, prompt, answer, max_new_tokens)
         photo = reading.photo  # there must be but one
-        word_maps = map_words(reading, words, layers, settings, show_progress(quiet), **passes)
+        word_maps = map_words(reading, words, layers, settings, show_progress(quiet), batch_size=batch_size)
         file_name = Path(image).name if isinstance(image, (str, Path)) else ""
         results, files = draw_words(photo, file_name, word_maps, *word_tokens(reading, word_maps), look, paper)
         write(files)

@@ -37,6 +37,7 @@ from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
 from common.checkpoint import load_model, load_processor  # noqa: E402
+from common.passes import token_probabilities  # noqa: E402
 from studies.decoder import covered_tokens  # noqa: E402
 
 DEMO, PUBLISHED = ("scenes", "flat", "crowded"), ("eyes", "words", "blurred", "sinks")
@@ -107,12 +108,12 @@ def probability(reading: core.Reading, span: tuple[int, int]) -> float:
     """Mean probability of the tokens of these characters of the answer."""
     with core.borrowed(reading.model):
         forced, (scored,) = core.score_parts(reading.inputs, reading.tokens, [reading.tokens_of(span)])
-        return float(core.token_probabilities(reading.model, forced, forced["pixel_values"][None], scored).mean())
+        return float(token_probabilities(reading.model, forced, forced["pixel_values"][None], scored).mean())
 
 
 def counts(reading: core.Reading, word: Word, without: Image.Image) -> bool:
     """Whether the word's probability falls by a quarter or more without its object."""
-    other = core.prepare_inputs(reading.model, reading.processor, without, reading.prompt)
+    other = core.prepare_inputs(reading.model, reading.processor, [without], reading.prompt)
     return probability(replace(reading, inputs=other), word.span) <= FALL * probability(reading, word.span)
 
 
