@@ -884,7 +884,8 @@ def noisy_passes(
                     yield part, own
             batch = []
     if count != settings.num_samples:
-        raise ValueError(f"progress={progress!r} yields {count} of {settings.num_samples} copies: it must yield all")
+        what = f"yields {count} copies in place of {settings.num_samples}: it must yield each of them once"
+        raise ValueError(f"progress={progress!r} {what}")
 
 
 # token maps
@@ -1021,6 +1022,7 @@ def compute_token_maps(
     they are. Threads may explain with one model: one pass waits for the other.
     """
     settings, layers = Settings(**settings), list(_listed(layers))
+    check_whole("batch_size", batch_size, 1)
     if settings.contrast is not None and target is None:
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
     if isinstance(image, (list, tuple)):
@@ -1152,6 +1154,7 @@ class SmoothQwenGradCAM:
         if "use_smooth" in options:
             raise TypeError("use_smooth is an argument of generate_cam")
         check_type("look", look or Look(), Look)
+        check_whole("batch_size", options.get("batch_size", 1), 1)
         others = inspect.signature(compute_token_maps).parameters
         Settings(num_samples, noise_std, **{name: value for name, value in options.items() if name not in others})
         self.model, self.processor, self.target_layer, self.options = model, processor, target_layer, options

@@ -222,6 +222,7 @@ def method_title(settings: Settings) -> str:
 
 def settings_text(settings: Settings, place: str | None = None) -> str:
     """How the maps were made, in one line; `place` is where they were read, the settings' own for None."""
+    settings = settings.settled()
     contrast = "" if settings.contrast is None else " minus the contrast's"
     noise = f"{settings.num_samples} noisy cop{'y' if settings.num_samples == 1 else 'ies'}, "
     noise += f"noise {settings.noise_std:g}, seed {settings.seed}"

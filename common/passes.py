@@ -141,7 +141,9 @@ def vision_kept(model):
 
 
 def _run_once(tower, run: Callable, seen: dict, pixels: Tensor, *args, **kwargs):
-    if any(module._forward_hooks or module._forward_pre_hooks for module in tower.modules()):
+    kinds = (kind for part in tower.modules() for kind in (part._forward_hooks, part._forward_pre_hooks))
+    names = [getattr(hook, "__qualname__", "") for kind in kinds for hook in kind.values()]
+    if not all(name.startswith("detached_norms") for name in names):  # those of this rule change no value
         return run(pixels, *args, **kwargs)
     state = id(tower), [parameter._version for parameter in tower.parameters()]
     if seen and seen["state"] == state and torch.equal(seen["pixels"], pixels):

@@ -120,8 +120,8 @@ class Row(NamedTuple):
 
 OURS = ("gradcam", "hirescam", "product")
 ROWS = {
-    **{name: Row("attnlrp", "input", core.METHODS[name]) for name in OURS},
-    **{f"{name}, plain gradients": Row("plain", "input", core.METHODS[name]) for name in OURS},
+    **{name: Row("attnlrp", "input", core.METHODS[name].formula) for name in OURS},
+    **{f"{name}, plain gradients": Row("plain", "input", core.METHODS[name].formula) for name in OURS},
     "Grad-CAM of the output": Row("plain", "output", paper),
     "ReLU'd gradients, halved": Row("plain", "post_attention_layernorm", positive_pooled_halved),
     "Grad-CAM++": Row("plain", "input", gradcam_plus_plus),

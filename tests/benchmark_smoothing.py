@@ -47,9 +47,9 @@ OTHERS = 20  # copies of the map that likeness compares with
 
 def copies_of_maps(reading, spans: dict, layer: int, settings: core.Settings) -> dict:
     """{(drawn, word): (copies, H, W)} raw maps of each noisy copy, one forward a copy; `spans` are the words'."""
-    words, taps, maps = list(spans), core.find_taps(reading.model, [layer], settings.tap), {}
+    words, taps, maps = list(spans), core.find_taps(reading.model, [layer], settings.settled().tap), {}
     with core.borrowed(reading.model):
-        for _, part, pairs in core.noisy_passes(reading, spans.values(), taps, settings):
+        for part, pairs in core.noisy_passes(reading, list(spans.values()), taps, settings.settled()):
             for method in DRAWN:
                 cam = core.token_map(layer, *pairs[layer], reading, method)
                 maps.setdefault((method, words[part]), []).append(cam.reshape(reading.grid))

@@ -2,7 +2,7 @@
 
 The pass alone (generation and loading aside), in turns; medians of the seconds a noisy copy takes, and the most memory
 beyond what was there before: plain forward passes of the same copies, and the map of the answer at the first layer, at
-six and at all, of which each has one copy at a time (1), as many as memory has room for (auto), and one at a time with
+six and at all, of which each has one copy at a time (1), four at a time (4), and one at a time with
 activations recomputed; without noise at all layers, with what the vision tower gave for the answer, and with a pass of
 its own. Of the demo model also the maps of one word and of all content words at all layers, which share their forwards.
 
@@ -12,12 +12,13 @@ vocabulary: a pass costs the same, but for the few positions that are read.
 
 import argparse
 import ctypes
+import functools
 import gc
 import platform
 import statistics
 import sys
 import time
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from common.checkpoint import load_model, load_processor  # noqa: E402
+from common.passes import recomputed, vision_kept  # noqa: E402
 from smooth_gradcam import Reading, Settings, explain, get_model_layers, read, score_parts  # noqa: E402
 from studies.words import choose_words  # noqa: E402
 from visualization_utils import spread  # noqa: E402
@@ -85,6 +87,13 @@ def memory(device: str, what: str) -> float:
     return int(line.split()[1]) / 2**20
 
 
+def explain_in(inside, reading: Reading, spans, layers, settings: Settings, batch_size: int, times: int = 1):
+    """The maps, so many times, in a context of the model."""
+    with inside(reading.model):
+        for _ in range(times):
+            explain(reading, spans, layers, settings, batch_size=batch_size)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -105,20 +114,19 @@ def main():
     answer, words = [(0, len(reading.answer))], choose_words(reading.answer, reading.spans, "content")
     total, settings = get_model_layers(model)[1], Settings(options.num_samples)
     layers = {"one layer": [0], "six layers": spread(range(total), 6), "all layers": range(total)}
-    ways = {"1": {}, "auto": {"batch_size": "auto"}, "1, recomputed": {"recompute": True}}
+    ways = {"1": (nullcontext, 1), "4": (nullcontext, 4), "1, recomputed": (recomputed, 1)}
     runs = {("forward", ""): lambda: forward_passes(reading, options.num_samples)}
     for name, chosen in layers.items():
-        for way, how in ways.items():
-            runs[name, way] = lambda chosen=chosen, how=how: explain(reading, answer, chosen, settings, **how)
+        for way, (inside, size) in ways.items():
+            runs[name, way] = functools.partial(explain_in, inside, reading, answer, chosen, settings, size)
     clean = Settings(use_smooth=False)
-    for way, again in {"1": False, "1, vision tower again": True}.items():
-        runs["without noise", way] = lambda again=again: [
-            explain(replace(reading, seen={}) if again else reading, answer, range(total), clean)
-            for _ in range(options.num_samples)
-        ]
+    for way, inside in {"1": vision_kept, "1, vision tower again": nullcontext}.items():
+        runs["without noise", way] = functools.partial(
+            explain_in, inside, reading, answer, range(total), clean, 1, options.num_samples
+        )
     if not shaped:
-        runs["one word", "auto"] = lambda: explain(reading, words[:1], range(total), settings, batch_size="auto")
-        runs["all words", "auto"] = lambda: explain(reading, words, range(total), settings, batch_size="auto")
+        runs["one word", "4"] = lambda: explain(reading, words[:1], range(total), settings, batch_size=4)
+        runs["all words", "4"] = lambda: explain(reading, words, range(total), settings, batch_size=4)
     explain(reading, answer, [0], Settings(use_smooth=False))  # warms up
     seconds, peaks = {run: [] for run in runs}, dict.fromkeys(runs, float("nan"))
     for _ in range(options.repeats):
@@ -138,7 +146,7 @@ def main():
     for (name, way), median in medians.items():
         print(f"| {name} | {way} | {median:.3f} | {median / plain:.1f} | {peaks[name, way]:.2f} |")
     if not shaped:
-        further = (medians["all words", "auto"] - medians["one word", "auto"]) / (len(words) - 1)
+        further = (medians["all words", "4"] - medians["one word", "4"]) / (len(words) - 1)
         print(f"\neach further word of {len(words)} / forward: {further / plain:.2f}")
 
 

@@ -21,7 +21,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from smooth_gradcam import read
+from smooth_gradcam import METHODS, read
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -149,3 +149,13 @@ def make_image(width, height):
     """Smooth random colours, the same for the same size."""
     coarse = np.random.default_rng(width * height).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def formula(monkeypatch):
+    """A function that gives a method another formula for the test."""
+
+    def replaced(name, other):
+        monkeypatch.setitem(METHODS, name, METHODS[name]._replace(formula=other))
+
+    return replaced

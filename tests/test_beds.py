@@ -77,7 +77,7 @@ def test_a_word_counts_whose_probability_falls_by_a_quarter(monkeypatch, scenes_
 
 def test_image_tokens_are_the_embeddings_of_the_words_that_the_colours_code(model, processor):
     grid = np.array([["dog", "sky", "sky"], ["sky", "bus", "grass"], ["sea", "empty", "dog"]], dtype=object)
-    inputs = core.prepare_inputs(model, processor, beds.coded(grid), "What is this?")
+    inputs = core.prepare_inputs(model, processor, [beds.coded(grid)], "What is this?")
     table, tokenizer = model.get_input_embeddings().weight, processor.tokenizer
     expected = torch.stack([table[tokenizer(f" {word}")["input_ids"]].mean(0) for word in grid.ravel()])
     handle = model.model.visual.register_forward_hook(beds.WordEyes(model, processor, 0), with_kwargs=True)
@@ -95,7 +95,7 @@ def test_image_tokens_are_the_embeddings_of_the_words_that_the_colours_code(mode
 
 
 def test_noise_of_the_words_is_a_share_of_their_spread_and_always_the_same(model, processor):
-    pixels = core.prepare_inputs(model, processor, beds.coded(np.full((10, 10), "sky", dtype=object)), "?")
+    pixels = core.prepare_inputs(model, processor, [beds.coded(np.full((10, 10), "sky", dtype=object))], "?")
     clean, noisy, again = (
         beds.WordEyes(model, processor, spread).embeddings(pixels["pixel_values"]) for spread in (0, 0.5, 0.5)
     )
@@ -159,8 +159,8 @@ def test_the_benchmarks_settings_are_the_methods(name):
     setting, generator = benchmark.NAMED[name], torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 3, 7, 5, generator=generator)
     heat = benchmark.weigh(*benchmark.FEATURES[setting.features](x, g), [setting.weights])[setting.weights]
-    torch.testing.assert_close(heat, torch.stack([METHODS[name](*pair) for pair in zip(x, g, strict=True)]))
-    settings = Settings(method=name)
+    torch.testing.assert_close(heat, torch.stack([METHODS[name].formula(*pair) for pair in zip(x, g, strict=True)]))
+    settings = Settings(method=name).settled()
     assert (settings.rules, settings.score, settings.tap) == (setting.rules, setting.score, setting.tap)
 
 

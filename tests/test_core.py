@@ -17,6 +17,7 @@ from pytorch_grad_cam import GradCAM
 from torch import nn
 
 import smooth_gradcam as core
+from common.passes import contrasted_passes, passes_of
 from smooth_gradcam import (
     ExplanationError,
     ExplanationWarning,
@@ -151,7 +152,7 @@ def test_the_length_of_a_token_does_not_change_its_map_if_gradients_make_up_for_
 
 
 def test_a_map_that_nothing_speaks_for_is_zero_and_finite():
-    for method in core.METHODS.values():
+    for method in (method.formula for method in core.METHODS.values()):
         assert method(torch.zeros(3, 2), torch.ones(3, 2)).tolist() == [0, 0, 0]
         assert method(torch.randn(1, 4), torch.zeros(1, 4)).tolist() == [0]
 
@@ -160,7 +161,7 @@ def test_a_map_that_nothing_speaks_for_is_zero_and_finite():
 def test_the_papers_formula_is_pytorch_grad_cams_on_the_same_tensor(model, processor, image, tap):
     """Of the summed logits of the whole answer with its end of turn, as generated; layers are read at their output."""
     found = compute_token_maps(model, processor, image, PROMPT, [0, 1, 2], **CLEAN, method="paper", tap=tap)
-    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, [image], PROMPT)
     tokens = [*processor.tokenizer(ANSWER)["input_ids"], processor.tokenizer.eos_token_id]
     begin, forced = inputs["input_ids"].shape[1], forced_by_hand(inputs, tokens)
     positions, (grid,) = core.image_grids(model, inputs)
@@ -205,11 +206,16 @@ def test_the_papers_score_of_a_word_has_no_end_of_turn(model, processor, image):
 
 @pytest.mark.parametrize("given", [{"rules": "detached"}, {"tap": "input"}, {"score": "logprob"}])
 def test_what_is_given_goes_before_the_methods_own(given):
-    settings = Settings(method="paper", **given)
+    settings = Settings(method="paper", **given).settled()
     (name,) = given
     assert getattr(settings, name) == given[name]
-    assert Settings().tap == "input"
-    assert (Settings().rules, Settings().score) == ("attnlrp", "logit")
+    usual = Settings().settled()
+    assert (usual.tap, usual.rules, usual.score) == ("input", "attnlrp", "logit")
+
+
+def test_another_method_has_its_own_tap_and_rules():
+    settings = replace(Settings(), method="paper").settled()
+    assert (settings.tap, settings.rules) == ("post_attention_layernorm", "plain")
 
 
 def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, oracles, processor, image):
@@ -219,7 +225,7 @@ def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, oracles, processor, 
         model, processor, image, PROMPT, [1], num_samples=3, noise_std=0.2, answer=ANSWER, rules="detached"
     )
     record.remove()
-    noise = torch.stack(copies) - core.prepare_inputs(model, processor, image, PROMPT)["pixel_values"]
+    noise = torch.stack(copies) - core.prepare_inputs(model, processor, [image], PROMPT)["pixel_values"]
     assert np.abs(np.corrcoef(noise.flatten(1)) - np.eye(3)).max() < 0.05  # three copies, each with noise of its own
     assert noise.std((1, 2)).tolist() == pytest.approx([0.2 / 0.268] * 3, rel=0.05)  # and no more in the last one
     one_by_one = [oracle(oracles["detached"], processor, image, 1, pixel_values=pixels) for pixels in copies]
@@ -228,8 +234,8 @@ def test_smooth_map_is_mean_of_the_noisy_copies_maps(model, oracles, processor, 
 
 def gradients_of(model, processor, image, layers, **settings):
     """{layer: (features, gradient)} of the answer without noise, and the rows of the image tokens."""
-    settings = Settings(**settings)
-    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    settings = Settings(**settings).settled()
+    inputs = core.prepare_inputs(model, processor, [image], PROMPT)
     tokens = core.tokenise(processor.tokenizer, ANSWER)
     forced, scored = core.score_parts(inputs, tokens, [range(len(tokens))])
     taps = core.find_taps(model, layers, settings.tap)
@@ -266,7 +272,7 @@ def test_gradient_agrees_with_finite_differences(model, processor, image, rules)
         handle.remove()
         return sum(logits[p, t].item() for p, t in zip(predicting, tokens, strict=True))
 
-    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, [image], PROMPT)
     tokens = processor.tokenizer(ANSWER)["input_ids"]
     forced = forced_by_hand(inputs, tokens)
     predicting = list(range(inputs["input_ids"].shape[1] - 1, forced["input_ids"].shape[1] - 1))
@@ -282,7 +288,7 @@ def test_teacher_forced_logits_are_those_of_generation(model, processor, image):
     record = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output[0].detach()))
     found = compute_token_maps(model, processor, image, PROMPT, [0], use_smooth=False, max_new_tokens=6)
     record.remove()
-    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, [image], PROMPT)
     config = model.config
     banned = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, "suppress_tokens": banned}
@@ -307,7 +313,7 @@ def test_tokens_behind_the_last_scored_one_are_left_out_and_change_nothing(model
     record = decoder(model)[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     found = compute_token_maps(model, processor, image, PROMPT, [1], **CLEAN, target=target, rules="detached")
     record.remove()
-    prompt = core.prepare_inputs(model, processor, image, PROMPT)["input_ids"].shape[1]
+    prompt = core.prepare_inputs(model, processor, [image], PROMPT)["input_ids"].shape[1]
     assert lengths == [prompt + found.target_tokens[-1]]
     scored = slice(found.target_tokens[0], found.target_tokens[-1] + 1)
     expected = oracle(oracles["detached"], processor, image, 1, scored=scored)  # with the whole answer
@@ -358,7 +364,7 @@ def test_attnlrps_rules_share_the_whole_score_out(make_model, processor, image):
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or ".o_proj." in name:
             torch.nn.init.zeros_(parameter)
-    inputs, layers = core.prepare_inputs(model, processor, image, PROMPT), decoder(model)
+    inputs, layers = core.prepare_inputs(model, processor, [image], PROMPT), decoder(model)
     taps = [core.Tap(i, layer, True) for i, layer in enumerate(layers)]
     with core.borrowed(model), core.attnlrp(model), core.captured(taps) as found:
         score = model(**inputs, use_cache=False).logits[0, -1, 5]
@@ -432,7 +438,7 @@ def test_frozen_norms_and_linear_maps_pass_on_all_of_the_output():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_frozen_norms_change_no_bit_of_the_logits(make_model, processor, image, dtype):
     model = make_model(dtype)
-    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, [image], PROMPT)
     expected = model(**inputs).logits
     with core.detached_norms(model):
         frozen = model(**inputs).logits
@@ -486,7 +492,7 @@ def test_module_that_is_a_norm_itself_or_lies_before_some_has_its_gradient(
     ((features, gradient),) = found.values()
     outputs = []
     record = find(oracles[rules]).register_forward_hook(lambda module, args, output: outputs.append(output))
-    inputs = core.prepare_inputs(oracles[rules], processor, image, PROMPT)
+    inputs = core.prepare_inputs(oracles[rules], processor, [image], PROMPT)
     answer = core.tokenise(processor.tokenizer, ANSWER)
     before = inputs["input_ids"].shape[1] - 1
     logits = oracles[rules](**forced_by_hand(inputs, answer)).logits[0]
@@ -656,8 +662,8 @@ def odd_one_out(features, gradients):
 @pytest.mark.parametrize("size", [(280, 168), (168, 280), (224, 224)], ids=["landscape", "portrait", "square"])
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("low", [False, True])
-def test_object_in_a_corner_is_found_in_that_corner(model, processor, monkeypatch, size, right, low):
-    monkeypatch.setitem(core.METHODS, "gradcam", odd_one_out)  # looks at the features alone: where is the strange one?
+def test_object_in_a_corner_is_found_in_that_corner(model, processor, formula, size, right, low):
+    formula("gradcam", odd_one_out)  # looks at the features alone: where is the strange one?
     photo = np.full((size[1], size[0], 3), 200, np.uint8)
     photo[:28, :28] = np.random.default_rng(0).integers(0, 256, (28, 28, 3))
     photo = photo[:: -1 if low else 1, :: -1 if right else 1].copy()
@@ -764,7 +770,7 @@ def test_end_of_turn_is_not_explained(model, processor, image, monkeypatch):
 
 def test_model_that_answers_nothing_is_told_of_answer(model, processor, image, monkeypatch):
     answering(monkeypatch, model, [processor.tokenizer.eos_token_id])
-    with pytest.raises(ExplanationError, match="answers with nothing.*answer="):
+    with pytest.raises(ExplanationError, match="answer is empty: .*answer="):
         compute_token_maps(model, processor, image, PROMPT, [0])
 
 
@@ -809,7 +815,7 @@ def test_target_is_scored_by_the_tokens_that_write_it(model, processor, image):
 # settings and bad arguments
 
 
-WHOLE, STD = "must be a whole number, {} or more", "must be 0 to 1 (0.15 is 15 % of the pixel range)"
+WHOLE, STD = "must be a whole number, {} or more, and below 2^63", "must be 0 to 1 (0.15 is 15 % of the pixel range)"
 
 
 @pytest.mark.parametrize(
@@ -817,7 +823,7 @@ WHOLE, STD = "must be a whole number, {} or more", "must be 0 to 1 (0.15 is 15 %
     [
         ("num_samples", 0, WHOLE.format(1)),
         ("num_samples", 2.5, WHOLE.format(1)),
-        ("num_samples", 2**63, "must be below 2^63"),
+        ("num_samples", 2**63, "must be a whole number, 1 or more, and below 2^63"),
         ("noise_std", -0.1, STD),
         ("noise_std", 1.01, STD),
         ("noise_std", float("nan"), STD),
@@ -825,23 +831,23 @@ WHOLE, STD = "must be a whole number, {} or more", "must be 0 to 1 (0.15 is 15 %
         ("noise_std", "0.1", STD),
         ("seed", -1, WHOLE.format(0)),
         ("seed", "a", WHOLE.format(0)),
-        ("seed", 2**63, "must be below 2^63"),
+        ("seed", 2**63, "must be a whole number, 0 or more, and below 2^63"),
         ("tap", "both", "must be one of input, output, post_attention_layernorm"),
         ("score", "loss", "must be one of logit, logprob"),
         ("method", "cam", "must be one of gradcam, hirescam, product, paper"),
         ("method", ["product"], "must be one of gradcam, hirescam, product, paper"),
         ("rules", "melted", "must be one of attnlrp, detached, plain"),
-        ("contrast", "", "must be a text that is not empty"),
-        ("contrast", " \n", "must be a text that is not empty"),
-        ("contrast", 5, "must be a text that is not empty"),
+        ("contrast", "", "must be a non-empty string"),
+        ("contrast", " \n", "must be a non-empty string"),
+        ("contrast", 5, "must be a non-empty string"),
         ("max_new_tokens", 0, WHOLE.format(1)),
-        ("max_new_tokens", 2**63, "must be below 2^63"),
-        ("target_occurrence", 2**63, "must be below 2^63"),
-        ("answer", "", "must be a text that is not empty"),
-        ("answer", [1, 2], "must be a text that is not empty"),
-        ("answer", "a<|im_end|>", "must be text that is not empty, without special tokens"),
-        ("prompt", "  ", "must be a text that is not empty"),
-        ("prompt", None, "must be a text that is not empty"),
+        ("max_new_tokens", 2**63, "must be a whole number, 1 or more, and below 2^63"),
+        ("target_occurrence", 2**63, "must be a whole number, 1 or more, and below 2^63"),
+        ("answer", "", "must be a non-empty string"),
+        ("answer", [1, 2], "must be a non-empty string"),
+        ("answer", "a<|im_end|>", "must be text without special tokens"),
+        ("prompt", "  ", "must be a non-empty string"),
+        ("prompt", None, "must be a non-empty string"),
         ("prompt", "a <|image_pad|>", "contains <|image_pad|>, which stands for a picture or a turn of the chat"),
         ("prompt", "a<|im_end|>", "contains <|im_end|>, which stands for a picture or a turn of the chat"),
         ("prompt", "a<|vision_pad|>", "contains <|vision_pad|>, which stands for a picture or a turn of the chat"),
@@ -864,8 +870,8 @@ def test_settings_are_fixed_once_they_are_checked():
         settings.noise_std = 5
     with pytest.raises(ValueError, match="noise_std=5 must be 0 to 1"):
         replace(settings, noise_std=5)
-    plain = {"num_samples": 1, "noise_std": 0, "seed": 0, "tap": "input", "score": "logit", "contrast": None}
-    plain |= {"method": "gradcam", "rules": "attnlrp"}
+    plain = {"num_samples": 1, "noise_std": 0, "seed": 0, "tap": None, "score": "logit", "contrast": None}
+    plain |= {"method": "gradcam", "rules": None}
     assert asdict(Settings()) == plain | {"num_samples": 10, "noise_std": 0.1}
     assert asdict(Settings(7, 0.3, use_smooth=False)) == asdict(Settings(7, 0)) == plain
 
@@ -897,9 +903,7 @@ def test_photo_of_hardly_any_image_tokens_is_warned_of(model, processor, recwarn
     found = compute_token_maps(model, processor, make_image(*size), PROMPT, [0], **CLEAN)
     assert found.maps[0].shape == (size[1] // 28, size[0] // 28)
     assert [(type(warning.message), str(warning.message)) for warning in recwarn] == (
-        [(ExplanationWarning, f"the photo is seen as {few} image tokens: so few cells tell hardly any places apart")]
-        if few
-        else []
+        [(ExplanationWarning, f"the photo is seen as {few} image tokens: too few to tell places apart")] if few else []
     )
 
 
@@ -925,7 +929,18 @@ def test_one_reading_serves_any_number_of_explanations(model, processor, image, 
         (None, layers[0], {"num_samples": 2}),
     ]
     alone = [
-        compute_token_maps(model, processor, image, PROMPT, at, target=part, answer=answer, max_new_tokens=6, **options)
+        compute_token_maps(
+            model,
+            processor,
+            image,
+            PROMPT,
+            at,
+            target=part,
+            answer=answer,
+            max_new_tokens=6,
+            passes=passes_of(options.get("contrast")),
+            **options,
+        )
         for part, at, options in jobs
     ]
     before = {name: value.clone() for name, value in reading.inputs.items()}
@@ -933,7 +948,7 @@ def test_one_reading_serves_any_number_of_explanations(model, processor, image, 
     monkeypatch.setattr(type(processor), "__call__", raising(AssertionError("reads again")))
     for (part, at, options), expected in zip(jobs, alone, strict=True):
         span = core.find_target(reading.answer, part)
-        (found,) = explain(reading, [span], at, Settings(**options))
+        (found,) = explain(reading, [span], at, Settings(**options), passes=passes_of(options.get("contrast")))
         assert values_of(found) == values_of(expected)
         assert any(cam.any() for cam in found.maps.values())
     assert reading.inputs.keys() == before.keys()
@@ -953,17 +968,18 @@ def test_reading_is_what_the_model_reads(model, processor, image):
 def test_several_parts_take_no_contrast(model, processor, image):
     reading = read(model, processor, image, PROMPT, ANSWER)
     with pytest.raises(ValueError, match="contrast='a' needs one part to take the place of, not 2"):
-        explain(reading, [(0, 3), (4, 7)], [0], Settings(contrast="a"))
+        explain(reading, [(0, 3), (4, 7)], [0], Settings(contrast="a"), passes=contrasted_passes)
+    with pytest.raises(ValueError, match="^contrast='a' needs passes=contrasted_passes of common/passes.py$"):
+        explain(reading, [(0, 3)], [0], Settings(contrast="a"))
 
 
 def test_parts_that_name_no_token_are_errors(model, processor, image):
     reading = read(model, processor, image, PROMPT, ANSWER)
-    with pytest.raises(ValueError, match=r"^spans=\[\] names no part of the answer"):
+    with pytest.raises(ValueError, match=r"^spans=\[\] has no part of the answer"):
         explain(reading, [], [0])
-    for span in ((3, 3), (30, 33)):
-        with pytest.raises(
-            ValueError, match=f"^the span {re.escape(str(span))} has no token in the answer '{ANSWER}'$"
-        ):
+    for span in ((3, 3), (30, 33), (5, 4), (-3, 3), (0, 14)):
+        message = f": {span} must be (start, end) in the 13 characters of the answer, with a token in it"
+        with pytest.raises(ValueError, match=f"^spans=.*{re.escape(message)}$"):
             explain(reading, [(0, 3), span], [0])
 
 
@@ -999,7 +1015,11 @@ def test_blank_layers_are_told_apart():
 
 
 def test_map_that_is_zero_everywhere_is_blank_but_has_a_gradient(model, processor, image, monkeypatch):
-    monkeypatch.setitem(core.METHODS, "gradcam", lambda features, gradients: 0 * core.gradcam(features, gradients))
+    monkeypatch.setitem(
+        core.METHODS,
+        "gradcam",
+        core.METHODS["gradcam"]._replace(formula=lambda features, gradients: 0 * core.gradcam(features, gradients)),
+    )
     found = compute_token_maps(model, processor, image, PROMPT, [1, 2], **CLEAN, tap="output")
     assert found.blank == {1: "zero everywhere", 2: "no gradient"}
     assert found.no_gradient == {2}
@@ -1018,7 +1038,7 @@ def raising(error):
 def test_out_of_memory_says_how_many_image_tokens(model, processor, image):
     handle = decoder(model)[2].register_forward_pre_hook(raising(torch.cuda.OutOfMemoryError("CUDA out of memory")))
     try:
-        with pytest.raises(RuntimeError, match="24 image tokens.*--max_pixels.*--num_samples does not"):
+        with pytest.raises(RuntimeError, match="24 image tokens: lower batch_size.*--max_pixels"):
             compute_token_maps(model, processor, image, PROMPT, [0], **CLEAN)
     finally:
         handle.remove()
@@ -1111,7 +1131,7 @@ def test_model_in_training_is_explained_in_evaluation(make_model, processor, ima
     expected = [compute_token_maps(model, processor, image, PROMPT, [0, 1], **each) for each in (CLEAN, answers)]
     model.train()
     with torch.random.fork_rng(), torch.no_grad():
-        inputs = core.prepare_inputs(model, processor, image, PROMPT)
+        inputs = core.prepare_inputs(model, processor, [image], PROMPT)
         assert not torch.equal(model(**inputs).logits, model(**inputs).logits)  # it does differ from one to the next
     found = [compute_token_maps(model, processor, image, PROMPT, [0, 1], **each) for each in (CLEAN, answers)]
     assert [values_of(one) for one in found] == [values_of(one) for one in expected]

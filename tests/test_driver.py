@@ -238,7 +238,7 @@ def test_raw_file_holds_what_the_pass_knows(raw, model_folder, image):
     processor = load_processor(str(model_folder), 10**6)
     prompt = str(file["prompt"])
     settings = {"num_samples": 2, "noise_std": 0.15, "seed": 5, "answer": ANSWER, "target": "red"}
-    expected = compute_token_maps(model, processor, image, prompt, [1], **settings, batch_size="auto")
+    expected = compute_token_maps(model, processor, image, prompt, [1], **settings)
     np.testing.assert_array_equal(file["maps"], expected.maps[1][None])
     assert file["maps"].dtype == np.float32
     assert tuple(file["grid"]) == expected.grid == (4, 6)
@@ -529,8 +529,7 @@ def test_noisy_copies_are_run_at_once_in_every_mode_that_has_them(drive, picture
         assert drive("--mode", mode, "--answer", ANSWER, "--num_samples", 3, *COPIES[mode], *flags)[0] == 0
         return pictures.copy()
 
-    assert (3, False) in passes()
-    assert (3, False) in passes("--batch_size", "auto")
+    assert (3, False) in passes("--batch_size", 3)
     assert max(passes("--batch_size", 1)) == (1, False)
     found = passes("--batch_size", 2, "--recompute")
     assert {(2, True), (1, True)} <= set(found)
@@ -548,10 +547,10 @@ def test_runs_of_evaluate_and_knockout_mode_are_eight_at_once_unless_told(drive,
             return usual(*args, **options)
 
         monkeypatch.setattr(module, name, spy)
-    for flags in ([], ["--batch_size", "auto"], ["--batch_size", "3"]):
+    for flags in ([], ["--batch_size", "3"]):
         assert drive(*EVALUATE, "--quiet", *flags)[0] == 0
         assert drive("--mode", "knockout", "--answer", ANSWER, "--quiet", *flags)[0] == 0
-    assert seen == [8, 8, 8, 8, 3, 3]
+    assert seen == [8, 8, 3, 3]
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -1099,8 +1098,8 @@ BAD = {  # flags: what the message says
     "--mode evaluate --compare --save_raw": "--save_raw cannot act beside --compare",
     "--mode evaluate --batch_size 0": "--batch_size 0 must be 1 or more",
     "--batch_size -2": "--batch_size -2 must be 1 or more",
-    "--batch_size all": "argument --batch_size: 'all' must be auto, or a whole number from 1 on",
-    "--batch_size 2.5": "argument --batch_size: '2.5' must be auto, or a whole number from 1 on",
+    "--batch_size all": "argument --batch_size: invalid int value: 'all'",
+    "--batch_size 2.5": "argument --batch_size: invalid int value: '2.5'",
     "--mode knockout --recompute": "--recompute acts in single, grid, multi, comparative, words, evaluate, flow mode",
     "--mode evaluate --baseline x": "argument --baseline: invalid choice: 'x'",
     "--mode evaluate --mask {bad}/none.png": "none.png does not exist",
@@ -1310,7 +1309,7 @@ def test_damaged_weights_are_refused_with_their_folder(drive, model_folder, tmp_
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)"), 2),
+        (ExplanationError("the model's answer is empty: give a text to explain with answer= (--answer)"), 2),
         (ExplanationError("the gradient at layer 3 is not finite: load the model as bfloat16 or float32"), 2),
         (RuntimeError("out of memory with 16000 image tokens: (--max_pixels)"), 1),
         (MemoryError(), 1),
@@ -1556,7 +1555,11 @@ def fail_with(error):
 
 
 def test_map_that_is_zero_everywhere_is_said_and_grey(drive, tmp_path, monkeypatch):
-    monkeypatch.setitem(core.METHODS, "hirescam", lambda features, gradients: torch.zeros(len(features)))
+    monkeypatch.setitem(
+        core.METHODS,
+        "hirescam",
+        core.METHODS["hirescam"]._replace(formula=lambda features, gradients: torch.zeros(len(features))),
+    )
     code, out, _ = drive("--layer", 2, "--method", "hirescam", "--answer", ANSWER)
     assert code == 0
     assert "layer 2 has no map (zero everywhere): its pictures are grey panels" in out
@@ -1569,7 +1572,7 @@ def test_warnings_take_one_line_each(drive):
     assert code == 0
     lines = err.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("test_gradcam.py: warning: the photo is seen as 2 x 1 image tokens: so few cells")
+    assert lines[0].startswith("test_gradcam.py: warning: the photo is seen as 2 x 1 image tokens: too few")
     assert lines[1].startswith("test_gradcam.py: warning: contrast='abcdefgh ijkl' has ")
 
 

@@ -16,6 +16,7 @@ from skimage.metrics import structural_similarity
 from test_core import decoder, raising, state_of, unruly
 from torch import nn
 
+from common.passes import passes_of
 from common.photos import load_mask
 from smooth_gradcam import (
     Settings,
@@ -250,7 +251,8 @@ def given(reading):
 
 
 def maps_of(reading, target, layers, settings=CLEAN, occurrence=1):
-    return explain(reading, [find_target(reading.answer, target, occurrence)], layers, settings)[0]
+    span, passes = find_target(reading.answer, target, occurrence), passes_of(settings.contrast)
+    return explain(reading, [span], layers, settings, passes=passes)[0]
 
 
 def with_maps(result, *cams, no_gradient=()):
@@ -647,9 +649,9 @@ def test_maps_of_a_stage_are_those_of_its_weights(lively, processor, image, stag
     reading = read(lively, processor, image, PROMPT, answer)
     layers = [0, lively.model.visual.merger, 2]
     result = maps_of(reading, "red", layers, settings, occurrence)
-    found = cascading_randomization(reading, result, stages=2)
+    found = cascading_randomization(reading, result, stages=2, passes=passes_of(settings.contrast))
     for (number, maps), stage in zip(list(found.items())[1:], list(stages), strict=True):
-        assert (maps.target, maps.settings) == ("red", settings)
+        assert (maps.target, maps.settings) == ("red", settings.settled())
         assert (maps.target_span, maps.target_tokens) == (result.target_span, result.target_tokens)
         layers[1] = stage.model.model.visual.merger
         expected = maps_of(read(stage.model, processor, image, PROMPT, answer), "red", layers, settings, occurrence)

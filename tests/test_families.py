@@ -21,10 +21,11 @@ import smooth_gradcam as core
 import test_gradcam
 from common.checkpoint import cap_pixels, load_model, load_processor
 from common.page import Paper
-from smooth_gradcam import Look, Settings, Video, compute_token_maps, explain, find_target, get_model_layers, read
+from common.passes import contrasted_passes, vision_kept, watched_passes
+from smooth_gradcam import Look, Settings, compute_token_maps, explain, find_target, get_model_layers, read
 from studies.decoder import token_groups
 from studies.faithfulness import insertion_deletion
-from studies.video import animate, create_video_maps, strip_figure
+from studies.video import Video, animate, create_video_maps, read_video, strip_figure
 from studies.words import create_word_maps
 
 PROMPT = "What is it?"
@@ -247,7 +248,13 @@ def autograd(model, reading, modules, answer, at_input=True):
 
 def found_by_core(reading, layers, **settings):
     pairs = {}
-    explain(reading, [(0, len(reading.answer))], layers, Settings(use_smooth=False, **settings), watch=pairs.update)
+    explain(
+        reading,
+        [(0, len(reading.answer))],
+        layers,
+        Settings(use_smooth=False, **settings),
+        passes=watched_passes(core.noisy_passes, pairs.update),
+    )
     return pairs
 
 
@@ -312,7 +319,7 @@ def map_by_hand(features, gradient, method):
 
 @pytest.mark.parametrize("method", core.METHODS)
 def test_maps_are_the_formulas_at_the_image_tokens(model, oracles, reading, method):
-    rules = Settings(method=method).rules
+    rules = Settings(method=method).settled().rules
     settings = Settings(use_smooth=False, method=method, tap="input")
     (found,) = explain(reading, [(0, len(reading.answer))], range(LAYERS), settings)
     answer = reading.tokens + [reading.processor.tokenizer.eos_token_id] * (method == "paper")
@@ -327,7 +334,7 @@ def test_maps_are_the_formulas_at_the_image_tokens(model, oracles, reading, meth
 def test_contrast_is_the_difference_of_two_answers(model, oracles, reading):
     span = find_target(reading.answer, "red")
     settings = Settings(use_smooth=False, contrast="cat", method="hirescam")
-    (found,) = explain(reading, [span], [1, 2], settings)
+    (found,) = explain(reading, [span], [1, 2], settings, passes=contrasted_passes)
     book, tokenizer = oracles["attnlrp"], reading.processor.tokenizer
     of_answer = {}
     for word in ("red", "cat"):  # what is said before the word is scored in both alike
@@ -354,7 +361,7 @@ def test_patches_of_a_token_lie_side_by_side_and_tokens_in_raster_order(model, p
     side = SIDES[family]
     photo = np.zeros((5 * side, 7 * side, 3), np.uint8)
     photo[2 * side : 3 * side, 5 * side : 6 * side] = 255
-    pixels = core.prepare_inputs(model, processor, core.load_rgb(photo), PROMPT)["pixel_values"]
+    pixels = core.prepare_inputs(model, processor, [core.load_rgb(photo)], PROMPT)["pixel_values"]
     bright = pixels.mean(1) > 0
     heat = bright.float().numpy()
     grid = core.to_grid("model.visual.blocks.0", heat, (5, 7), model.config.vision_config)
@@ -402,15 +409,16 @@ def test_vision_tower_runs_once_for_the_answer_and_the_map_without_noise(model, 
     side, tower, layers = SIDES[family], model.model.visual, [0, 1, LAYERS - 1]
     for photos in (image, [image, make_image(3 * side, 4 * side)]):
         with counted(tower) as calls:
-            generated = read(model, processor, photos, PROMPT, max_new_tokens=4)
-            span = find_target(generated.answer, None)
-            maps = explain(generated, [span], layers, Settings(noise_std=0))
-            assert len(calls) == 1
             counting = tower.forward
-            explain(generated, [span], [0], Settings(num_samples=2))
-            assert len(calls) == 3  # noisy copies are other pictures
+            with vision_kept(model):
+                generated = read(model, processor, photos, PROMPT, max_new_tokens=4)
+                span = find_target(generated.answer, None)
+                maps = explain(generated, [span], layers, Settings(noise_std=0))
+                assert len(calls) == 1
+                explain(generated, [span], [0], Settings(num_samples=2))
+                assert len(calls) == 3  # noisy copies are other pictures
             assert tower.forward is counting  # as accelerate's is
-            anew = explain(replace(generated, seen={}), [span], layers, Settings(noise_std=0))
+            anew = explain(generated, [span], layers, Settings(noise_std=0))
             assert len(calls) == 4
         for one, other in zip(maps, anew, strict=True):
             for layer in layers:
@@ -421,24 +429,25 @@ def test_vision_tower_runs_once_for_the_answer_and_the_map_without_noise(model, 
 def test_vision_tower_runs_again_where_it_or_its_hooks_may_say_otherwise(family, tokenizer, processor, image):
     model = make_random(family, tokenizer)
     tower, layers, clean = model.model.visual, [1], Settings(noise_std=0)
-    generated = read(model, processor, image, PROMPT, max_new_tokens=4)
-    spans = [find_target(generated.answer, None)]
-    (before,) = explain(generated, spans, layers, clean)
-    seen = []
-    record = tower.merger.register_forward_hook(lambda *_: seen.append(1))
-    explain(generated, spans, layers, clean)
-    record.remove()
-    assert seen == [1]
-    (merger,) = explain(generated, spans, [tower.merger], clean)
-    assert merger.maps["model.visual.merger"].any()
-    other = copy.deepcopy(model)
-    with counted(other.model.visual) as calls:
-        explain(replace(generated, model=other), spans, layers, clean)
-    assert calls
-    with torch.no_grad():
-        tower.patch_embed.proj.weight.mul_(-1)
-    (after,) = explain(generated, spans, layers, clean)
-    (anew,) = explain(replace(generated, seen={}), spans, layers, clean)
+    with vision_kept(model):
+        generated = read(model, processor, image, PROMPT, max_new_tokens=4)
+        spans = [find_target(generated.answer, None)]
+        (before,) = explain(generated, spans, layers, clean)
+        seen = []
+        record = tower.merger.register_forward_hook(lambda *_: seen.append(1))
+        explain(generated, spans, layers, clean)
+        record.remove()
+        assert seen == [1]
+        (merger,) = explain(generated, spans, [tower.merger], clean)
+        assert merger.maps["model.visual.merger"].any()
+        other = copy.deepcopy(model)
+        other.model.visual.patch_embed.proj.weight.data.mul_(-1)
+        (of_other,) = explain(replace(generated, model=other), spans, layers, clean)
+        with torch.no_grad():
+            tower.patch_embed.proj.weight.mul_(-1)
+        (after,) = explain(generated, spans, layers, clean)
+    (anew,) = explain(generated, spans, layers, clean)
+    np.testing.assert_array_equal(of_other.maps[1], anew.maps[1])
     assert np.abs(after.maps[1] - before.maps[1]).max() > 0
     np.testing.assert_array_equal(after.maps[1], anew.maps[1])
 
@@ -452,7 +461,7 @@ def test_the_rules_share_the_whole_score_out_but_for_what_deepstack_adds_behind(
     for name, parameter in model.named_parameters():
         if "language_model" in name and (name.endswith("bias") or ".o_proj." in name):
             nn.init.zeros_(parameter)
-    inputs, layers = core.prepare_inputs(model, processor, image, PROMPT), decoder(model)
+    inputs, layers = core.prepare_inputs(model, processor, [image], PROMPT), decoder(model)
     taps = [core.Tap(i, layer, True) for i, layer in enumerate(layers)]
     taps += [core.Tap(("out", i), layer, False) for i, layer in enumerate(layers)]
     with core.borrowed(model), core.attnlrp(model), core.captured(taps) as found:
@@ -649,7 +658,7 @@ def test_each_image_has_its_part_of_the_map_of_all_image_tokens(model, oracles, 
     found = explain(several, [(0, len(several.answer))], range(LAYERS), settings)
     assert [(one.image, one.grid) for one in found] == list(enumerate(SIZES))
     answer = several.tokens + [several.processor.tokenizer.eos_token_id] * (method == "paper")
-    book = oracles[settings.rules]
+    book = oracles[settings.settled().rules]
     expected = autograd(book, several, decoder(book), answer)
     for layer in range(LAYERS):
         cams = [one.maps[layer] for one in found]
@@ -699,7 +708,11 @@ def test_an_object_is_found_in_the_image_and_the_corner_where_it_is(model, proce
     photos = [np.full((rows * side, columns * side, 3), 128, np.uint8) for rows, columns in SIZES]
     photos[1][:side, -side:] = 255
     reading = read(model, processor, photos, PROMPT, ANSWER)
-    monkeypatch.setitem(core.METHODS, "hirescam", lambda a, g: (a - a.median(0).values).square().sum(-1))
+    monkeypatch.setitem(
+        core.METHODS,
+        "hirescam",
+        core.METHODS["hirescam"]._replace(formula=lambda a, g: (a - a.median(0).values).square().sum(-1)),
+    )
     settings = Settings(use_smooth=False, method="hirescam")
     cams = [one.maps["model.visual.patch_embed"] for one in explain(
         reading, [(0, 3)], [model.model.visual.patch_embed], settings
@@ -721,11 +734,11 @@ def test_a_list_of_one_image_is_that_image(model, processor, image):
 @pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 def test_what_is_made_for_one_image_refuses_several(model, processor, several, tmp_path):
     photos = list(several.photos)
-    with pytest.raises(ValueError, match="^3 images, and this is made for one photo: use read and"):
+    with pytest.raises(ValueError, match="^image has 3 photos, and this takes one: use read and"):
         compute_token_maps(model, processor, photos, PROMPT, [0])
-    with pytest.raises(ValueError, match="^3 images, and this"):
+    with pytest.raises(ValueError, match="^image has 3 photos, and this"):
         core.SmoothQwenGradCAM(model, processor, 0).generate_cam(photos, PROMPT)
-    message = "^the prompt has 3 images, and this is made for one photo: use read and explain$"
+    message = "^the prompt has 3 images, and this takes one photo: use read and explain$"
     with pytest.raises(ValueError, match=message):
         several.photo  # noqa: B018
     with pytest.raises(ValueError, match=message):
@@ -765,7 +778,7 @@ VIDEO_TEMPLATE = CHAT_TEMPLATE.replace("{% else %}{{ part", "{% elif part['type'
 def film(model, processor, frames):
     """Of four frames: two temporal patches of 5 x 7 tokens."""
     processor.chat_template = VIDEO_TEMPLATE
-    return read(model, processor, Video(frames), PROMPT, ANSWER)
+    return read_video(model, processor, Video(frames), PROMPT, ANSWER)
 
 
 @of_all
@@ -817,7 +830,7 @@ def test_every_frame_gets_noise_of_its_own(film, family, monkeypatch):
 
 @of_all
 def test_model_answers_to_a_video(model, processor, film):
-    found = read(model, processor, Video(film.photos, fps=1), PROMPT, max_new_tokens=3)
+    found = read_video(model, processor, Video(film.photos, fps=1), PROMPT, max_new_tokens=3)
     assert 1 <= len(found.tokens) <= 3
     assert len(found.grids) == 1
 
@@ -831,10 +844,10 @@ def test_bad_videos_are_named(model, processor, film, frames, image):
     for fps in (0, -1, float("inf"), float("nan"), "2"):
         with pytest.raises(ValueError, match=f"fps={fps!r} must be frames per second, above 0"):
             Video(frames, fps)
-    with pytest.raises(ValueError, match="^a video, and this is made for one photo: use read and explain"):
+    with pytest.raises(ValueError, match="^image of type Video must be a path"):
         compute_token_maps(model, processor, Video(frames), PROMPT, [0])
-    with pytest.raises(ValueError, match="^the prompt has a video, and this is made for one photo"):
-        read(model, processor, Video(frames[:2]), PROMPT, ANSWER).photo  # noqa: B018
+    with pytest.raises(ValueError, match="^the prompt has a video, and this takes one photo"):
+        read_video(model, processor, Video(frames[:2]), PROMPT, ANSWER).photo  # noqa: B018
     with pytest.raises(ValueError, match="must be uint8 .height, width, 3., RGB"):
         read(model, processor, np.stack([np.asarray(frame) for frame in frames]), PROMPT)
 
@@ -853,7 +866,7 @@ def test_strip_and_animation_show_each_temporal_patch(model, processor, film, fr
         assert (film_file.n_frames, film_file.size, film_file.info["loop"]) == (4, frames[0].size, 0)
         film_file.load()
         assert film_file.info["duration"] == 250
-    reading = read(model, processor, Video(frames, 4), PROMPT, ANSWER)
+    reading = read_video(model, processor, Video(frames, 4), PROMPT, ANSWER)
     page = strip_figure(reading, patches, LAYERS - 1, 4, Look(), Paper(width))
     np.asarray(page)  # drawn
     said = [text.get_text() for text in page.figure.texts]

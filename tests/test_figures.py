@@ -19,14 +19,13 @@ import test_gradcam
 import visualization_utils
 from common.files import write_files
 from common.page import WIDTHS, Page, Paper, excerpt, font_families, split_at_span, text_width, wrap
-from smooth_gradcam import Look, Settings, TokenMaps, colorize_cam, render_cam
+from smooth_gradcam import METHODS, Look, Settings, TokenMaps, colorize_cam, render_cam
 from studies.faithfulness import Faithfulness, comparison_rows, score_rows, side_by_side
 from studies.faithfulness_figures import draw_comparison, draw_faithfulness, draw_randomization
 from studies.randomization import randomization_rows
 from studies.video import create_video_maps
 from studies.words import create_word_maps, draw_words, page_data
 from visualization_utils import (
-    METHOD_NAMES,
     LayerPictures,
     comparative_layers,
     create_comparative_analysis,
@@ -398,7 +397,7 @@ def test_figures_of_measures_fit_on_page_and_column(size, width):
     maps = layered((size[1] // 28, size[0] // 28), range(28), answer=LONG)
     photo, result, paper = make_image(*size), measured(maps, 5), Paper(width)
     staged = {number: dataclasses.replace(maps) for number in (0, 4, 8, 12, 16, 20, 24, 28)}
-    four = {method: layered(maps.grid, [0, 5, 27], seed=i) for i, method in enumerate(METHOD_NAMES)}
+    four = {method: layered(maps.grid, [0, 5, 27], seed=i) for i, method in enumerate(METHODS)}
     together = side_by_side(four)
     compared = measured(together, 5)
     for figure in (

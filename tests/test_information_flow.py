@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from test_core import ANSWER, PROMPT, decoder, forced_by_hand, state_of, unruly
 
 from common.page import WIDTHS, Paper
+from common.passes import token_probabilities
 from smooth_gradcam import (
     ExplanationError,
     Settings,
@@ -23,7 +24,6 @@ from smooth_gradcam import (
     find_target,
     read,
     score_parts,
-    token_probabilities,
 )
 from studies import flow
 from studies.decoder import covered_tokens, token_groups

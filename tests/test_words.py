@@ -22,6 +22,7 @@ from test_core import (
 )
 
 import smooth_gradcam as core
+from common.passes import contrasted_passes
 from smooth_gradcam import (
     ExplanationWarning,
     Reading,
@@ -87,7 +88,7 @@ def test_one_forward_serves_all_words_and_layers(model, processor, image, words,
 def test_contrast_takes_one_forward_more(model, processor, image):
     forwards = []
     handle = model.register_forward_hook(lambda *_: forwards.append(1))
-    options = {"num_samples": 3, "answer": ANSWER, "target": "cat", "contrast": "dog"}
+    options = {"num_samples": 3, "answer": ANSWER, "target": "cat", "contrast": "dog", "passes": contrasted_passes}
     compute_token_maps(model, processor, image, PROMPT, [0, 1, 2], **options)
     handle.remove()
     assert len(forwards) == 2 * 3
@@ -96,7 +97,7 @@ def test_contrast_takes_one_forward_more(model, processor, image):
 @pytest.mark.parametrize("rules", ["detached", "plain"])
 @pytest.mark.parametrize("score", ["logit", "logprob"])
 def test_gradients_of_disjoint_parts_add_up_to_that_of_the_whole(model, processor, image, score, rules):
-    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, [image], PROMPT)
     tokens = core.tokenise(processor.tokenizer, ANSWER)
     taps = core.find_taps(model, [0, 1, 2, model.model.visual.blocks[0]], "input")
     whole, parts = [range(len(tokens))], [[0, 1, 2], [4, 3], range(5, 6), range(6, len(tokens))]
@@ -408,7 +409,7 @@ def oracles(model):
 
 def by_the_book(model, processor, image, layers, before, scored, score):
     """{layer: (features, gradient)} at the image tokens, of the `scored` tokens after others: full graph and logits."""
-    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, [image], PROMPT)
     ids = processor.tokenizer.convert_tokens_to_ids(before + scored + ["."])
     assert None not in ids
     output = model(**forced_by_hand(inputs, ids), output_hidden_states=True)
@@ -450,6 +451,7 @@ def test_contrast_is_the_difference_of_two_full_passes(
             "tap": "input",
             "target": target,
             "contrast": contrast,
+            "passes": contrasted_passes,
             "score": score,
             "rules": rules,
             "method": method,
@@ -457,7 +459,7 @@ def test_contrast_is_the_difference_of_two_full_passes(
         found = compute_token_maps(model, processor, image, PROMPT, layers, **CLEAN, **options)
         for cam, (features, one), (same, other) in zip(found.maps.values(), first, second, strict=True):
             np.testing.assert_allclose(features, same, atol=1e-9)
-            expected = core.METHODS[method](torch.as_tensor(features), torch.as_tensor(one - other))
+            expected = core.METHODS[method].formula(torch.as_tensor(features), torch.as_tensor(one - other))
             np.testing.assert_allclose(cam.ravel(), expected, rtol=1e-5, atol=1e-7)
         assert max(cam.max() for cam in found.maps.values()) > 1e-2
         assert not found.no_gradient
@@ -471,7 +473,7 @@ def test_word_in_its_own_place_has_no_gradient_anywhere(model, processor, image,
     layers = [0, 1, 2, decoder(model)[1].input_layernorm, model.model.visual.blocks[1], model.model.visual.merger]
     options = {"num_samples": 2, "answer": ANSWER, "method": method, "tap": tap}
     for target, score in (("red", "logit"), ("cat", "logprob"), ("red cat", "logprob"), ("猫", "logit")):
-        options |= {"target": target, "contrast": target, "score": score}
+        options |= {"target": target, "contrast": target, "passes": contrasted_passes, "score": score}
         found = compute_token_maps(model, processor, image, PROMPT, layers, **options)
         assert found.no_gradient == set(found.maps)
         assert len(found.maps) == 6
@@ -481,10 +483,22 @@ def test_word_in_its_own_place_has_no_gradient_anywhere(model, processor, image,
 def test_contrast_takes_the_place_of_the_occurrence_that_is_explained(model, processor, image):
     maps = []
     for occurrence in (1, 2):
-        options = CLEAN | {"answer": "cat the cat", "target": "cat", "contrast": "red", "target_occurrence": occurrence}
+        options = CLEAN | {
+            "answer": "cat the cat",
+            "target": "cat",
+            "contrast": "red",
+            "passes": contrasted_passes,
+            "target_occurrence": occurrence,
+        }
         maps.append(compute_token_maps(model, processor, image, PROMPT, [0], method="hirescam", **options).maps[0])
     assert not np.allclose(*maps, atol=1e-3)
-    options |= {"answer": "cat the cat", "target": "the cat", "contrast": "the red", "target_occurrence": 1}
+    options |= {
+        "answer": "cat the cat",
+        "target": "the cat",
+        "contrast": "the red",
+        "passes": contrasted_passes,
+        "target_occurrence": 1,
+    }
     # "the" is the same in both; its logits are those of the same positions: it cancels
     same = compute_token_maps(model, processor, image, PROMPT, [0], method="hirescam", **options).maps[0]
     np.testing.assert_allclose(same, maps[1], rtol=1e-5, atol=1e-7)
@@ -496,7 +510,7 @@ def test_contrast_in_the_vision_tower(model, processor):
     visual = model.model.visual
     image = make_image(196, 140)
     for contrast in ("car", "a"):  # longer and as long
-        options = CLEAN | {"target": "cat", "contrast": contrast, "method": "hirescam"}
+        options = CLEAN | {"target": "cat", "contrast": contrast, "passes": contrasted_passes, "method": "hirescam"}
         found = compute_token_maps(model, processor, image, PROMPT, [0, visual.merger, visual.blocks[0]], **options)
         maps = found.maps
         np.testing.assert_allclose(maps["model.visual.merger"], maps[0], rtol=1e-5)
@@ -504,13 +518,13 @@ def test_contrast_in_the_vision_tower(model, processor):
         assert min(cam.max() for cam in maps.values()) > 1e-3
         assert not found.no_gradient
     gradients = []
-    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, [image], PROMPT)
     taps = core.find_taps(model, [visual.blocks[0]], "input")
     for word in ("cat", "a"):
         tokens = core.tokenise(processor.tokenizer, f"the red {word}")
         forced, scored = core.score_parts(inputs, tokens, [range(5, len(tokens))])
         with core.borrowed(model):
-            (pairs,) = core.features_and_gradients(model, forced, taps, scored, Settings())
+            (pairs,) = core.features_and_gradients(model, forced, taps, scored, Settings().settled())
         gradients.append(pairs["model.visual.blocks.0"])
     (features, first), (_, second) = gradients
     heat = core.hirescam(features.float(), (first - second).float()).numpy()
@@ -522,9 +536,15 @@ def test_contrast_in_the_vision_tower(model, processor):
     ("options", "message"),
     [
         ({"contrast": "dog"}, "contrast='dog' needs a target"),
-        ({"target": "cat", "contrast": "dog<|im_end|>"}, r"contrast=.*dog<\|im_end\|>.* without special tokens"),
-        ({"target": "cat", "contrast": "<|image_pad|>"}, r"contrast=.* without special tokens"),
-        ({"target": "dog", "contrast": "cat"}, "target='dog' is not in the answer"),
+        (
+            {"target": "cat", "contrast": "dog<|im_end|>", "passes": contrasted_passes},
+            r"contrast=.*dog<\|im_end\|>.* without special tokens",
+        ),
+        (
+            {"target": "cat", "contrast": "<|image_pad|>", "passes": contrasted_passes},
+            r"contrast=.* without special tokens",
+        ),
+        ({"target": "dog", "contrast": "cat", "passes": contrasted_passes}, "target='dog' is not in the answer"),
     ],
 )
 def test_contrast_that_cannot_be_is_named(model, processor, image, options, message):
@@ -548,7 +568,13 @@ def test_contrast_that_cannot_be_is_named(model, processor, image, options, mess
 def test_contrast_of_another_length_is_warned_of(model, processor, image, recwarn, target, contrast, tokens):
     """Of more than twice or less than half the tokens."""
     reading = read(model, processor, image, PROMPT, ANSWER)
-    explain(reading, [find_target(ANSWER, target)], [0], Settings(use_smooth=False, contrast=contrast))
+    explain(
+        reading,
+        [find_target(ANSWER, target)],
+        [0],
+        Settings(use_smooth=False, contrast=contrast),
+        passes=contrasted_passes,
+    )
     expected = []
     if tokens:
         message = f"contrast={contrast!r} has {tokens[0]} tokens, the target {tokens[1]}: scores are sums over tokens, "
@@ -565,10 +591,10 @@ def test_contrast_of_another_length_is_warned_of(model, processor, image, recwar
     [
         (compute_word_maps, {"words": "all", "method": "product"}, None),
         (compute_word_maps, {"words": "cat", "rules": "plain"}, None),
-        (compute_token_maps, {"target": "cat", "contrast": "a dog"}, None),
+        (compute_token_maps, {"target": "cat", "contrast": "a dog", "passes": contrasted_passes}, None),
         (compute_token_maps, {"target": "cat", "target_occurrence": 1}, None),
         (compute_word_maps, {"words": "dog"}, ValueError),
-        (compute_token_maps, {"target": "cat", "contrast": "<|im_end|>"}, ValueError),
+        (compute_token_maps, {"target": "cat", "contrast": "<|im_end|>", "passes": contrasted_passes}, ValueError),
         (compute_token_maps, {"target": "cat", "target_occurrence": 9}, ValueError),
     ],
 )
@@ -596,7 +622,7 @@ def test_model_is_as_before_when_the_other_pass_fails(make_model, processor, ima
 
     decoder(model)[2].register_forward_pre_hook(stumble)
     before = state_of(model, image)
-    options = {"answer": ANSWER, "target": "cat", "contrast": "dog"}
+    options = {"answer": ANSWER, "target": "cat", "contrast": "dog", "passes": contrasted_passes}
     with pytest.raises(KeyError, match="stumble"):
         compute_token_maps(model, processor, image, PROMPT, [0, 2], **options)
     assert state_of(model, image) == before

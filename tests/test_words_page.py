@@ -14,7 +14,7 @@ import pytest
 from conftest import make_image
 from PIL import Image
 
-from smooth_gradcam import COLORMAPS, Look, Settings, TokenMaps, overlay_cam, render_cam, upsample_cam
+from smooth_gradcam import Look, Settings, TokenMaps, colour_table, overlay_cam, render_cam, upsample_cam
 from studies.words import page_data, words_page
 
 TEMPLATE = Path(__file__).parents[1] / "studies/words_page.html"
@@ -64,7 +64,7 @@ def make_data(
         "layers": list(layers),
         "settings": "Score: sum of the logits.",
         "look": {"colours": "plasma", "opacity": None, "scale": "map"},
-        "table": base64.b64encode(COLORMAPS["plasma"].tobytes()).decode(),
+        "table": base64.b64encode(colour_table("plasma").tobytes()).decode(),
         "words": [
             {
                 "text": word,
@@ -347,13 +347,13 @@ def test_colour_maps_and_their_bar_over_mid_grey(page):
         page.choose("colours", name)
         assert_same(page.pixels(), render_cam(photo, cams[1, 0], Look(name))[0])
         grey = np.full((1, 256, 3), 128, np.uint8)
-        assert_same(page.pixels("#bar canvas"), overlay_cam(grey, COLORMAPS[name][None], opacity), 0.7)
+        assert_same(page.pixels("#bar canvas"), overlay_cam(grey, colour_table(name)[None], opacity), 0.7)
 
 
 def test_page_opens_with_the_look_of_the_figures(page):
     look = Look("inferno", opacity=0.4, scale="all")
     given = {"colours": "inferno", "opacity": 0.4, "scale": "all"}
-    data, photo, cams = make_data(look=given, table=base64.b64encode(COLORMAPS["inferno"].tobytes()).decode())
+    data, photo, cams = make_data(look=given, table=base64.b64encode(colour_table("inferno").tobytes()).decode())
     page.open(data, "#word=1&layer=0")
     peak = max(cam.max() for cam in cams.values())
     assert_same(page.pixels(), render_cam(photo, cams[1, 0], look, peak)[0])

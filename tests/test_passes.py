@@ -1,6 +1,7 @@
-"""Noisy copies in batches, out of memory, and activations that are recomputed: the maps are those of copies alone."""
+"""Other ways to pass the model: in batches, contrasted, watched, recomputed; the maps are those of copies alone."""
 
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 
 import smooth_gradcam as core
+from common.passes import passes_of, recomputed, watched_passes
 from smooth_gradcam import Settings, SmoothQwenGradCAM, compute_token_maps, explain, find_target, get_model_layers, read
 from studies.flow import maps_and_gradients
 
 PROMPT = "What is it?"
 ANSWER = "the red cat 猫"
-SIZES = [1, 2, 3, 7, "auto"]
+SIZES = [1, 2, 3, 7]
 OUT = torch.cuda.OutOfMemoryError("CUDA out of memory")
 CPU_OUT = RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried")
 
@@ -48,7 +50,8 @@ CASES = {
 def maps_of(reading, case, copies=5, **how):
     spans, layers, options = CASES[case]
     layers = layers(reading.model) if callable(layers) else layers
-    return explain(reading, spans, layers, Settings(copies, 0.15, **options), **how)
+    passes = passes_of(options.get("contrast"))
+    return explain(reading, spans, layers, Settings(copies, 0.15, **options), passes=passes, **how)
 
 
 def assert_same(found, expected):
@@ -90,14 +93,16 @@ def test_maps_do_not_depend_on_the_batch_size_nor_on_recomputing(reading, case):
     for size in SIZES[1:]:
         assert_same(maps_of(reading, case, batch_size=size), expected)
     for size in (1, 3):
-        assert_same(maps_of(reading, case, batch_size=size, recompute=True), expected)
+        with recomputed(reading.model):
+            assert_same(maps_of(reading, case, batch_size=size), expected)
 
 
-@pytest.mark.parametrize("how", [{}, {"recompute": True}])
-def test_batches_of_one_are_the_passes_of_copies_alone_to_the_last_bit(reading, how):
+@pytest.mark.parametrize("way", [nullcontext, recomputed])
+def test_batches_of_one_are_the_passes_of_copies_alone_to_the_last_bit(reading, way):
     """Against a forward and a backward of each copy that know no batch."""
     settings, span = Settings(3, 0.2, rules="plain", method="paper", tap="input"), spans_of("cat")[0]
-    (found,) = explain(reading, [span], [1], settings, **how)
+    with way(reading.model):
+        (found,) = explain(reading, [span], [1], settings)
     forced, (scored,) = core.score_parts(reading.inputs, reading.tokens, [reading.tokens_of(span)])
     generator, cams = torch.Generator().manual_seed(0), np.zeros(reading.grid, np.float32)
     for _ in range(3):
@@ -121,8 +126,8 @@ def test_each_copy_has_the_noise_that_it_has_alone(reading):
         assert torch.equal(seen[size], seen[1])
 
 
-def test_batches_are_as_large_as_asked_and_even(reading):
-    for copies, size, expected in ((10, 7, [5, 5]), (7, 3, [3, 2, 2]), (5, 2, [2, 2, 1]), (4, 7, [4]), (3, 1, [1] * 3)):
+def test_batches_are_as_large_as_asked_but_for_the_last(reading):
+    for copies, size, expected in ((10, 7, [7, 3]), (7, 3, [3, 3, 1]), (4, 7, [4]), (3, 1, [1] * 3)):
         with Forwards(reading.model) as forwards:
             maps_of(reading, "gradcam", copies, batch_size=size)
         assert forwards.sizes == expected
@@ -137,13 +142,15 @@ def test_watch_sees_each_copy_and_part_as_if_alone(reading, case, size):
     """Of a batch part by part, of a part copy by copy; in the shapes of one copy."""
 
     def seen(size):
-        pairs = []
-        maps_of(reading, case, 4, watch=pairs.append, batch_size=size)
+        pairs, (spans, layers, options) = [], CASES[case]
+        layers, passes = layers(reading.model) if callable(layers) else layers, passes_of(options.get("contrast"))
+        watched = watched_passes(passes, pairs.append)
+        explain(reading, spans, layers, Settings(4, 0.15, **options), passes=watched, batch_size=size)
         return pairs
 
     parts = len(CASES[case][0])
     alone, found = seen(1), seen(size)
-    batches = {1: [[0], [1], [2], [3]], 2: [[0, 1], [2, 3]], 3: [[0, 1], [2, 3]]}.get(size, [[0, 1, 2, 3]])
+    batches = {1: [[0], [1], [2], [3]], 2: [[0, 1], [2, 3]], 3: [[0, 1, 2], [3]]}.get(size, [[0, 1, 2, 3]])
     order = [copy * parts + part for batch in batches for part in range(parts) for copy in batch]
     assert len(found) == len(alone) == 4 * parts
     for pairs, expected in zip(found, [alone[i] for i in order], strict=True):
@@ -156,37 +163,36 @@ def test_watch_sees_each_copy_and_part_as_if_alone(reading, case, size):
 def test_flow_is_the_same_in_batches(reading):
     span, settings = spans_of("cat")[0], Settings(5, 0.15)
     _, expected = maps_and_gradients(reading, span, settings)
-    _, found = maps_and_gradients(reading, span, settings, batch_size=3, recompute=True)
+    with recomputed(reading.model):
+        _, found = maps_and_gradients(reading, span, settings, batch_size=3)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_progress_counts_copies_that_are_done(reading, size):
-    events = []
+def test_progress_counts_each_copy_once(reading, size):
+    copies = []
+    maps_of(reading, "parts", 5, progress=lambda numbers: map(copies.append, numbers), batch_size=size)
+    assert copies == list(range(5))
 
-    def progress(copies):
-        for copy in copies:
-            yield copy
-            events.append(copy)
 
-    maps_of(reading, "parts", 5, progress=progress, batch_size=size, watch=lambda pairs: events.append("pass"))
-    assert [event for event in events if event != "pass"] == list(range(5))
-    assert events.index(0) >= 3  # not before all parts of the first
+@pytest.mark.parametrize("progress", [lambda copies: [], lambda copies: list(copies)[1:], lambda copies: [*copies, 9]])
+def test_progress_that_loses_or_adds_copies_is_an_error(reading, progress):
+    with pytest.raises(ValueError, match="^progress=.* yields [024] copies in place of 3: it must yield each"):
+        maps_of(reading, "gradcam", 3, progress=progress)
 
 
 def test_documented_entries_take_batches(model, processor, image):
     options = {"answer": ANSWER, "num_samples": 3}
     expected = compute_token_maps(model, processor, image, PROMPT, [1], **options)
     with Forwards(model) as forwards:
-        how = {"batch_size": "auto", "recompute": True}
-        found = compute_token_maps(model, processor, image, PROMPT, [1], **options, **how)
+        found = compute_token_maps(model, processor, image, PROMPT, [1], **options, batch_size=4)
         cam = SmoothQwenGradCAM(model, processor, 1, 3, 0.1, answer=ANSWER, batch_size=2)
         cam.generate_cam(image, PROMPT)
     assert forwards.sizes == [3, 2, 1]
     assert_same([found, cam.result], [expected] * 2)
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.5, "all", None, "8", 2**63])
+@pytest.mark.parametrize("size", [0, -1, 2.5, "auto", None, "8", 2**63])
 def test_bad_batch_size_is_named_before_anything_runs(model, processor, image, reading, size):
     with Forwards(model) as forwards:
         for function in (
@@ -210,58 +216,14 @@ def test_layer_that_has_no_rows_for_each_copy_is_named(reading):
 
 
 @pytest.mark.parametrize("error", [OUT, CPU_OUT], ids=["cuda", "cpu"])
-@pytest.mark.parametrize("case", ["parts", "modules", "contrast"])
-def test_out_of_memory_halves_the_batch_and_loses_no_copy(reading, case, error):
-    expected, watched, copies = maps_of(reading, case, 7), [], []
-
-    def progress(numbers):
-        for number in numbers:
-            yield number
-            copies.append(number)
-
-    how = {"batch_size": 7, "watch": watched.append, "progress": progress}
-    with Forwards(reading.model, lambda _, copies: error if copies > 2 else None) as forwards:
-        found = maps_of(reading, case, 7, **how)
-    assert forwards.sizes == [7, 3] + [1] * (14 if case == "contrast" else 7)
-    assert len(watched) == 7 * len(CASES[case][0])
-    assert copies == list(range(7))
-    assert_same(found, expected)
-
-
-def test_out_of_memory_later_on_keeps_the_copies_that_are_done(reading):
-    """Memory that another program takes: the second batch fails, and does not go back to the first."""
-    expected = maps_of(reading, "parts", 8)
-    with Forwards(reading.model, lambda number, _: OUT if number == 2 else None) as forwards:
-        assert_same(maps_of(reading, "parts", 8, batch_size=4), expected)
-    assert forwards.sizes == [4, 4, 2, 2]
-
-
-@pytest.mark.parametrize("fails", [1, 2, 3])
-def test_out_of_memory_in_a_backward_repeats_no_part(reading, monkeypatch, fails):
-    """Of three parts those whose backward is through are kept: only what is missing is run again, in halves."""
-    expected, backward, calls, watched = maps_of(reading, "parts", 4), torch.autograd.grad, [], []
-
-    def grad(outputs, *args, **options):
-        calls.append(len(outputs))
-        if len(calls) == fails:
-            raise OUT
-        return backward(outputs, *args, **options)
-
-    monkeypatch.setattr(torch.autograd, "grad", grad)
-    with Forwards(reading.model) as forwards:
-        found = maps_of(reading, "parts", 4, batch_size=4, watch=watched.append)
-    assert forwards.sizes == [4, 2, 2]
-    assert calls == [4] * fails + [2] * (2 * (4 - fails))
-    assert len(watched) == 12
-    assert_same(found, expected)
-
-
-def test_out_of_memory_with_one_copy_is_explained(reading):
-    with Forwards(reading.model, lambda *_: OUT) as forwards:
-        with pytest.raises(RuntimeError, match="24 image tokens.*--recompute.*nor does --batch_size") as caught:
-            maps_of(reading, "gradcam", 6, batch_size=6)
-        assert isinstance(caught.value.__cause__, torch.cuda.OutOfMemoryError)
-    assert forwards.sizes == [6, 3, 1]
+def test_out_of_memory_says_what_to_do(reading, error):
+    with (
+        Forwards(reading.model, lambda *_: error) as forwards,
+        pytest.raises(RuntimeError, match="^out of memory with 24 image tokens: lower batch_size") as caught,
+    ):
+        maps_of(reading, "gradcam", 6, batch_size=6)
+    assert caught.value.__cause__ is error
+    assert forwards.sizes == [6]
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(reading):
@@ -272,62 +234,6 @@ def test_other_errors_are_not_taken_for_lack_of_memory(reading):
     ):
         maps_of(reading, "gradcam", 6, batch_size=6)
     assert forwards.sizes == [6]
-
-
-# auto
-
-
-def test_auto_takes_what_fits_into_half_of_the_free_memory(reading, monkeypatch):
-    taps = core.find_taps(reading.model, [0], "input")
-    need = core.kept_bytes(reading.model, taps, 40)
-    for free, expected in ((0, 1), (need, 1), (2.5 * need, 2), (3.5 * need, 3), (1000 * need, 4)):
-        monkeypatch.setattr(core, "free_memory", lambda device, free=free: free)
-        assert core.Room(reading.model, "auto", need).size == expected
-        assert core.Room(reading.model, 7, need).size == 7
-    assert core.kept_bytes(reading.model, core.find_taps(reading.model, [2], "input"), 40) == need / 3
-    assert core.kept_bytes(reading.model, core.find_taps(reading.model, modules(reading.model), "input"), 40) > need
-
-
-def test_free_memory_is_less_than_all_memory():
-    free = core.free_memory(torch.device("cpu"))
-    assert 0 < free < 2**50
-    assert core.free_memory(torch.device("meta")) == free
-
-
-class Cuda:
-    """A device of 1000 bytes, of which 200 are taken and each copy takes 190."""
-
-    def __init__(self, monkeypatch):
-        self.copies, self.resets = 0, 0
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 1000))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 200 + 190 * self.copies)
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
-
-    def reset(self, device):
-        self.resets += 1
-
-
-def test_auto_on_a_gpu_measures_the_first_copy_alone(reading, monkeypatch):
-    """800 bytes are free, a tenth of them to spare: three copies of 190."""
-    cuda, expected = Cuda(monkeypatch), maps_of(reading, "parts", 8)
-    usual = core.Room.__init__
-
-    def room(self, model, asked, need):
-        usual(self, model, asked, need)
-        self.size, self.peaks = 1, {torch.device("cuda"): 0}
-
-    monkeypatch.setattr(core.Room, "__init__", room)
-
-    def note(number, copies):
-        cuda.copies = copies
-
-    with Forwards(reading.model, note) as forwards:
-        found = maps_of(reading, "parts", 8, batch_size="auto")
-    assert forwards.sizes == [1, 3, 2, 2]
-    assert cuda.resets == 1
-    assert_same(found, expected)
 
 
 # recomputing
@@ -341,10 +247,11 @@ def test_recomputing_leaves_the_model_as_it_was(model, reading):
     for error in (None, KeyError("stumble")):
         with Forwards(model, lambda *_, error=error: error) as forwards:
             if error is None:
-                maps_of(reading, "modules", 2, recompute=True)
+                with recomputed(model):
+                    maps_of(reading, "modules", 2)
             else:
-                with pytest.raises(KeyError):
-                    maps_of(reading, "modules", 2, recompute=True)
+                with pytest.raises(KeyError), recomputed(model):
+                    maps_of(reading, "modules", 2)
         assert forwards.sizes
         assert [dict(vars(layer)) for layer in layers] == before
         assert hooks == [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
@@ -355,14 +262,15 @@ def test_recomputing_runs_each_layer_from_the_first_tap_on_once_more(reading):
     inside, runs = [layer.self_attn for layer in get_model_layers(reading.model)[0]], []
     handles = [module.register_forward_hook(lambda *_, i=i: runs.append(i)) for i, module in enumerate(inside)]
     try:
-        explain(reading, spans_of("cat"), [1], Settings(use_smooth=False), recompute=True)
+        with recomputed(reading.model):
+            explain(reading, spans_of("cat"), [1], Settings(use_smooth=False))
     finally:
         for handle in handles:
             handle.remove()
     assert runs == [0, 1, 2, 2, 1]
 
 
-def kept_by(reading, recompute):
+def kept_by(reading, way):
     """Bytes that the graph of one copy keeps."""
     kept = {}
 
@@ -373,14 +281,15 @@ def kept_by(reading, recompute):
     weights = {parameter.untyped_storage().data_ptr() for parameter in reading.model.parameters()}
     taps = core.find_taps(reading.model, [0], "input")
     forced, targets = core.score_parts(reading.inputs, reading.tokens, [[0]])
-    with core.borrowed(reading.model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        list(core.features_and_gradients(reading.model, forced, taps, targets, Settings(), recompute))
+    settings, unpacked = Settings().settled(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with core.borrowed(reading.model), way(reading.model), unpacked:
+        list(core.features_and_gradients(reading.model, forced, taps, targets, settings))
     return sum(size for place, size in kept.items() if place not in weights)
 
 
 def test_recomputing_keeps_a_fraction_of_the_activations(make_model, processor, image):
     reading = read(make_model(torch.float32, layers=8), processor, image, PROMPT, ANSWER)
-    assert 0 < kept_by(reading, True) < kept_by(reading, False) / 4
+    assert 0 < kept_by(reading, recomputed) < kept_by(reading, nullcontext) / 4
 
 
 def test_recomputing_works_where_accelerate_brings_the_weights(make_model, processor, image):
@@ -388,6 +297,7 @@ def test_recomputing_works_where_accelerate_brings_the_weights(make_model, proce
     options = {"answer": ANSWER, "num_samples": 3, "batch_size": 2}
     expected = compute_token_maps(make_model(), processor, image, PROMPT, [0, 2], **options)
     away = accelerate.cpu_offload(make_model(), execution_device=torch.device("cpu"))
-    found = compute_token_maps(away, processor, image, PROMPT, [0, 2], **options, recompute=True)
+    with recomputed(away):
+        found = compute_token_maps(away, processor, image, PROMPT, [0, 2], **options)
     assert_same([found], [expected])
     assert all(parameter.is_meta for parameter in get_model_layers(away)[0].parameters())
