@@ -54,8 +54,8 @@ from smooth_gradcam import (
     load_rgb,
     opacity_of,
     overlay_cam,
-    render_cam,
     render_heatmap,
+    render_overlay,
     resolve_layers,
 )
 
@@ -155,7 +155,7 @@ def draw_layer(
     if layer in token_maps.blank:
         return grey_panel(*photo.size, f"{token_maps.blank[layer]}:\nno map")
     cam, peak = token_maps.maps[layer], peak_of(token_maps, layer, look, strongest)
-    return render_cam(photo, cam, look, peak)[0] if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
+    return render_overlay(photo, cam, look, peak) if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
 
 
 class LayerPictures(Mapping):
