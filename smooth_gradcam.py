@@ -25,13 +25,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import InitVar, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
@@ -227,57 +226,81 @@ class TokenMaps:
 # photo
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # for EPS, Pillow would start Ghostscript
+BAND = 2**20  # pixels of a picture that are worked on at once
+LARGE = 25_000_000  # pixels from which on a photo is made smaller before the processor gets it
+
+
 def load_rgb(image) -> Image.Image:
     """Open a photo the right way up, as RGB.
 
-    `image` is a path, a PIL image of any mode, which is left as it is, or a uint8 array (height, width, 3). EXIF
-    rotation is applied, transparency is laid on white, 16-bit and float grey values are scaled to 8 bits, of an
-    animated file the first frame is taken. Raises ValueError for what is no image, or has no pixels.
+    `image` is a path (JPEG, PNG, WebP, GIF, BMP, TIFF, MPO, PPM or AVIF, whatever the file is called), a PIL image of
+    8 bits a channel or 16 bits of grey, or a uint8 array (height, width, 3). EXIF rotation is applied, transparency is
+    laid on white, of an animated file the first frame is taken. The caller's image is left as it is, and given back if
+    there is nothing to change. Raises ValueError for what is no image, has no pixels, or does not say what is white.
     """
+    image = open_image(image)
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image)
+        image = Image.fromarray((grey // 257 + (grey % 257 > 128)).astype(np.uint8))  # white is 65535 = 257 * 255
+    if image.mode in "IF":
+        raise ValueError(f"the image has grey values of mode {image.mode}: scale them to 8 bits (see common/photos.py)")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    white = Image.new("RGB", image.size)
+    for columns in column_bands(image.height, image.width):
+        box = (columns.start, 0, columns.stop, image.height)
+        part = image.crop(box).convert("RGBA")
+        white.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), box)
+    return white
+
+
+def open_image(image) -> Image.Image:
+    """What `load_rgb` opens, the right way up, in the mode that it has."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"an image array of {image.dtype} {image.shape} must be uint8 (height, width, 3), RGB")
         return Image.fromarray(image)
+    if isinstance(image, (str, os.PathLike)):
+        return _open_file(os.fspath(image))
     if not isinstance(image, Image.Image):
-        if not isinstance(image, (str, os.PathLike)):
-            raise ValueError(f"image of type {type(image).__name__} must be a path, a PIL image or a uint8 array")
-        image = _open_image(os.fspath(image))
+        raise ValueError(f"image of type {type(image).__name__} must be a path, a PIL image or a uint8 array")
     if not all(image.size):
         raise ValueError(f"the image has {image.width} x {image.height} pixels: there is nothing to explain")
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        return _scale_grey(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    if getattr(image, "tile", None) and image.format not in (*FORMATS, "MPO"):  # not loaded yet
+        raise ValueError(f"the image is of format {image.format}, not one of {', '.join(FORMATS)}: load it first")
+    if isinstance(image, ImageFile.ImageFile) or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return ImageOps.exif_transpose(image)  # a copy: a file may be closed
+    return image
 
 
-def _open_image(path: str) -> Image.Image:
-    if Path(path).exists() and not Path(path).is_file():
+def _open_file(path: str) -> Image.Image:
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113  (Path's raise for a very long name)
         raise ValueError(f"{path} is a folder, a pipe or a device, not an image file")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as exc:
-        missing = isinstance(exc, FileNotFoundError)
-        why = "does not exist" if missing else f"cannot be read as an image (empty, truncated or not one?): {exc}"
-        raise ValueError(f"the image {path} {why}") from exc
+        with open(path, "rb", opener=_without_waiting) as file, Image.open(file, formats=FORMATS) as image:
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError as exc:
+        raise ValueError(f"the image {path} does not exist") from exc
+    except Image.DecompressionBombError as exc:
+        raise ValueError(f"the image {path} is too large: {exc}") from exc
+    except Exception as exc:  # Pillow raises anything for a damaged file
+        why = " ".join(str(exc).split()) or type(exc).__name__
+        raise ValueError(f"the image {path} cannot be read as an image (empty, truncated or not one?): {why}") from exc
 
 
-def _scale_grey(image: Image.Image) -> Image.Image:
-    values = np.asarray(image, dtype=np.float32)
-    scales = {"F": [1.0, 255.0, 65535.0], "I": [255.0, 65535.0]}.get(image.mode, [65535.0])  # what is white
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= scales[-1]):  # nan is neither
-        raise ValueError(f"the image has grey values {low:g} to {high:g}: they must be finite, 0 to {scales[-1]:g}")
-    white = next(scale for scale in scales if high <= scale)
-    for scale in scales[: scales.index(white)]:
-        if np.mean(values <= scale) > 0.99:  # the rest would turn it all but black
-            raise ValueError(f"the image has a few grey values up to {high:g}, nearly all up to {scale:g}: clip them")
-    return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # what has become a pipe meanwhile does not block
+
+
+def column_bands(height: int, width: int) -> list[slice]:
+    """The columns of a picture, about BAND pixels at a time, so that what is made of them fits beside a large photo.
+
+    OpenCV rounds alike only where bands begin at a multiple of its vectors, PyTorch where none is narrower than 128.
+    """
+    step = max(128, BAND // height // 64 * 64)
+    edges = [*range(0, max(width - step, 0) + 1, step), width]
+    return [slice(*ends) for ends in zip(edges, edges[1:], strict=False)]
 
 
 def add_noise(
@@ -406,7 +429,8 @@ def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, 
     places = [{"type": "video"}] if video else [{"type": "image"}] * len(photos)
     chat = [{"role": "user", "content": [*places, {"type": "text", "text": prompt}]}]
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    inputs = dict(processor(text=[text], **(video or {"images": list(photos)}), return_tensors="pt"))
+    given = video or {"images": [_reduced(photo, processor.image_processor) for photo in photos]}
+    inputs = dict(processor(text=[text], **given, return_tensors="pt"))
     if "mm_token_type_ids" in accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
         ids = inputs["input_ids"]
         types = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
@@ -414,6 +438,16 @@ def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, 
     device = model.get_input_embeddings().weight.device
     device = "cpu" if device.type == "meta" else device  # weights that accelerate offloads
     return {name: value.to(device) for name, value in inputs.items() if torch.is_tensor(value)}
+
+
+def _reduced(photo: Image.Image, image_processor) -> Image.Image:
+    """A photo of up to LARGE pixels as it is; a larger one at four times the processor's cap or more.
+
+    The processor makes several copies of what it gets before it makes it smaller itself.
+    """
+    count = photo.width * photo.height
+    factor = math.isqrt(count // (4 * image_processor.size["longest_edge"])) if count > LARGE else 1
+    return photo.reduce(factor) if factor > 1 else photo
 
 
 def accepted(model) -> Iterable[str]:
@@ -1114,6 +1148,17 @@ def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float | np.nd
     return cv2.blendLinear(photo, heatmap, 1 - alpha, alpha)
 
 
+def upsampled_bands(cam: np.ndarray, size: tuple[int, int], how: str) -> Iterator[tuple[slice, np.ndarray]]:
+    """(columns, `upsample_cam` in them) from left to right, the same values as at once."""
+    height, width = size
+    bands = column_bands(height, width)
+    if len(bands) > 1:  # bilinear weights go along the rows first, and then, with the columns as they are, down
+        cam = upsample_cam(cam, (len(cam), width), how)
+    for columns in bands:
+        part = cam[:, columns] if len(bands) > 1 else cam
+        yield columns, upsample_cam(part, (height, columns.stop - columns.start), how)
+
+
 def render_heatmap(
     cam: np.ndarray,
     size: tuple[int, int],
@@ -1121,7 +1166,25 @@ def render_heatmap(
     peak: float | None = None,  # noqa: B008  (it is frozen)
 ) -> np.ndarray:
     """The colours of a raw (H, W) map at `size` = (height, width) pixels, full at `peak` or its maximum: uint8 RGB."""
-    return colorize_cam(upsample_cam(normalize_cam(cam, peak), size, look.upsample), look.colormap)
+    picture = np.empty((*size, 3), np.uint8)
+    for columns, share in upsampled_bands(normalize_cam(cam, peak), size, look.upsample):
+        picture[:, columns] = colorize_cam(share, look.colormap)
+    return picture
+
+
+def render_overlay(
+    image,
+    cam: np.ndarray,
+    look: Look = Look(),
+    peak: float | None = None,  # noqa: B008
+) -> np.ndarray:
+    """The photo under the colours of `render_heatmap`, of the photo's own size: uint8 RGB."""
+    photo = load_rgb(image)
+    picture = np.empty((photo.height, photo.width, 3), np.uint8)
+    for columns, share in upsampled_bands(normalize_cam(cam, peak), picture.shape[:2], look.upsample):
+        below = np.asarray(photo.crop((columns.start, 0, columns.stop, photo.height)))
+        picture[:, columns] = overlay_cam(below, colorize_cam(share, look.colormap), opacity_of(share, look))
+    return picture
 
 
 def render_cam(
@@ -1131,10 +1194,8 @@ def render_cam(
     peak: float | None = None,  # noqa: B008
 ) -> tuple[np.ndarray, np.ndarray]:
     """(superimposed, heatmap) of a raw (H, W) map, uint8 RGB arrays (height, width, 3) of the photo's own size."""
-    photo = np.asarray(load_rgb(image))
-    share = upsample_cam(normalize_cam(cam, peak), photo.shape[:2], look.upsample)
-    heatmap = colorize_cam(share, look.colormap)
-    return overlay_cam(photo, heatmap, opacity_of(share, look)), heatmap
+    photo = load_rgb(image)
+    return render_overlay(photo, cam, look, peak), render_heatmap(cam, photo.size[::-1], look, peak)
 
 
 class SmoothQwenGradCAM:

@@ -40,10 +40,10 @@ import transformers
 from PIL import Image
 
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, resolve_device
-from common.files import other_files, output_folder, to_csv, write_files
+from common.files import other_files, output_folder, text_lines, to_csv, write_files
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
-from common.photos import load_mask, load_photo, object_mask
+from common.photos import load_mask, load_photo, object_mask, open_photo, readable
 from smooth_gradcam import (
     ExplanationError,
     ExplanationWarning,
@@ -97,11 +97,12 @@ def single_layer_visualization(
     check_drawing(look, paper)
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    photo = open_photo(image)
     with output_folder(save_dir) as write:
-        token_maps = compute_token_maps(model, processor, image, prompt, [layer], **settings)
-        result, files = draw_single(image, token_maps, look, paper)
+        token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
+        result, files = draw_single(photo, token_maps, look, paper)
         write(files)
-    return result | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
+    return dict(result) | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
 
 
 def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
@@ -169,24 +170,19 @@ def asked_by(args: argparse.Namespace) -> list[Asked]:
     """What is to be read: a photo, several, or the list of --answers. Raises ValueError naming flag, file and line."""
     if args.answers is None:
         paths = args.photos
-        names = [Path(path).name for path in paths]
-        names = names if len(set(names)) == len(names) else paths
+        names = [readable(Path(path).name) for path in paths]
+        names = names if len(set(names)) == len(names) else [readable(path) for path in paths]
         photos = map(load_photo, paths)
         return [Asked(name, photo, args.prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
     path, found = Path(args.answers), []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ValueError(f"--answers {path} cannot be read: {exc}") from exc
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"--answers {path}, line {number}"
-            record = read_record(line, where)
-            try:
-                photo = load_photo(str(path.parent / record["image"]))
-            except ValueError as exc:
-                raise ValueError(f"{where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
-            found.append(Asked(record["image"], photo, record["prompt"], record["answer"], where))
+    for number, line in text_lines(path, "--answers "):
+        where = f"--answers {path}, line {number}"
+        record = read_record(line, where)
+        try:
+            photo = load_photo(str(path.parent / record["image"]))
+        except ValueError as exc:
+            raise ValueError(f"{where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
+        found.append(Asked(readable(record["image"]), photo, record["prompt"], record["answer"], where))
     if not found:
         raise ValueError(f"--answers {path} is empty: give lines of {RECORD}")
     return found
@@ -316,7 +312,7 @@ def run_list(args: argparse.Namespace) -> Done:
         if args.mode == "evaluate":
             files, lines = benchmark_photo(asked, reading, layers, mask)
         else:
-            files, lines = explain_readings(asked, [reading], [item.image.name], layers, mask)
+            files, lines = explain_readings(asked, [reading], [readable(item.image.name)], layers, mask)
         about = {
             "name": item.name,
             "image": str(item.image),
@@ -479,7 +475,7 @@ def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
     from studies.words import draw_words, map_words, name_words, word_tokens
 
     word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet), **passing(args))
-    measured, name = word_tokens(reading, word_maps), Path(args.image_path).name
+    measured, name = word_tokens(reading, word_maps), readable(Path(args.image_path).name)
     files = draw_words(reading.photo, name, word_maps, *measured, **drawing(args))[1]
     lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
     for layer in layers:

@@ -43,6 +43,7 @@ from common.page import (
     small_print,
 )
 from common.passes import passes_of
+from common.photos import open_photo
 from smooth_gradcam import (
     METHODS,
     Look,
@@ -53,11 +54,10 @@ from smooth_gradcam import (
     colorize_cam,
     compute_token_maps,
     get_model_layers,
-    load_rgb,
     opacity_of,
     overlay_cam,
-    render_cam,
     render_heatmap,
+    render_overlay,
     resolve_layers,
 )
 
@@ -151,7 +151,7 @@ def draw_layer(
     if layer in token_maps.blank:
         return grey_panel(*photo.size, f"{token_maps.blank[layer]}:\nno map")
     cam, peak = token_maps.maps[layer], peak_of(token_maps, layer, look, strongest)
-    return render_cam(photo, cam, look, peak)[0] if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
+    return render_overlay(photo, cam, look, peak) if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
 
 
 class LayerPictures(Mapping):
@@ -378,14 +378,13 @@ def _layer_files(results: dict, folder: str = "") -> dict[str, object]:
 def draw_single(
     image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE
 ) -> tuple[dict, dict[str, object]]:
-    """One layer's ({"superimposed", "heatmap", "cam"}, {file name: content})."""
-    photo = load_rgb(image)
+    """One layer's (LayerPictures, {file name: content})."""
+    photo = open_photo(image)
     ((layer, result),) = layer_pictures(photo, token_maps, look).items()
-    result = dict(result)
     return result, {
-        "original_image.png": np.asarray(photo),
-        "heatmap.png": result["heatmap"],
-        "superimposed_result.png": result["superimposed"],
+        "original_image.png": photo,
+        "heatmap.png": functools.partial(result.__getitem__, "heatmap"),
+        "superimposed_result.png": functools.partial(result.__getitem__, "superimposed"),
     } | paper.figure("visualization", functools.partial(panel_figure, photo, token_maps, layer, look, paper))
 
 
@@ -397,16 +396,16 @@ def _draw_layers(photo, token_maps: TokenMaps, name: str, look: Look, paper: Pap
 
 def draw_grid(image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE) -> tuple[dict, dict[str, object]]:
     """Of all maps ({layer: LayerPictures}, {file name: content})."""
-    return _draw_layers(load_rgb(image), token_maps, "layer_comparison_grid", look, paper)
+    return _draw_layers(open_photo(image), token_maps, "layer_comparison_grid", look, paper)
 
 
 def draw_multilayer(
     image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE
 ) -> tuple[dict, dict[str, object]]:
     """As `draw_grid`, always with heatmaps, with the photo, and under the names of the multi-layer mode."""
-    photo, paper = load_rgb(image), replace(paper, heatmaps=True)
+    photo, paper = open_photo(image), replace(paper, heatmaps=True)
     results, files = _draw_layers(photo, token_maps, "all_layers_comparison", look, paper)
-    return results, {"original_image.png": np.asarray(photo)} | files
+    return results, {"original_image.png": photo} | files
 
 
 def draw_comparative(
@@ -416,7 +415,7 @@ def draw_comparative(
 
     Each third has a folder with a grid of its own; `comparative_analysis.png` stands over the three.
     """
-    photo, title = load_rgb(image), method_title(token_maps.settings)
+    photo, title = open_photo(image), method_title(token_maps.settings)
     results = layer_pictures(photo, token_maps, look)
     draw = functools.partial(layers_figure, photo, token_maps, look=look, paper=paper)
     heading = f"{title}: early, middle and late layers"
@@ -454,9 +453,10 @@ def create_layer_comparison_grid(
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings["passes"] = passes_of(settings.get("contrast"))
+    photo = open_photo(image)
     with output_folder(save_dir) as write:
-        token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
-        results, files = draw_grid(image, token_maps, look, paper)
+        token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
+        results, files = draw_grid(photo, token_maps, look, paper)
         write(files)
     return results
 
@@ -474,9 +474,10 @@ def visualize_multiple_layers(
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings["passes"] = passes_of(settings.get("contrast"))
+    photo = open_photo(image)
     with output_folder(save_dir) as write:
-        token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
-        results, files = draw_multilayer(image, token_maps, look, paper)
+        token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
+        results, files = draw_multilayer(photo, token_maps, look, paper)
         write(files)
     return results
 
@@ -497,8 +498,9 @@ def create_comparative_analysis(
     layers = [layer for part in thirds.values() for layer in part]
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings["passes"] = passes_of(settings.get("contrast"))
+    photo = open_photo(image)
     with output_folder(save_dir, thirds) as write:
-        token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
-        results, files = draw_comparative(image, token_maps, thirds, look, paper)
+        token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
+        results, files = draw_comparative(photo, token_maps, thirds, look, paper)
         write(files)
     return results

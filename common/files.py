@@ -7,8 +7,11 @@ import io
 import os
 import shutil
 import signal
+import stat
+import struct
 import threading
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,14 +20,48 @@ from signal import SIGINT, SIGTERM
 import numpy as np
 from PIL import Image
 
-__all__ = ["decimal", "other_files", "output_folder", "to_csv", "write_files"]
+__all__ = ["decimal", "open_regular", "other_files", "output_folder", "text_lines", "to_csv", "write_files"]
 
-DPI = 200  # of pictures
+LARGEST, LONGEST = 2**30, 2**24  # bytes of a list, and of a line
+DPI, LEVEL = 200, 4  # of pictures
+LARGE = 25_000_000  # pixels of a picture that is written row by row
 STAGING = ".smooth-gradcam-"  # with the process' number behind it, the folder for files that are not finished
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+# what is read
+
+
+def open_regular(path) -> io.BufferedReader:
+    """Open a file to read its bytes. Raises ValueError for a folder, a device, and a pipe, which could block."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  (a path may be text)
+        raise ValueError("it is a folder, a pipe or a device")
+    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+
+
+def text_lines(path, flag: str = "") -> Iterator[tuple[int, str]]:
+    """(number, line) of a text in UTF-8 from 1 on, without blank lines. Raises ValueError, naming flag and path.
+
+    A list of LARGEST bytes, or with a line of LONGEST, is refused: it would fill the memory.
+    """
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST:
+                raise ValueError(f"it has more than {LARGEST >> 20} MB")
+            for number, line in enumerate(iter(functools.partial(file.readline, LONGEST + 1), b""), 1):
+                if len(line) > LONGEST:
+                    raise ValueError(f"line {number} has more than {LONGEST >> 20} MB")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield number, text
+    except (OSError, ValueError) as exc:
+        raise ValueError(f"{flag}{path} cannot be read: {exc}") from exc
+
+
+# what is written
 
 
 def decimal(value: float, digits: int = 2) -> str:
@@ -46,37 +83,68 @@ def to_csv(rows: list[dict]) -> str:
 _DRAWING = threading.Lock()  # matplotlib draws in one thread at a time
 
 
-def _encode(name: str, content) -> bytes:
+def _encode(content) -> bytes:
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, str):
+        return content.encode(errors="backslashreplace")  # in JSON an escape, of a path that is not UTF-8
+    buffer = io.BytesIO()
+    if isinstance(content, dict):
+        np.savez_compressed(buffer, **content)
+    else:  # as small as level 6, in half the time
+        content = np.asarray(content) if isinstance(content, Image.Image) else content
+        Image.fromarray(content).save(buffer, "PNG", dpi=(DPI, DPI), compress_level=LEVEL)
+    return buffer.getvalue()
+
+
+def _is_large(content) -> bool:
+    if isinstance(content, Image.Image):
+        return content.width * content.height > LARGE
+    return isinstance(content, np.ndarray) and content.size > 3 * LARGE
+
+
+def _write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
+    """A large RGB picture, some rows at a time: Pillow would copy all of it first."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    whole = isinstance(picture, Image.Image)
+    width, height = picture.size if whole else picture.shape[1::-1]
+    packer, above, step = zlib.compressobj(LEVEL), np.zeros((1, 3 * width), np.uint8), 2**20 // width + 1
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)))
+        file.write(chunk(b"pHYs", struct.pack(">IIB", round(DPI / 0.0254), round(DPI / 0.0254), 1)))
+        for top in range(0, height, step):
+            rows = picture.crop((0, top, width, min(top + step, height))) if whole else picture[top : top + step]
+            rows = np.vstack([above, np.asarray(rows).reshape(-1, 3 * width)])
+            above = rows[-1:]
+            filtered = np.insert(rows[1:] - rows[:-1], 0, 2, axis=1)  # 2: less the row above
+            file.write(chunk(b"IDAT", packer.compress(filtered.tobytes())))
+        file.write(chunk(b"IDAT", packer.flush()) + chunk(b"IEND", b""))
+
+
+def _stage(path: Path, name: str, content) -> None:
     if callable(content):  # a picture that is drawn only now, so that not all of them are in memory at once
         with _DRAWING:
             content = content()
             if hasattr(content, "vector"):
                 suffix = Path(name).suffix[1:]
                 content = np.asarray(content) if suffix == "png" else content.vector(suffix)
-    if isinstance(content, bytes):
-        return content
-    if isinstance(content, str):
-        return content.encode()
-    buffer = io.BytesIO()
-    if isinstance(content, dict):
-        np.savez_compressed(buffer, **content)
-    else:  # as small as level 6, in half the time
-        Image.fromarray(content).save(buffer, "PNG", dpi=(DPI, DPI), compress_level=4)
-    return buffer.getvalue()
-
-
-def _stage(path: Path, name: str, content) -> None:
-    data = _encode(name, content)
+            if _is_large(content):
+                return _stage(path, name, content)  # the next is drawn once it is written
+    data = None if _is_large(content) else _encode(content)
     try:
         (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_bytes(data)
+        _write_png(path / name, content) if data is None else (path / name).write_bytes(data)
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(path).free / 1e6
+        takes, free = len(data or ()) or (path / name).stat().st_size, shutil.disk_usage(path).free
         raise OSError(
-            f"no space left for {name} in {path.parent}: it takes {len(data) / 1e6:.1f} MB, {free:.1f} MB are free"
+            f"no space left for {name} in {path.parent}: it takes {takes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         ) from exc
+    return None
 
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
@@ -162,10 +230,10 @@ def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_di
         with output_folder("cam_results/grid") as write:
             paths = write({"heatmap.png": picture})
 
-    A content is a uint8 RGB array (.png), a dictionary of arrays (.npz), a text, or a function that gives one of them
-    or a `Page` (.png, .pdf, .svg), called when its file's turn comes. Files are written to a staging folder in the
-    folder and then moved into place all at once: a failure, Ctrl-C or SIGTERM leaves nothing behind. Nothing is ever
-    removed but this staging folder, such folders of runs that were killed, and empty folders that this run made;
+    A content is a uint8 RGB array or PIL image (.png), a dictionary of arrays (.npz), a text, or a function that gives
+    one of them or a `Page` (.png, .pdf, .svg), called when its file's turn comes. Files are written to a staging folder
+    in the folder and then moved into place all at once: a failure, Ctrl-C or SIGTERM leaves nothing behind. Nothing is
+    ever removed but this staging folder, such folders of runs that were killed, and empty folders that this run made;
     nothing is replaced but files of the names that are written. `subfolders` are those that the names will need;
     errors call the folder `name`.
 

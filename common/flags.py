@@ -304,7 +304,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     for flag, text in texts + [("image_path", path) for path in args.image_path]:
         if text is not None and not text.strip():
             raise ValueError(f"--{flag} {text!r} is empty: give a {'path' if flag in PATH_FLAGS else 'text'}")
-        if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+        if text is not None and flag not in PATH_FLAGS and any("\ud800" <= c <= "\udfff" for c in text):
             raise ValueError(f"--{flag} {text!r} is not valid text in the terminal's encoding")
         if text is not None and flag in PATH_FLAGS:
             check_path(flag, text)

@@ -1,36 +1,74 @@
 """Photos and masks as people have them, beyond what `load_rgb` of the core opens."""
 
+import os
 import re
-from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
-from smooth_gradcam import load_rgb
+from common.files import open_regular
+from smooth_gradcam import load_rgb, open_image
 
-__all__ = ["load_mask", "load_photo", "object_mask"]
+__all__ = ["load_mask", "load_photo", "object_mask", "open_photo", "readable"]
 MAX_ASPECT = 200  # beyond it the processor refuses a photo
-HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of the files that phones write
+AVIF = {b"avif", b"avis"}  # brands that a file of the HEIF family may name
+HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1", b"miaf"}
 
 
-# photo, folder, device
+# photos
+
+
+def open_photo(image) -> Image.Image:
+    """What `load_rgb` opens, and grey values of 32 bits or floating point, as RGB.
+
+    White is the first of 1 (of floating point), 255 and 65535 that no value exceeds. Raises ValueError for a HEIC file,
+    which Pillow cannot read, and for what is no image.
+    """
+    try:
+        opened = open_image(image)
+    except ValueError as exc:
+        kind = heif_kind(image) if isinstance(image, (str, os.PathLike)) else None
+        if kind is None:
+            raise
+        raise ValueError(f"{image} is {kind} photo: convert it to JPEG, e.g. with pillow-heif") from exc
+    return scale_grey(opened) if opened.mode in "IF" else load_rgb(opened)
+
+
+def heif_kind(path: str | os.PathLike) -> str | None:
+    """ "a HEIC" or "an AVIF" of a file whose brands say so, if Pillow does not know them."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(512)
+    except (OSError, ValueError):
+        return None
+    length = int.from_bytes(head[:4], "big")  # of the first box: major brand, version, compatible brands
+    brands = {head[i : i + 4] for i in (8, *range(16, min(length, len(head)), 4))} if head[4:8] == b"ftyp" else set()
+    if brands & AVIF:
+        return None if features.check("avif") else "an AVIF"
+    return "a HEIC" if brands & HEIC else None
+
+
+def scale_grey(image: Image.Image) -> Image.Image:
+    """A picture of one channel of 32 bits, in mode I or F, as RGB: see `open_photo`."""
+    values = np.asarray(image, dtype=np.float32)
+    scales = [1.0, 255.0, 65535.0] if image.mode == "F" else [255.0, 65535.0]  # what is white
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= scales[-1]):  # nan is neither
+        raise ValueError(f"the image has grey values {low:g} to {high:g}: they must be finite, 0 to {scales[-1]:g}")
+    white = next(scale for scale in scales if high <= scale)
+    for scale in scales[: scales.index(white)]:
+        if np.mean(values <= scale) > 0.99:  # the rest would turn it all but black
+            raise ValueError(f"the image has a few grey values up to {high:g}, nearly all up to {scale:g}: clip them")
+    return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
 def load_photo(path: str) -> Image.Image:
     """The photo as RGB, the right way up. Raises ValueError if it is none or far too long for the processor."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", path):
         raise ValueError(f"--image_path {path[:100]} is an address: download the photo, and give its file")
-    if Path(path).is_file():
-        try:
-            with Path(path).open("rb") as file:
-                head = file.read(12)
-        except OSError as exc:
-            raise ValueError(f"--image_path {path} cannot be read: {exc.strerror}") from exc
-        if head[4:8] == b"ftyp" and head[8:12] in HEIC:
-            raise ValueError(f"--image_path {path} is a HEIC photo: convert it to JPEG, e.g. with pillow-heif")
     try:
-        photo = load_rgb(path)
+        photo = open_photo(path)
     except ValueError as exc:
         raise ValueError(f"--image_path: {exc}") from exc
     if max(photo.size) > MAX_ASPECT * min(photo.size):
@@ -39,12 +77,17 @@ def load_photo(path: str) -> Image.Image:
     return photo
 
 
+def readable(path: str) -> str:
+    r"""The path as text: bytes of a name that is not UTF-8 as \xff and the like."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def load_mask(mask, size: tuple[int, int]) -> np.ndarray:
     """The object's pixels, bool (height, width): where a path or PIL image is lighter than mid grey.
 
     Raises ValueError if its size is not the photo's (width, height), or if nothing or everything is the object.
     """
-    image = load_rgb(mask)
+    image = open_photo(mask)
     if image.size != size:
         raise ValueError(
             f"the mask has {image.width} x {image.height} pixels, the photo {size[0]} x {size[1]}: they must be equal"

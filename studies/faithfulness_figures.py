@@ -24,12 +24,12 @@ from common.page import (
     shrink,
     small_print,
 )
+from common.photos import open_photo
 from smooth_gradcam import (
     METHODS,
     Look,
     Reading,
     TokenMaps,
-    load_rgb,
 )
 from studies.faithfulness import (
     TIE,
@@ -119,7 +119,7 @@ def draw_faithfulness(
 
     `scores` are rows of `score_rows`.
     """
-    photo, texts = load_rgb(image), text_rows(token_maps)
+    photo, texts = open_photo(image), text_rows(token_maps)
     rows = [row for row in scores if row["layer"] in measured.insertion]
     layers, colours = [row["layer"] for row in rows], leading_layers(rows)
     leading, title = next(iter(colours)), f"{method_title(token_maps.settings)}: faithfulness"
@@ -203,7 +203,7 @@ def draw_randomization(
 
     `staged` is {re-drawn layers: maps}, `scores` rows of `randomization_rows`.
     """
-    photo, given = load_rgb(image), staged[0]
+    photo, given = open_photo(image), staged[0]
     texts = text_rows(given)
     layers, numbers = [layer for layer in given.maps if layer not in given.blank], list(staged)
     page, shown = Page(WIDTHS[paper.width], "".join(text for _, text, _ in texts)), layers[len(layers) // 2]
@@ -251,7 +251,7 @@ def draw_comparison(
 
     `token_maps` are `side_by_side`'s, `scores` rows of `comparison_rows`.
     """
-    photo, texts = load_rgb(image), text_rows(token_maps)
+    photo, texts = open_photo(image), text_rows(token_maps)
     rows = [row for row in scores if row["method"] != "random"]
     methods, layers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("method", "layer"))
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in texts))

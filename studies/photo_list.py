@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from common.files import output_folder
+from common.files import open_regular, output_folder, text_lines
 
 __all__ = ["Item", "Processes", "plan", "read_list", "work_off"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # what counts as a photo in a folder
@@ -79,11 +79,7 @@ def is_photo(path: Path) -> bool:
 
 def read_lines(path: Path) -> list[Item]:
     """The items of a .jsonl. Raises ValueError saying where it is wrong."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ValueError(f"{path} cannot be read: {exc}") from exc
-    items = [read_line(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
+    items = [read_line(line, path, number) for number, line in text_lines(path)]
     if not items:
         raise ValueError(f"{path} is empty: give lines such as {EXAMPLE}")
     return items
@@ -136,10 +132,14 @@ def named(items: list[Item]) -> list[Item]:
 
 def digest(path: Path) -> str:
     """Of a file's content; of one that cannot be read, nothing: it is told when its turn comes."""
+    state = hashlib.sha256()
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+        with open_regular(path) as file:
+            while block := file.read(2**20):
+                state.update(block)
+    except (OSError, ValueError):
         return ""
+    return state.hexdigest()
 
 
 def key_of(item: Item, settings: dict) -> str:

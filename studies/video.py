@@ -20,6 +20,7 @@ from transformers.video_utils import VideoMetadata
 from common.files import decimal, output_folder
 from common.page import GAP, HEAD, MARGIN, PAGE, WIDTHS, Page, Paper, best_columns, header, panel_width, shrink
 from common.passes import passes_of
+from common.photos import open_photo
 from smooth_gradcam import (
     Look,
     Reading,
@@ -165,7 +166,7 @@ def create_video_maps(
     check_drawing(look, paper)
     total = get_model_layers(model)[1]
     (layer,) = resolve_layers([total // 2 if layer_idx is None else layer_idx], total)
-    video, settings = Video(frames, fps), Settings(num_samples, noise_std, **settings)
+    video, settings = Video(map(open_photo, frames), fps), Settings(num_samples, noise_std, **settings)
     with output_folder(save_dir) as write:
         reading = read_video(model, processor, video, prompt, answer, max_new_tokens)
         span = find_target(reading.answer, target, target_occurrence)

@@ -41,6 +41,7 @@ from common.page import (
     wrap,
 )
 from common.passes import token_probabilities
+from common.photos import open_photo, readable
 from smooth_gradcam import (
     Look,
     Reading,
@@ -51,7 +52,6 @@ from smooth_gradcam import (
     explain,
     get_model_layers,
     is_word_character,
-    load_rgb,
     normalize_cam,
     occurrences,
     read,
@@ -164,7 +164,7 @@ def compute_word_maps(
     `compute_token_maps`, which says what is raised; ValueError too for words that are not in the answer.
     """
     settings = Settings(**settings)
-    reading = read(model, processor, image, prompt, answer, max_new_tokens)
+    reading = read(model, processor, open_photo(image), prompt, answer, max_new_tokens)
     return map_words(reading, words, layers, settings, progress, batch_size=batch_size)
 
 
@@ -331,7 +331,7 @@ def page_data(
 
     Raw maps are stored as their maximum and the share of it in 16 bits, little-endian, base64.
     """
-    photo, given = load_rgb(image), word_maps[0]
+    photo, given = open_photo(image).copy(), word_maps[0]
     photo.thumbnail((PAGE_SIDE, PAGE_SIDE))
     encoded = io.BytesIO()
     photo.save(encoded, "JPEG", quality=90)
@@ -384,7 +384,7 @@ def draw_words(
 
     `probabilities` and `tokens` are those of each word's tokens; `file_name` is the photo's, for the page.
     """
-    photo, given, names = load_rgb(image), word_maps[0], name_words(word_maps)
+    photo, given, names = open_photo(image), word_maps[0], name_words(word_maps)
     strongest = strongest_of(word_maps)
     results = [layer_pictures(photo, word, look, strongest) for word in word_maps]
     records = [
@@ -434,10 +434,10 @@ def create_word_maps(
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings = Settings(num_samples, noise_std, **settings)
     with output_folder(save_dir) as write:
-        reading = read(model, processor, image, prompt, answer, max_new_tokens)
+        reading = read(model, processor, open_photo(image), prompt, answer, max_new_tokens)
         photo = reading.photo  # there must be but one
         word_maps = map_words(reading, words, layers, settings, show_progress(quiet), batch_size=batch_size)
-        file_name = Path(image).name if isinstance(image, (str, Path)) else ""
+        file_name = readable(Path(image).name) if isinstance(image, (str, Path)) else ""
         results, files = draw_words(photo, file_name, word_maps, *word_tokens(reading, word_maps), look, paper)
         write(files)
     return results
