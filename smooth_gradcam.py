@@ -18,7 +18,6 @@ import operator
 import os
 import re
 import threading
-import unicodedata
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import regex
 import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from torch import Tensor, nn
@@ -168,6 +168,7 @@ class Settings:
             raise ValueError(f"noise_std={self.noise_std!r} must be 0 to 1 (0.15 is 15 % of the pixel range)")
         if self.contrast is not None:
             check_text("contrast", self.contrast)
+            object.__setattr__(self, "contrast", self.contrast.strip())  # as a target is
         for name, valid in {"method": METHODS, "tap": TAPS, "score": SCORES, "rules": RULES}.items():
             value = getattr(self, name)
             if not (value is None and name in ("tap", "rules") or isinstance(value, str) and value in valid):
@@ -517,27 +518,35 @@ def token_spans(tokenizer, tokens: list[int]) -> list[tuple[int, int]]:
     A byte-level token may carry only some bytes of a character: then all tokens of that character span it. Special
     tokens are left out of the decoded answer and span nothing.
     """
-    spans, start = [], 0
-    for i in range(len(tokens)):
-        text = decode(tokenizer, tokens[: i + 1])
-        whole = len(text.rstrip("\ufffd"))  # characters whose last byte has been seen
-        spans.append((start, whole + (whole < len(text))))
-        start = whole
+    said = [token for token in tokens if decode(tokenizer, [token])]
+    spans, start, i = [], 0, 0
+    first, before = 0, 0  # the token that begins with a character of its own, and the characters before it
+    for token in tokens:
+        if not decode(tokenizer, [token]):
+            spans.append((start, start))
+            continue
+        i += 1
+        text = decode(tokenizer, said[first:i])
+        end = before + len(text)
+        spans.append((start, end))
+        # A cut inside a character shows where both sides are decoded alone; three more tokens hold its last byte.
+        both = decode(tokenizer, said[first : i + 3])
+        inside = text.endswith("\ufffd") and text + decode(tokenizer, said[i : i + 3]) != both
+        start = end - inside
+        if not inside:
+            first, before = i, end
     return spans
 
 
-def is_word_character(character: str) -> bool:
-    """Letters, digits, and the marks above and below them."""
-    return character.isalnum() or unicodedata.category(character)[0] == "M"
+OF_A_WORD = r"[\p{L}\p{N}\p{M}_]"  # letters, digits, and the marks above and below them, such as Hindi vowel signs
 
 
 def occurrences(answer: str, target: str, name: str = "target") -> list[tuple[int, int]]:
     """Where the target stands in the answer, as a whole word if it does so anywhere. ValueError if nowhere."""
     if not isinstance(target, str):
         raise ValueError(f"{name}={target!r} must be a text")
-    literal = re.escape(target)
-    found = list(re.finditer(rf"(?<!\w){literal}(?!\w)", answer))  # \w knows no marks, such as Hindi vowel signs
-    found = [m for m in found if not any(map(is_word_character, answer[: m.start()][-1:] + answer[m.end() :][:1]))]
+    literal = re.escape(target.strip())  # the token of a blank says the next word
+    found = list(regex.finditer(f"(?<!{OF_A_WORD}){literal}(?!{OF_A_WORD})", answer))
     found = found or list(re.finditer(literal, answer))
     if not found or not target.strip():
         other = re.search(literal, answer, re.IGNORECASE) if target.strip() else None

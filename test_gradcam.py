@@ -44,6 +44,7 @@ from common.files import other_files, output_folder, text_lines, to_csv, write_f
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
 from common.photos import load_mask, load_photo, object_mask, open_photo, readable
+from common.terminal import say
 from smooth_gradcam import (
     ExplanationError,
     ExplanationWarning,
@@ -52,12 +53,16 @@ from smooth_gradcam import (
     Settings,
     SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
     TokenMaps,
+    borrowed,
     compute_token_maps,
     explain,
     find_target,
     get_model_layers,
+    memory_explained,
     read,
     resolve_layers,
+    score_parts,
+    token_probabilities,
 )
 from visualization_utils import (
     PLAIN,
@@ -204,12 +209,49 @@ def read_record(line: str, where: str) -> dict[str, str]:
     return record
 
 
+LONG = 4096  # tokens of photo, prompt and answer from which on it is told how long they take
+BACKWARD = 2  # forward passes that a backward pass through all layers takes the time of
+
+
+@contextmanager
+def answering(model, args: argparse.Namespace):
+    """Inside, a bar shows the tokens that the model answers with; a long prompt is told before it is read."""
+    with show_progress(args.quiet, "answer", "token")(total=args.max_new_tokens) as bar:
+
+        def told(module, given, kwargs):
+            if bar.n == 0 and not args.quiet and (length := kwargs["input_ids"].shape[1]) > LONG:
+                say(f"reading {length:,} tokens of photo and prompt before the answer's first: this takes a while")
+
+        handles = [model.register_forward_pre_hook(told, with_kwargs=True)]
+        handles.append(model.register_forward_hook(lambda *_: bar.update()))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def foretell(args: argparse.Namespace, reading: Reading, parts: int = 1, methods: int = 1) -> None:
+    """How long the copies of a long sequence will take, each a forward and, of each part, a backward pass."""
+    length = reading.inputs["input_ids"].shape[1] + len(reading.tokens)
+    if args.quiet or length <= LONG:
+        return
+    forced, (scored,) = score_parts(reading.inputs, reading.tokens, [[len(reading.tokens) - 1]])
+    with borrowed(reading.model), memory_explained(len(reading.positions)):
+        start = time.monotonic()
+        token_probabilities(reading.model, forced, reading.inputs["pixel_values"][None], scored)
+    each = (time.monotonic() - start) * (1 + BACKWARD * parts) * (1 if args.contrast is None else 2)
+    copies = methods * (args.num_samples if args.noise_std else 1)
+    say(f"expected: {copies} noisy copies of {length:,} tokens, {each:.0f} s each: about {copies * each:.0f} seconds")
+
+
 def read_all(args: argparse.Namespace, model, processor, asked: list[Asked]) -> list[Reading]:
     """A reading of each. Raises ValueError, for a list with the line."""
     readings = []
     for one in asked:
         try:
-            readings.append(read(model, processor, one.photo, one.prompt, one.answer, args.max_new_tokens))
+            with answering(model, args):
+                readings.append(read(model, processor, one.photo, one.prompt, one.answer, args.max_new_tokens))
         except ValueError as exc:
             raise ValueError(f"{one.where}: {exc}" if one.where else str(exc)) from exc
     return readings
@@ -330,7 +372,7 @@ def run_list(args: argparse.Namespace) -> Done:
         items, folder, settings, processes, lambda item: load_photo(str(item.image)), explain_item,
         subfolders=thirds, overwrite=args.overwrite, quiet=quiet,
         reason_of=lambda exc: as_flags(exc).removeprefix("--image_path: "),
-        tell=lambda line: print(f"test_gradcam.py: {line}", file=sys.stderr, flush=True),
+        tell=lambda line: say(f"test_gradcam.py: {line}", sys.stderr),
     )  # fmt: skip
     if not processes.first:
         return Done({}, [], [])
@@ -429,6 +471,7 @@ def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[st
     span = find_target(reading.answer, args.target, args.target_occurrence)
     if args.compare:
         return compare_methods(args, reading, span, chosen, mask)
+    foretell(args, reading)
     (token_maps,) = explain(reading, [span], chosen, settings, show_progress(args.quiet), **passing(args))
     what = "the whole answer" if token_maps.target == reading.answer else repr(token_maps.target)
     if settings.contrast is not None:
@@ -461,6 +504,7 @@ def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]
     from studies.faithfulness_figures import compare
 
     asked, maps = {name: getattr(args, name) for name in SETTINGS}, {}
+    foretell(args, reading, methods=len(CHOICES["method"]))
     for method in CHOICES["method"]:
         settings = Settings(**asked | {"method": method})
         (maps[method],) = explain(reading, [span], layers, settings, show_progress(args.quiet), **passing(args))
@@ -472,8 +516,9 @@ def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]
 
 def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
     """The same of words mode."""
-    from studies.words import draw_words, map_words, name_words, word_tokens
+    from studies.words import choose_words, draw_words, map_words, name_words, word_tokens
 
+    foretell(args, reading, len(choose_words(reading.answer, reading.spans, args.words)))
     word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet), **passing(args))
     measured, name = word_tokens(reading, word_maps), readable(Path(args.image_path).name)
     files = draw_words(reading.photo, name, word_maps, *measured, **drawing(args))[1]
@@ -523,13 +568,16 @@ def report(answers: dict[str, str], paths: list[Path], lines: list[str]) -> None
     """Print the answers, what is to be said of them, and the files."""
     here = Path.cwd()
     for name, answer in list(answers.items())[:ANSWERS_SHOWN]:
-        print(f"answer: {answer}" if len(answers) == 1 else f"{name}: {answer}")
+        first, *rest = answer.split("\n")
+        say(f"answer: {first}" if len(answers) == 1 else f"{name}: {first}")
+        for line in rest:
+            say(f"        {line}")  # which no line of ours begins with
     if len(answers) > ANSWERS_SHOWN:
-        print(f"… and {len(answers) - ANSWERS_SHOWN} more answers")
+        say(f"… and {len(answers) - ANSWERS_SHOWN} more answers")
     for line in [*lines, *(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}" for path in paths)]:
-        print(line)
+        say(line)
     if others := other_files(paths):
-        print(f"beware: {others[0].parent} holds files of another run too: {len(others)} such as {others[0].name}")
+        say(f"beware: {others[0].parent} holds files of another run too: {len(others)} such as {others[0].name}")
 
 
 @contextmanager
@@ -539,14 +587,15 @@ def quietly(verbose: bool):
         if not verbose:
             transformers.logging.set_verbosity_error()
             transformers.logging.disable_progress_bar()
-            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            for library in ("huggingface_hub", "matplotlib"):
+                logging.getLogger(library).setLevel(logging.ERROR)
             warnings.simplefilter("ignore")
         warnings.simplefilter("always", ExplanationWarning)
         usual = warnings.showwarning
 
         def show(message, category, *where, **options):
             if issubclass(category, ExplanationWarning):
-                print(f"test_gradcam.py: warning: {message}", file=sys.stderr)
+                say(f"test_gradcam.py: warning: {message}", sys.stderr)
             else:
                 usual(message, category, *where, **options)
 
@@ -567,8 +616,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as exc:
         if args.verbose:
-            traceback.print_exc()
-        print(f"test_gradcam.py: error: {as_flags(exc)}", file=sys.stderr)
+            for line in traceback.format_exc().split("\n"):
+                say(line, sys.stderr)
+        say(f"test_gradcam.py: error: {as_flags(exc)}", sys.stderr)
         return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
     try:
         report(*done[:3])
@@ -577,7 +627,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as exc:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         if not isinstance(exc, BrokenPipeError):  # else whoever reads the output has read enough
-            print(f"test_gradcam.py: error: the files are written, but not this report: {exc}", file=sys.stderr)
+            say(f"test_gradcam.py: error: the files are written, but not this report: {exc}", sys.stderr)
             return 1
     return done.code
 

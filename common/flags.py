@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from common.terminal import plain
+
 __all__ = ["parse_args"]
 HERE = Path(__file__).resolve().parents[1]
 FOLDERS = {  # of each mode
@@ -84,7 +86,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, as for every other bad input
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, plain(f"{self.prog}: error: {message}") + "\n")
 
 
 def _layers(text: str) -> list[int | str]:
@@ -314,7 +316,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         raise ValueError(f"--target_occurrence {args.target_occurrence} needs a --target")
     if args.contrast is not None and args.target is None:
         raise ValueError(f"--contrast {args.contrast!r} needs a --target, whose place it takes")
-    if args.contrast is not None and args.contrast == args.target:
+    if args.contrast is not None and args.contrast.strip() == args.target.strip():
         raise ValueError(f"--contrast {args.contrast!r} is the target itself: their difference is zero everywhere")
 
 

@@ -8,7 +8,7 @@ import io
 import unicodedata
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib import font_manager, rc_context
@@ -78,19 +78,43 @@ def _add_new_fonts() -> None:
             font_manager.fontManager.addfont(path)
 
 
+WEIGHTS = {"normal": 400, "bold": 700}  # of our text
+
+
+def _weight_of(font) -> int:
+    return font_manager.weight_dict.get(font.weight, font.weight)
+
+
+def _add_weights(family: str) -> None:
+    """Let the nearest face of a family stand in for each of our weights that it lacks, and matplotlib say nothing."""
+    fonts = font_manager.fontManager.ttflist
+    faces = [font for font in fonts if font.name == family and font.style == "normal"]
+    for weight in WEIGHTS.values():
+        nearest = min(faces, key=lambda font: abs(_weight_of(font) - weight))  # noqa: B023  (used at once)
+        stand_in = replace(nearest, weight=weight, variant="normal", stretch="normal")
+        if stand_in not in fonts:
+            fonts.append(stand_in)
+
+
 @functools.cache
 def font_families(text: str) -> tuple[list[str], bool]:
-    """Installed font families that together can draw the text, and whether they draw all of it."""
+    """Installed font families that together can draw the text, and whether they draw all of it.
+
+    Families with a bold face come first.
+    """
     missing = {ord(c) for c in text if not c.isspace()}
     families = ["DejaVu Sans"]
     missing -= _characters_of(font_manager.findfont("DejaVu Sans"))
     if missing:
         _add_new_fonts()
-    for font in font_manager.fontManager.ttflist if missing else ():
-        found = missing & _characters_of(font.fname)
-        if found and "LastResort" not in font.fname and font.style == "normal":
-            families.append(font.name)
-            missing -= found
+        fonts = [font for font in font_manager.fontManager.ttflist if font.style == "normal"]
+        bold = {font.name for font in fonts if _weight_of(font) >= WEIGHTS["bold"]}
+        for font in sorted(fonts, key=lambda font: font.name not in bold):
+            found = missing & _characters_of(font.fname)
+            if found and "LastResort" not in font.fname:
+                families.append(font.name)
+                _add_weights(font.name)
+                missing -= found
     return families, not missing
 
 

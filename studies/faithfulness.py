@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 
 from common.files import decimal
 from common.passes import token_probabilities
+from common.terminal import say
 from smooth_gradcam import (
     ExplanationError,
     Reading,
@@ -333,7 +334,7 @@ def measure(reading: Reading, token_maps: TokenMaps, steps, baseline, batch_size
         check_whole(name, value, 1)
     if not quiet:
         orders = len(token_maps.maps) - len(token_maps.blank) + ORDERS
-        print(forecast(reading, token_maps, orders, steps, batch_size), flush=True)
+        say(forecast(reading, token_maps, orders, steps, batch_size))
     bar = show_progress(quiet, "orders of the image tokens", "order")
     options = {"steps": steps, "baseline": baseline, "batch_size": batch_size, "seed": seed, "random_orders": ORDERS}
     return insertion_deletion(reading, token_maps, **options, extra_shares=[SHARE], tolerance=TOLERANCE, progress=bar)

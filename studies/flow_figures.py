@@ -31,6 +31,7 @@ from common.page import (
     shrink,
     small_print,
 )
+from common.terminal import say
 from smooth_gradcam import Look, Reading, Settings, TokenMaps, explain, get_model_layers
 from studies.decoder import _length, token_groups
 from studies.flow import (
@@ -393,7 +394,7 @@ def trace(
     """
     if not quiet:
         passes = 2 + 2.2 * settings.num_samples * (1 + taps) + 2 * attention_map
-        print(forecast(readings, passes), flush=True)
+        say(forecast(readings, passes))
     bar = show_progress(quiet)
     pairs = zip(readings, spans, strict=True)
     traced = [trace_photo(reading, span, settings, bar, **passing) for reading, span in pairs]
@@ -449,7 +450,7 @@ def sever(
         runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else 3 if mask is None else 7)
         length, groups = _length(readings[0]), token_groups(readings[0])
         share = (length - groups["image"].stop) / length
-        print(f"{runs} runs of each photo; {forecast(readings, 2 + runs * share)}", flush=True)
+        say(f"{runs} runs of each photo; {forecast(readings, 2 + runs * share)}")
     options = {"window": window, "keep": keep, "mask": mask, "batch_size": batch_size}
     severed = []
     for reading, span in zip(readings, spans, strict=True):

@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,6 @@ from smooth_gradcam import (
     colour_table,
     explain,
     get_model_layers,
-    is_word_character,
     normalize_cam,
     occurrences,
     read,
@@ -100,7 +100,8 @@ def split_words(answer: str, spans: list[tuple[int, int]]) -> list[tuple[int, in
     A word is a run of letters, digits and their marks, across an apostrophe or hyphen inside it and a decimal point.
     In scripts that set no blanks (Chinese, Japanese, Thai, Lao, Khmer, Burmese) it is what the model has as a token.
     """
-    cuts = {start for start, _ in spans if not any(first < start < last for first, last in spans)}
+    inside_tokens = {i for first, last in spans for i in range(first + 1, last)}
+    cuts = {start for start, _ in spans} - inside_tokens
     unspaced = [bool(UNSPACED.match(character)) for character in answer]
     words = []
     for i, character in enumerate(answer):
@@ -110,7 +111,7 @@ def split_words(answer: str, spans: list[tuple[int, int]]) -> list[tuple[int, in
                 words[-1] = words[-1][0], i + 1
             else:
                 words.append((i, i + 1))
-        elif inside and (is_word_character(character) or character in "\u200c\u200d"):  # marks, (non-)joiners
+        elif inside and (unicodedata.category(character)[0] == "M" or character in "\u200c\u200d"):  # (non-)joiners
             words[-1] = words[-1][0], i + 1
         elif inside and answer[i + 1 : i + 2].isalnum() and not (unspaced[i - 1] or unspaced[i + 1]):
             number = answer[i - 1].isdigit() and answer[i + 1].isdigit()

@@ -27,8 +27,8 @@ from smooth_gradcam import (
     read,
     upsample_cam,
 )
-from studies import randomization
-from studies.faithfulness import BASELINES, auc, baseline_image, insertion_deletion
+from studies import faithfulness, randomization
+from studies.faithfulness import BASELINES, SHARE, Faithfulness, auc, baseline_image, insertion_deletion, score_rows
 from studies.localization import localization
 from studies.randomization import cascading_randomization, randomize_weights, spearman, ssim
 
@@ -448,6 +448,54 @@ def test_photo_of_one_token(model, processor):
     assert reading.grid == (1, 1)
     found = measure(reading, maps_of(reading, "red cat", [0]), random_orders=1)
     assert found.shares.tolist() == [0, 1]
+
+
+def test_the_hottest_tenth_is_removed_whatever_the_steps(reading, model, processor, image, given):
+    """2 of the 24 tokens, which are nearest to a tenth."""
+    order = np.argsort(-given.maps[0].ravel())
+    picture = image.copy()
+    for row, column in (divmod(int(token), 6) for token in order[:2]):
+        picture.paste("black", (28 * column, 28 * row, 28 * column + 28, 28 * row + 28))
+    expected = plain_probability(model, processor, picture, PROMPT, given.tokens, given.target_tokens)
+    for steps in (1, 3, 24):
+        found = measure(reading, given, steps=steps, baseline="black", random_orders=1, extra_shares=[SHARE])
+        row = score_rows(given, found, None)[0]
+        assert row["without_hottest_10_percent"] == pytest.approx(expected, rel=1e-6)
+
+
+def by_hand(deletion, shares=(0, 0.08, 0.16, 1)):
+    """What was measured of one map and one random order, whose answer falls as `deletion` says."""
+    deletion, shares = np.array(deletion, float), np.array(shares)
+    insertion = np.ones_like(deletion)
+    return Faithfulness(shares, {0: insertion}, {0: deletion}, insertion[None], deletion[None], "blur", 2)
+
+
+def test_row_of_scores_by_hand(given):
+    first, random = score_rows(given, by_hand([0.8, 0.6, 0.4, 0.2]), None)
+    assert first["layer"] == 0
+    assert random["layer"] == "random"
+    for row in (first, random):
+        # 0.08 is nearest to a tenth; 0.7 * 0.08 + 0.5 * 0.08 + 0.3 * 0.84 is the area
+        assert row["without_hottest_10_percent"] == 0.6
+        assert (row["probability"], row["baseline_picture"], row["insertion"]) == (0.8, 0.2, 1.0)
+        assert row["deletion"] == pytest.approx(0.348)
+        assert row["difference"] == pytest.approx(0.652)
+
+
+@pytest.mark.parametrize(
+    ("probability", "left", "said"),
+    [
+        (0.8, 0.4, []),
+        (0.8, 0.408, ["the answer keeps 51 %"]),
+        (0.01, 0.005, []),
+        (0.0099, 0.0099, ["would hardly say this"]),
+        (0, 0, ["would hardly say this"]),
+    ],
+)
+def test_what_no_map_can_tell_is_said_beyond_its_bounds_only(probability, left, said):
+    lines = faithfulness.caveats({"probability": probability, "baseline_picture": left})
+    assert len(lines) == len(said)
+    assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
 def test_ties_are_broken_at_random_by_the_seed(reading, given):

@@ -203,7 +203,7 @@ def test_any_text_can_be_drawn(text):
     assert (figure[:, -4:] == 255).all()  # nothing runs out of the page
 
 
-def make_font(path, character):
+def make_font(path, character, family="Late Comer", weight=400):
     """A font of that one character, a square."""
     builder, pen = FontBuilder(1000), TTGlyphPen(None)
     pen.moveTo((0, 0))
@@ -215,8 +215,8 @@ def make_font(path, character):
     builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "one": pen.glyph()})
     builder.setupHorizontalMetrics({".notdef": (800, 0), "one": (800, 0)})
     builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Late Comer", "styleName": "Regular"})
-    builder.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    builder.setupNameTable({"familyName": family, "styleName": "Bold" if weight == 700 else "Regular"})
+    builder.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200, usWeightClass=weight)
     builder.setupPost()
     builder.save(path)
 
@@ -246,6 +246,47 @@ def test_font_that_was_installed_after_matplotlib_made_its_list_is_found(pages, 
     assert "Late Comer" in font_families(character)[0]
     assert before.shape != after.shape or (before != after).any()
     font_families.cache_clear()
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """A function that installs fonts of one character, given as (family, weight), and returns that character."""
+    character = "\U0003134a"
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
+    monkeypatch.setattr(common.page, "_add_new_fonts", lambda: None)
+
+    def install(*fonts):
+        for family, weight in fonts:
+            path = tmp_path / f"{family}{weight}.ttf"
+            make_font(path, character, family, weight)
+            font_manager.fontManager.addfont(path)
+        font_families.cache_clear()
+        return character
+
+    yield install
+    font_families.cache_clear()
+
+
+@pytest.mark.parametrize("weights", [(400,), (500,), (700,), (300, 600), (400, 700)])
+def test_text_in_a_script_whose_font_lacks_our_weights_is_drawn_without_a_message(installed, caplog, weights):
+    text = f"A {installed(*(('Few Weights', weight) for weight in weights))}."
+    families = font_families(text)[0]
+    assert "Few Weights" in families
+    page = Page(7.2, text)
+    for weight in ("normal", "bold"):
+        assert text_width(text, 8, families, weight) > text_width("A .", 8, families, weight)
+        page.text(0.1, 0.1, text, 8, weight=weight)
+    np.asarray(page.finish(0.5))
+    assert page.vector("pdf")
+    assert not caplog.records
+
+
+def test_bold_text_is_bold_where_its_script_has_a_bold_face(installed):
+    character = installed(("Plain Only", 400), ("With Bold", 400), ("With Bold", 700))
+    families = font_families(character)[0]
+    assert families == ["DejaVu Sans", "With Bold"]
+    bold = font_manager.FontProperties(family=["With Bold"], weight="bold")
+    assert str(font_manager.findfont(bold)).endswith("With Bold700.ttf")
 
 
 def test_wrapped_lines_fit_and_hold_all_of_the_text():

@@ -39,6 +39,7 @@ from studies.flow import (
 from studies.flow_figures import sever, trace
 from studies.knockout import (
     Edge,
+    Severed,
     cliff_interval,
     find_cliff,
     find_onset,
@@ -680,6 +681,38 @@ def test_windows_block_each_edge_in_the_layers_around(reading):
             edge = Edge(range(max(layer - 1, 0), layer + 1), places[b], places[a])
             expected = probabilities_by_hand(reading, edge)
             np.testing.assert_allclose(found.windows[f"{a} → {b}"][layer], expected, rtol=1e-5)
+
+
+def test_each_run_of_a_sweep_lands_in_its_own_curve(reading, monkeypatch):
+    """Runs that are told apart by their numbers: the image hidden, all but the kept ones, then windows."""
+    count = len(reading.tokens)
+    right = np.array([True, False, False, True, False, True, True, False, *[True] * 9])  # of 4, 4 and 3 times 3 runs
+    runs = np.arange(len(right))[:, None] + np.arange(count) / 100
+    likeliest = np.repeat(right[:, None], count, 1)
+    likeliest[~right, 1:] = True  # one token that is not the likeliest spoils the answer
+    monkeypatch.setattr("studies.knockout.knockout", lambda reading, edges, **_: (runs[: len(edges)], likeliest))
+    found = sever_photo(reading, keep=3, window=1)
+    np.testing.assert_array_equal(found.removed, runs[:4])
+    np.testing.assert_array_equal(found.kept, runs[4:8])
+    assert found.right.tolist() == right[:4].tolist()
+    assert found.kept_right.tolist() == right[4:8].tolist()
+    for i, values in enumerate(found.windows.values()):
+        np.testing.assert_array_equal(values, runs[8 + 3 * i : 11 + 3 * i])
+    alone = sever_photo(reading, window=1)
+    assert (alone.kept, alone.kept_right) == (None, None)
+    np.testing.assert_array_equal(alone.windows["image → user"], runs[4:7])
+
+
+def test_accuracy_of_the_kept_tokens_is_that_of_their_runs(reading, monkeypatch):
+    right, kept = np.array([False, False, False, True]), np.array([False, True, True, True])
+    values = np.full((4, len(reading.tokens)), 0.5)
+    severed = Severed(reading, [0], values, right, values, kept, {})
+    monkeypatch.setattr("studies.flow_figures.sever_photo", lambda *_, **__: severed)
+    files, lines = sever([reading], ["a"], [None], keep=3, accuracy=True, quiet=True)
+    assert "the image is needed to the last layer: accuracy 0.000 without it, 1.000 with it" in lines[0]
+    assert lines[1].endswith("in the layer before: cliff 1, 1.000")
+    table = list(csv.DictReader(io.StringIO(files["knockout.csv"])))
+    assert [row["answer_right"] for row in table] == [str(int(value)) for value in (*right, *kept)]
 
 
 def test_severing_keeps_what_each_photos_sweep_gives(reading, own):

@@ -256,6 +256,25 @@ def test_an_interrupted_list_keeps_what_is_whole_and_its_records(photos, tmp_pat
     assert work.done == ["p2", "p3", "p4"]
 
 
+def test_no_record_vouches_for_files_of_another_run(photos, tmp_path):
+    """The second run fails once its files are written: its record cannot be."""
+    items = read_list([str(photos)])[:1]
+
+    def run(answer, **extra):
+        def explain(item, data):
+            return {"name": item.name} | extra, {"answer.txt": answer}
+
+        options = {"reason_of": str, "quiet": True, "tell": lambda line: None}
+        return work_off(items, tmp_path / "out", {"answer": answer}, ALONE, lambda item: None, explain, **options)
+
+    run("dog")
+    (record,), _ = run("cat", broken=object())
+    assert "error" in record
+    (record,), _ = run("dog")
+    assert "error" not in record
+    assert (tmp_path / "out/p0/answer.txt").read_text() == "dog"
+
+
 def test_killed_runs_lose_no_finished_result(photos, tmp_path):
     assert count_lost(photos, tmp_path / "out", times=5, seed=1) == 0
 
