@@ -401,6 +401,8 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     text = decode(tokenizer, tokens)
     if not text.strip():
         raise ExplanationError("the model answers with nothing: give a text to explain with answer= (--answer)")
+    if answer is None and len(tokens) >= 8 and len(set(tokens)) == 1:
+        caution(f"the model repeats one token, {decode(tokenizer, tokens[:1])!r}: its weights may be damaged")
     for height, width in grids:
         if height * width < 9:
             caution(f"the photo is seen as {width} x {height} image tokens: so few cells tell hardly any places apart")
@@ -432,6 +434,11 @@ def prepare_inputs(model, processor, image, prompt: str) -> dict[str, Tensor]:
             raise ValueError(f"prompt={prompt!r} contains {marker}, which stands for a picture or a turn of the chat")
     message = {"role": "user", "content": [*[{"type": kind}] * count, {"type": "text", "text": prompt}]}
     text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    if prompt.strip() not in text:
+        raise ValueError(f"the chat template drops the prompt {prompt!r}: the question was never asked")
+    shown = text.count(getattr(processor, f"{kind}_token"))
+    if shown != count:
+        raise ValueError(f"the chat template shows {shown} {kind}s where {count} are given")
     inputs = dict(processor(text=[text], **given, return_tensors="pt"))
     if "mm_token_type_ids" in accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
         ids = inputs["input_ids"]
@@ -486,19 +493,26 @@ def image_grids(model, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[tuple[i
 
 
 def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
-    """The greedy answer, cut before its end-of-turn token."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id")
-    output = model.generate(
-        **inputs,
+    """The greedy answer, cut before its end-of-turn token.
+
+    Greedy whatever the model's generation config says: of that, only the end and padding tokens are used.
+    """
+    usual = model.generation_config
+    ends = {*np.atleast_1d(usual.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id")  # what would be counted as a picture
+    greedy = type(usual)(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        temperature=None,  # sampling settings of the checkpoint, which greedy decoding would warn about
-        top_p=None,
-        top_k=None,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=usual.pad_token_id,
         suppress_tokens=[getattr(model.config, name) for name in names if hasattr(model.config, name)],
-    )  # suppressed is what would be counted as a picture
-    ends = np.atleast_1d(model.generation_config.eos_token_id).tolist() + [tokenizer.eos_token_id]
+    )
+    model.generation_config = greedy  # what one leaves open is filled in from here
+    try:
+        output = model.generate(**inputs, generation_config=greedy)
+    finally:
+        model.generation_config = usual
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), None)]
 
