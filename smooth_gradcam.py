@@ -408,6 +408,9 @@ def answered(
     if answer is None:
         with borrowed(model), memory_explained(len(positions)):
             tokens = generate(model, tokenizer, inputs, max_new_tokens)
+        if len(tokens) >= 8 and len(set(tokens)) == 1:
+            message = f"the model repeats one token, {decode(tokenizer, tokens[:1])!r}: its weights may be damaged"
+            warnings.warn(message, ExplanationWarning, stacklevel=3)
     else:
         tokens = tokenise(tokenizer, answer)
     text = decode(tokenizer, tokens)
@@ -427,9 +430,14 @@ def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, 
     for marker in processor.tokenizer.all_special_tokens:
         if marker in prompt and not re.search("object|box|quad", marker):  # except those of grounding
             raise ValueError(f"prompt={prompt!r} contains {marker}, which stands for a picture or a turn of the chat")
-    places = [{"type": "video"}] if video else [{"type": "image"}] * len(photos)
-    chat = [{"role": "user", "content": [*places, {"type": "text", "text": prompt}]}]
+    kinds = ["video"] if video else ["image"] * len(photos)
+    chat = [{"role": "user", "content": [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]}]
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if prompt.strip() not in text:
+        raise ValueError(f"the chat template drops the prompt {prompt!r}: the question was never asked")
+    shown = text.count(processor.video_token if video else processor.image_token)
+    if shown != len(kinds):
+        raise ValueError(f"the chat template shows {shown} pictures where {len(kinds)} are given")
     given = video or {"images": [_reduced(photo, processor.image_processor) for photo in photos]}
     inputs = dict(processor(text=[text], **given, return_tensors="pt"))
     if "mm_token_type_ids" in accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
@@ -481,19 +489,26 @@ def image_grids(model, inputs: dict[str, Tensor], kind="image") -> tuple[Tensor,
 
 
 def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
-    """The greedy answer, cut before its end-of-turn token."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id")
-    output = model.generate(
-        **inputs,
+    """The greedy answer, cut before its end-of-turn token.
+
+    Greedy whatever the model's generation config says: of that, only the end and padding tokens are used.
+    """
+    usual = model.generation_config
+    ends = {*np.atleast_1d(usual.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id")  # what would be counted as a picture
+    greedy = type(usual)(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        temperature=None,  # sampling settings of the checkpoint, which greedy decoding would warn about
-        top_p=None,
-        top_k=None,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=usual.pad_token_id,
         suppress_tokens=[getattr(model.config, name) for name in names if hasattr(model.config, name)],
-    )  # suppressed is what would be counted as a picture
-    ends = np.atleast_1d(model.generation_config.eos_token_id).tolist() + [tokenizer.eos_token_id]
+    )
+    model.generation_config = greedy  # what one leaves open is filled in from here
+    try:
+        output = model.generate(**inputs, generation_config=greedy)
+    finally:
+        model.generation_config = usual
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), None)]
 

@@ -39,7 +39,7 @@ import torch
 import transformers
 from PIL import Image
 
-from common.checkpoint import count_layers, load_model, load_processor, model_identity, resolve_device
+from common.checkpoint import count_layers, load_model, load_processor, model_identity, model_named, resolve_device
 from common.files import other_files, output_folder, text_lines, to_csv, write_files
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace) -> Done:
     with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir") as write:
         processor = load_processor(args.model_path, args.max_pixels)
         model = load_model(args.model_path, device, args.dtype)
-        with vision_kept(model):
+        with model_named(args.model_path), vision_kept(model):
             readings = read_all(args, model, processor, asked)
             files, lines = explain_readings(args, readings, [one.name for one in asked], layers, mask)
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
@@ -346,6 +346,7 @@ def run_list(args: argparse.Namespace) -> Done:
         processor = load_processor(args.model_path, args.max_pixels)
         return load_model(args.model_path, device, args.dtype), processor
 
+    @model_named(args.model_path)
     def explain_item(item, photo):
         start, asked = time.monotonic(), asked_of(args, item)
         reading = read(*loaded(), photo, asked.prompt, asked.answer, asked.max_new_tokens)
