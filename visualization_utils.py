@@ -47,6 +47,7 @@ from common.photos import open_photo
 from smooth_gradcam import (
     METHODS,
     Look,
+    Reading,
     Settings,
     SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
     TokenMaps,
@@ -212,6 +213,23 @@ def text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
     if token_maps.target == token_maps.answer:
         span, explained = (0, 0), f"the whole answer: {len(token_maps.tokens)} tokens"
     return [("Prompt", prompt, (0, 0)), ("Answer", answer, span), ("Explained", explained, (0, 0))]
+
+
+def photo_rows(readings: list[Reading]) -> list[tuple]:
+    """Rows of the header of several photos: the prompt, where it is one, and the answers."""
+    alike = len({reading.prompt for reading in readings}) == 1
+    rows = [("Prompt", readings[0].prompt)] if alike else []
+    shown = len(readings) if len(readings) <= 5 else 4
+    for i, reading in enumerate(readings[:shown], 1):
+        rows.append((f"Photo {i}", reading.answer if alike else f"{reading.prompt} → {reading.answer}"))
+    rows += [("…", f"and {len(readings) - shown} more")] * (shown < len(readings))
+    return [(label, excerpt(text, (0, 0), 200)[0], (0, 0)) for label, text in rows]
+
+
+def photo_names(names: list[str]) -> str:
+    """Which photo is which, of the first ones."""
+    shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:6], 1))
+    return f"Photos: {shown}{f' and {len(names) - 6} more' if len(names) > 6 else ''}."
 
 
 def method_title(settings: Settings) -> str:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from smooth_gradcam import Reading, get_model_layers, score_parts
+from smooth_gradcam import Reading, get_model_layers, hooked, score_parts
 
 __all__ = ["covered_tokens", "token_groups"]
 CHUNK = 64  # query rows whose attention is in memory at once
+COVERED = 0.25  # share of an image token from which on it belongs to the object
 
 
 # the decoder's input, and the decoder run in parts
@@ -80,17 +81,11 @@ def eager_attention(model):
 
 
 @contextmanager
-def hooked(model, register: Callable):
+def attention_hooked(model, register: Callable):
     """Inside, `register(layer index, attention module)` has hooked every layer's attention; afterwards none is."""
-    handles = []
-    try:
-        with eager_attention(model):
-            for i, layer in enumerate(get_model_layers(model)[0]):
-                handles.append(register(i, layer.self_attn))
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = get_model_layers(model)[0]
+    with eager_attention(model), hooked(register(i, layer.self_attn) for i, layer in enumerate(layers)):
+        yield
 
 
 def predicting(reading: Reading, span: tuple[int, int] | None) -> list[int]:
@@ -102,7 +97,7 @@ def predicting(reading: Reading, span: tuple[int, int] | None) -> list[int]:
     return [before + i for i in tokens]
 
 
-def _length(reading: Reading) -> int:
+def sequence_length(reading: Reading) -> int:
     return reading.inputs["input_ids"].shape[1] + len(reading.tokens)
 
 
@@ -110,6 +105,3 @@ def covered_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """The image tokens (N,) bool of which the object covers a quarter or more, or else the one that it covers most."""
     share = cv2.resize(mask.astype(np.float32), grid[::-1], interpolation=cv2.INTER_AREA).ravel()
     return share >= min(COVERED, share.max())
-
-
-COVERED = 0.25  # share of an image token from which on it belongs to the object

@@ -314,7 +314,7 @@ def reservations(rows: list[dict], measured: Faithfulness) -> list[str]:
     return ["none leads: no map beats the random orders, and none is to be believed"] * none + caveats(random)
 
 
-def forecast(reading: Reading, token_maps: TokenMaps, orders: int, steps: int, batch_size: int) -> str:
+def forecast_pictures(reading: Reading, token_maps: TokenMaps, orders: int, steps: int, batch_size: int) -> str:
     """How long insertion and deletion of so many orders will take, from one batch."""
     with borrowed(reading.model), memory_explained(len(reading.positions)):
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [token_maps.target_tokens])
@@ -334,7 +334,7 @@ def measure(reading: Reading, token_maps: TokenMaps, steps, baseline, batch_size
         check_whole(name, value, 1)
     if not quiet:
         orders = len(token_maps.maps) - len(token_maps.blank) + ORDERS
-        say(forecast(reading, token_maps, orders, steps, batch_size))
+        say(forecast_pictures(reading, token_maps, orders, steps, batch_size))
     bar = show_progress(quiet, "orders of the image tokens", "order")
     options = {"steps": steps, "baseline": baseline, "batch_size": batch_size, "seed": seed, "random_orders": ORDERS}
     return insertion_deletion(reading, token_maps, **options, extra_shares=[SHARE], tolerance=TOLERANCE, progress=bar)

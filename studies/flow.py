@@ -31,7 +31,16 @@ from smooth_gradcam import (
     noisy_passes,
     resolve_layers,
 )
-from studies.decoder import CHUNK, _length, embed, empty_cache, hooked, predicting, run_decoder, token_groups
+from studies.decoder import (
+    CHUNK,
+    attention_hooked,
+    embed,
+    empty_cache,
+    predicting,
+    run_decoder,
+    sequence_length,
+    token_groups,
+)
 
 __all__ = ["attention_flow", "attention_maps", "gradient_flow", "group_sums"]
 
@@ -62,7 +71,7 @@ def attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tenso
         cache = empty_cache(model)
         if first:
             run_decoder(model, embeddings[:, :first], positions[..., :first], cache)
-        with hooked(model, register):
+        with attention_hooked(model, register):
             for start in range(first, embeddings.shape[1], CHUNK):  # noqa: B007  (the hook reads it)
                 rows = slice(start, start + CHUNK)
                 run_decoder(model, embeddings[:, rows], positions[..., rows], cache)
@@ -75,7 +84,7 @@ def attention_flow(reading: Reading, span: tuple[int, int] | None = None) -> np.
     answer, None all of it. `group_sums` makes of it the shares of figure 2A of "From Redundancy to Relevance".
     """
     rows = np.array(predicting(reading, span))
-    flow = np.zeros((get_model_layers(reading.model)[1], _length(reading)), np.float32)
+    flow = np.zeros((get_model_layers(reading.model)[1], sequence_length(reading)), np.float32)
 
     def note(layer, start, weights):
         inside = rows[(rows >= start) & (rows < start + weights.shape[1])] - start
@@ -114,7 +123,7 @@ def attention_maps(reading: Reading, layers: Iterable[int], pool: int | None = N
 
 def pooled_edges(reading: Reading, pool: int | None = None) -> np.ndarray:
     """Borders (bins + 1,) of stretches of at most `pool` positions, none of which holds two groups."""
-    length = _length(reading) - 1  # the answer's last token predicts nothing that is explained
+    length = sequence_length(reading) - 1  # the answer's last token predicts nothing that is explained
     pool = pool or int(np.clip(length // 60, 10, 20))
     edges = [0]
     for part in token_groups(reading).values():
@@ -138,7 +147,7 @@ def maps_and_gradients(
 ) -> tuple[TokenMaps, np.ndarray]:
     """The maps of all layers, and `gradient_flow`, from the same passes; see `explain`."""
     total = get_model_layers(reading.model)[1]
-    flow = np.zeros((total, _length(reading)), np.float32)
+    flow = np.zeros((total, sequence_length(reading)), np.float32)
 
     def watch(pairs):
         for layer, (features, gradient) in pairs.items():
@@ -247,19 +256,20 @@ def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]
     return arrays
 
 
-TAPS = ("input", "input_layernorm", "self_attn.v_proj", "post_attention_layernorm")
-TAP_NAMES = {"input": "layer input", "self_attn.v_proj": "v_proj"}  # where it is not the module's
+PLACES = ("input", "input_layernorm", "self_attn.v_proj", "post_attention_layernorm")
+PLACE_NAMES = {"input": "layer input", "self_attn.v_proj": "v_proj"}  # where it is not the module's
 
 
 def tap_modules(model, layers: list[int]) -> dict[str, dict[int, object]]:
     """{tap: {layer: what `explain` takes}} of figure 7 of "From Redundancy to Relevance"."""
     decoder = get_model_layers(model)[0]
     return {
-        tap: {layer: layer if tap == "input" else decoder[layer].get_submodule(tap) for layer in layers} for tap in TAPS
+        tap: {layer: layer if tap == "input" else decoder[layer].get_submodule(tap) for layer in layers}
+        for tap in PLACES
     }
 
 
-def _size(reading: Reading, name: str) -> int:
+def group_size(reading: Reading, name: str) -> int:
     part = token_groups(reading)[name]
     return max(part.stop - part.start, 1)
 
@@ -267,7 +277,7 @@ def _size(reading: Reading, name: str) -> int:
 # the modes
 
 
-def forecast(readings: list[Reading], forwards: float) -> str:
+def forecast_forwards(readings: list[Reading], forwards: float) -> str:
     """How long so many forward passes of each photo will take, from one of the first."""
     with borrowed(readings[0].model), memory_explained(len(readings[0].positions)):
         start = time.monotonic()

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
-from common.files import decimal, to_csv
+from common.files import to_csv
 from common.page import (
     BAND,
     GAP,
@@ -24,7 +24,6 @@ from common.page import (
     WIDTHS,
     Page,
     Paper,
-    excerpt,
     fit_box,
     header,
     masthead,
@@ -32,43 +31,28 @@ from common.page import (
     small_print,
 )
 from common.terminal import say
-from smooth_gradcam import Look, Reading, Settings, TokenMaps, explain, get_model_layers
-from studies.decoder import _length, token_groups
+from smooth_gradcam import Look, Reading, Settings, TokenMaps, explain
+from studies.decoder import token_groups
 from studies.flow import (
-    TAP_NAMES,
+    PLACE_NAMES,
     Traced,
-    _size,
     attention_maps,
     curves_by_layer,
     flow_arrays,
     flow_findings,
     flow_rows,
-    forecast,
+    forecast_forwards,
+    group_size,
     tap_modules,
     trace_photo,
-)
-from studies.knockout import (
-    EXPLAINED,
-    KEPT,
-    Severed,
-    _words,
-    explained_line,
-    find_cliff,
-    find_onset,
-    knockout_arrays,
-    knockout_rows,
-    mean_change,
-    said_instead,
-    sever_photo,
-    strongest,
-    truncated,
-    truncation_finding,
 )
 from visualization_utils import (
     PLAIN,
     WEAK,
     draw_layer,
     look_text,
+    photo_names,
+    photo_rows,
     settings_text,
     show_progress,
     spread,
@@ -77,38 +61,17 @@ from visualization_utils import (
     text_rows,
 )
 
-__all__ = ["sever", "trace"]
+__all__ = ["trace"]
 
 
 # figures
 
 COLOURS = {"system": "#999999", "image": "#d55e00", "user": "#0072b2", "answer": "#009e73"}
-EDGE_STYLES = (
-    ("#0072b2", "-"), ("#d55e00", "-"), ("#009e73", "-"), ("#56b4e9", "--"), ("#e69f00", "--"), ("#56b4e9", ":"),
-    ("#e69f00", ":"),
-)  # fmt: skip
 PLOT = 1.9, 1.35  # inches of one plot
 THIN = "Thick lines: mean of the photos; thin ones: each."
 STRIP, NARROW = 7, 0.7  # pictures side by side, at most, and inches of one, at least
 LINES = 24  # of one group in a panel of flow lines, at most
 BROADEST = 22  # points: a flow line that has all of the attention
-
-
-def _heads(readings: list[Reading]) -> list[tuple]:
-    """Rows of the header of several photos: the prompt, where it is one, and the answers."""
-    alike = len({reading.prompt for reading in readings}) == 1
-    rows = [("Prompt", readings[0].prompt)] if alike else []
-    shown = len(readings) if len(readings) <= 5 else 4
-    for i, reading in enumerate(readings[:shown], 1):
-        rows.append((f"Photo {i}", reading.answer if alike else f"{reading.prompt} → {reading.answer}"))
-    rows += [("…", f"and {len(readings) - shown} more")] * (shown < len(readings))
-    return [(label, excerpt(text, (0, 0), 200)[0], (0, 0)) for label, text in rows]
-
-
-def numbered(names: list[str]) -> str:
-    """Which photo is which, of the first ones."""
-    shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:6], 1))
-    return f"Photos: {shown}{f' and {len(names) - 6} more' if len(names) > 6 else ''}."
 
 
 def _curves(axes, rows: dict[str, np.ndarray], colours: dict[str, str]) -> None:
@@ -176,7 +139,7 @@ def draw_flow(
     traced: list[Traced], names: list[str], layers: list[int], look: Look = PLAIN, paper: Paper = PAGE
 ) -> Page:
     """Maps by layer, the shares of attention and gradient under them, and flow lines."""
-    heads = text_rows(traced[0].maps) if len(traced) == 1 else _heads([part.reading for part in traced])
+    heads = text_rows(traced[0].maps) if len(traced) == 1 else photo_rows([part.reading for part in traced])
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     y = header(page, MARGIN, MARGIN, "Information flow: what the answer reads, layer by layer", heads) + GAP
     y = strips(page, y, traced, layers, look) + GAP
@@ -215,7 +178,7 @@ def draw_flow(
         f"system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). {which[1]}: the same for each token "
         f"of the group, with the answer's own. {which[2]}: share of each group in the sum of |gradient × hidden state| "
         "at the layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as "
-        f"their attention. {look_text(look)}{f' {THIN} {numbered(names)}' if len(traced) > 1 else ''}"
+        f"their attention. {look_text(look)}{f' {THIN} {photo_names(names)}' if len(traced) > 1 else ''}"
     )
     return page.finish(small_print(page, y, caption, settings_text(traced[0].maps.settings)))
 
@@ -271,7 +234,9 @@ def draw_taps(
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     y = masthead(page, photo, "One photo at every tap", heads, (1.6, 1.2)) + 2 * GAP
     cells = {"merger": [("merger", merger)]}
-    cells |= {TAP_NAMES.get(tap, tap): [(f"layer {k}", key) for k, key in found.items()] for tap, found in keys.items()}
+    cells |= {
+        PLACE_NAMES.get(tap, tap): [(f"layer {k}", key) for k, key in found.items()] for tap, found in keys.items()
+    }
     columns = min(max(map(len, cells.values())), strip_columns(photo) - 1, int(page.inner / (NARROW + GAP)))
     pitch = (page.inner + GAP) / columns
     width, height = fit_box(photo.width / photo.height, pitch - GAP, 1.5)
@@ -295,94 +260,6 @@ def draw_taps(
     return page.finish(small_print(page, y, caption, settings_text(maps.settings, "read at the named places")))
 
 
-def _severed_heads(severed: Severed) -> list[tuple]:
-    """Rows of the header of one photo: what was asked, answered and explained."""
-    reading, part = severed.reading, severed.explained
-    which = f"{len(part)} of {len(reading.tokens)} tokens: {excerpt(_words(severed), (0, 0), 200)[0]}"
-    whole = list(part) == list(range(part[0], part[-1] + 1))  # one piece of the answer, which can be marked
-    start, end = (reading.spans[part[0]][0], reading.spans[part[-1]][1]) if whole else (0, 0)
-    span = end - len(reading.answer[start:end].lstrip()), end  # a word's token often begins with a blank
-    rows = [("Prompt", reading.prompt, (0, 0)), ("Answer", reading.answer, span), ("Explained", which, (0, 0))]
-    return [(label, *excerpt(text, marked, 300)) for label, text, marked in rows]
-
-
-def _legend_below(axes) -> None:
-    style = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "ncols": 2, "borderaxespad": 0}
-    axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.8, labelspacing=0.25, columnspacing=1, **style)
-
-
-def plot_truncation(axes, curves: dict[str, np.ndarray], each: bool) -> None:
-    """The means of {name: (photos, K + 1)} and the cliff of the first; `each`: thin lines of its photos, too."""
-    (main, values), *others = curves.items()
-    mean, layers = values.mean(0), np.arange(values.shape[1])
-    cliff = find_cliff(mean)
-    if cliff is not None:
-        axes.axvspan(find_onset(mean), cliff, color="#fff3c4", linewidth=0)
-        axes.axvline(cliff, color="black", linewidth=0.8, linestyle="--")
-        side, shift = ("right", -0.012) if cliff > len(mean) / 2 else ("left", 0.012)
-        axes.text(cliff + shift * len(mean), 0.02, f"cliff: {cliff}", size=SMALL, ha=side, va="bottom")
-    if each and len(values) > 1:
-        axes.plot(layers, values.T, color=COLOURS["image"], linewidth=0.4, alpha=0.4)
-    axes.plot(layers, mean, color=COLOURS["image"], linewidth=1.4, label=main)
-    for name, other in others:
-        axes.plot(layers, other.mean(0), color=COLOURS["user"], linewidth=1.2, linestyle="--", label=name)
-    if others:
-        _legend_below(axes)
-
-
-def plot_windows(axes, severed: list[Severed]) -> None:
-    """The mean change by layer of each edge that was blocked in windows."""
-    axes.axhline(0, color="0.6", linewidth=0.6)
-    for name, (colour, line) in zip(severed[0].windows, EDGE_STYLES, strict=False):
-        mean = mean_change(severed, name)
-        axes.plot(np.arange(len(mean)), mean, color=colour, linestyle=line, linewidth=1.2, label=name)
-    _legend_below(axes)
-
-
-def draw_knockout(
-    severed: list[Severed], names: list[str], curves: dict[str, np.ndarray], what: str, window: int | None,
-    finding: str, paper: Paper = PAGE,
-) -> Page:  # fmt: skip
-    """What is left when the image is hidden from a layer on, its cliff and, if windows were run, their effect."""
-    heads = _severed_heads(severed[0]) if len(severed) == 1 else _heads([part.reading for part in severed])
-    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
-    if len(severed) == 1:
-        y = masthead(page, severed[0].reading.photo, "Knockout: what the answer needs", heads, (1.6, 1.2))
-    else:
-        said = "; ".join(f"{i} {_words(part)}" for i, part in enumerate(severed[:6], 1))
-        heads += [("Explained", excerpt(said, (0, 0), 200)[0], (0, 0))] if what != "accuracy" else []
-        y = header(page, MARGIN, MARGIN, "Knockout: what the answers need", heads)
-    y += 2 * GAP
-    windows, height = list(severed[0].windows), 1.9
-    legend = 0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if len(curves) > 1 else 0
-    ((x, top, width), *others), y = page.places(y, 1 + bool(windows), 2.9, BAND + height + 0.45 + legend)
-    y += GAP
-    style = {"xlabel": f"image hidden from layer … on ({len(severed[0].removed) - 1}: nothing)", "ylabel": what}
-    axes = page.plot(x, top, width, height, "Truncation", ylim=(-0.02, 1.04), **style)
-    plot_truncation(axes, curves, each=what != "accuracy")
-    for x, top, width in others:
-        style = {"xlabel": "around layer …", "ylabel": "change of p, %"}
-        title = f"Attention blocked in {window} layer{'s' * (window > 1)}"
-        plot_windows(page.plot(x, top, width, height, title, **style), severed)
-    caption = (
-        f"{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the attention mask; "
-        f"positions stay. Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value is kept, wherever "
-        "hiding begins; yellow: from where all is lost to where all is kept. What these layers read may also be read "
-        "elsewhere."
-    )
-    if len(curves) > 1:
-        caption += f" Dashed: {list(curves)[-1]}, those with most attention from the explained tokens kept."
-    if windows:
-        caption += (
-            f" Blocked: in {window} layers around each (fewer at the ends), what stands behind the arrow cannot attend "
-            "to what stands before it; change of the probability of the explained tokens. Where one part of the image "
-            "is blocked, attention moves to the rest; it may cost more than blocking all."
-        )
-    if len(severed) > 1:
-        caption += f" {THIN} {numbered(names)}"
-    return page.finish(small_print(page, y, caption))
-
-
 def trace(
     readings: list[Reading], names: list[str], spans: list[tuple[int, int]], layers: list[int], settings: Settings, *,
     attention_map=False, taps=False, quiet=False, look=PLAIN, paper=PAGE, **passing,
@@ -394,7 +271,7 @@ def trace(
     """
     if not quiet:
         passes = 2 + 2.2 * settings.num_samples * (1 + taps) + 2 * attention_map
-        say(forecast(readings, passes))
+        say(forecast_forwards(readings, passes))
     bar = show_progress(quiet)
     pairs = zip(readings, spans, strict=True)
     traced = [trace_photo(reading, span, settings, bar, **passing) for reading, span in pairs]
@@ -404,7 +281,7 @@ def trace(
         "information_flow.npz": flow_arrays(traced, names) | {"layers": np.array(layers)},
     }
     shares, _, gradients = curves_by_layer(traced)
-    sizes = {name: np.mean([_size(part.reading, name) for part in traced]) for name in shares}
+    sizes = {name: np.mean([group_size(part.reading, name) for part in traced]) for name in shares}
     means = [{name: values.mean(0) for name, values in kind.items()} for kind in (shares, gradients)]
     explained = traced[0].maps.target
     what = "the whole answer" if explained == readings[0].answer else repr(explained)
@@ -434,50 +311,3 @@ def draw_tapped(
     names = {module: name for name, module in reading.model.named_modules()}
     keys = {tap: {k: names.get(module, module) for k, module in found.items()} for tap, found in taken.items()}
     return functools.partial(draw_taps, reading, maps, keys, names[merger], look, paper)
-
-
-def sever(
-    readings: list[Reading], names: list[str], spans: list, *, window=None, keep=None, mask=None, accuracy=False,
-    batch_size=8, quiet=False, paper=PAGE,
-) -> tuple[dict[str, object], list[str]]:  # fmt: skip
-    """({file name: content}, findings in lines) of the mode knockout.
-
-    `spans` are (start, end) of each answer, or None: the tokens that need the photo. With `accuracy`, the answers are
-    the right ones, and what counts is whether the model would give them. Other arguments are those of `sever_photo`.
-    """
-    total = get_model_layers(readings[0].model)[1]
-    if not quiet:
-        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else 3 if mask is None else 7)
-        length, groups = _length(readings[0]), token_groups(readings[0])
-        share = (length - groups["image"].stop) / length
-        say(f"{runs} runs of each photo; {forecast(readings, 2 + runs * share)}")
-    options = {"window": window, "keep": keep, "mask": mask, "batch_size": batch_size}
-    severed = []
-    for reading, span in zip(readings, spans, strict=True):
-        bar = show_progress(quiet or len(readings) > 1, "blocked runs", "batch")
-        severed.append(sever_photo(reading, span, progress=bar, **options))
-    what = "accuracy" if accuracy else "probability of the explained tokens"
-    curves = {"image hidden": [part.right if accuracy else truncated(part, part.removed) for part in severed]}
-    if keep is not None:
-        but = f"all but {keep} tokens hidden"
-        curves[but] = [part.kept_right if accuracy else truncated(part, part.kept) for part in severed]
-    curves = {name: np.array(values, float) for name, values in curves.items()}
-    finding = truncation_finding(curves["image hidden"], what)
-    told = [] if accuracy else list(zip(severed, names, spans, strict=True))[:EXPLAINED]
-    lines = [*(explained_line(*part) for part in told), finding]
-    if keep is not None:
-        cliff = find_cliff(curves[but].mean(0))
-        kept = "no cliff" if cliff is None else f"cliff {cliff}, {decimal(curves[but].mean(0)[cliff], 3)}"
-        lines.append(
-            f"but for the {keep} image tokens that the explained tokens attend to most in the layer before: {kept}"
-        )
-    for edge in severed[0].windows:
-        lines.append(f"{edge}: {strongest(mean_change(severed, edge), window)}")
-    if accuracy:
-        lines += said_instead(severed, names)
-    draw = functools.partial(draw_knockout, severed, names, curves, what, window, finding, paper)
-    files = paper.figure("knockout", draw) | {
-        "knockout.csv": to_csv(knockout_rows(severed, names)),
-        "knockout.npz": knockout_arrays(severed, names),
-    }
-    return files, lines

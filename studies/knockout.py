@@ -26,7 +26,7 @@ from smooth_gradcam import (
     get_model_layers,
     memory_explained,
 )
-from studies.decoder import covered_tokens, embed, empty_cache, hooked, run_decoder, token_groups
+from studies.decoder import attention_hooked, covered_tokens, embed, empty_cache, run_decoder, token_groups
 from studies.flow import attention_flow
 
 __all__ = ["Edge", "find_cliff", "image_hidden", "knockout"]
@@ -112,7 +112,7 @@ def blocked(model, hidden: Callable[[int, int, int], Tensor | None]):
 
         return attention.register_forward_pre_hook(hook, with_kwargs=True)
 
-    with hooked(model, register):
+    with attention_hooked(model, register):
         yield
 
 
@@ -302,7 +302,7 @@ def truncation_finding(curves: np.ndarray, what: str) -> str:
     return line
 
 
-def strongest(changes: np.ndarray, window: int) -> str:
+def largest_change(changes: np.ndarray, window: int) -> str:
     """In words the largest of the changes (K,) and where it is."""
     if not np.isfinite(changes).any():
         return f"nothing to lose, the probability is below {UNLIKELY}"
@@ -314,7 +314,7 @@ def strongest(changes: np.ndarray, window: int) -> str:
     return f"{changes[worst]:+.1f} % at most, blocked in {layers}"
 
 
-def _words(severed: Severed) -> str:
+def explained_text(severed: Severed) -> str:
     """What the explained tokens say, each character once."""
     spans = dict.fromkeys(severed.reading.spans[i] for i in severed.explained)
     return " ".join(f"“{severed.reading.answer[slice(*span)].strip()}”" for span in spans)
@@ -326,7 +326,7 @@ def explained_line(severed: Severed, name: str, span) -> str:
     why = "as asked" if span else "those that need the photo"
     if not span and len(severed.explained) == len(reading.tokens) != len(tokens_that_need_the_photo(severed.removed)):
         why = "all, as none needs the photo"
-    return f"explained of {name}, {len(severed.explained)} of {len(reading.tokens)} tokens, {why}: {_words(severed)}"
+    return f"explained of {name}, {len(severed.explained)} of {len(reading.tokens)} tokens, {why}: {explained_text(severed)}"
 
 
 def said_instead(severed: list[Severed], names: list[str]) -> list[str]:

@@ -36,7 +36,7 @@ from studies.flow import (
     group_sums,
     trace_photo,
 )
-from studies.flow_figures import sever, trace
+from studies.flow_figures import trace
 from studies.knockout import (
     Edge,
     Severed,
@@ -48,6 +48,7 @@ from studies.knockout import (
     sever_photo,
     truncation_finding,
 )
+from studies.knockout_figures import sever
 from studies.randomization import randomize_weights
 
 LAYERS = 3  # of the model
