@@ -553,7 +553,7 @@ def trace_photos(args, readings, names, layers, settings) -> tuple[dict, list[st
 
 def sever_photos(args, readings, names, mask) -> tuple[dict, list[str]]:
     """The same of knockout mode."""
-    from studies.flow_figures import sever
+    from studies.knockout_figures import sever
 
     spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
     options = {name: getattr(args, name) for name in ("window", "keep", "quiet")}

@@ -326,7 +326,8 @@ def explained_line(severed: Severed, name: str, span) -> str:
     why = "as asked" if span else "those that need the photo"
     if not span and len(severed.explained) == len(reading.tokens) != len(tokens_that_need_the_photo(severed.removed)):
         why = "all, as none needs the photo"
-    return f"explained of {name}, {len(severed.explained)} of {len(reading.tokens)} tokens, {why}: {explained_text(severed)}"
+    count = f"{len(severed.explained)} of {len(reading.tokens)} tokens"
+    return f"explained of {name}, {count}, {why}: {explained_text(severed)}"
 
 
 def said_instead(severed: list[Severed], names: list[str]) -> list[str]:
