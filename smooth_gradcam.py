@@ -30,7 +30,7 @@ import cv2
 import numpy as np
 import regex
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
@@ -169,10 +169,7 @@ class Settings:
         if self.contrast is not None:
             check_text("contrast", self.contrast)
             object.__setattr__(self, "contrast", self.contrast.strip())  # as a target is
-        for name, valid in {"method": METHODS, "tap": TAPS, "score": SCORES, "rules": RULES}.items():
-            value = getattr(self, name)
-            if not (value is None and name in ("tap", "rules") or isinstance(value, str) and value in valid):
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(valid)}")
+        check_choices(self, method=METHODS, tap=(None, *TAPS), score=SCORES, rules=(None, *RULES))
         if not use_smooth or self.noise_std == 0:  # all copies would be equal
             object.__setattr__(self, "num_samples", 1)
             object.__setattr__(self, "noise_std", 0.0)
@@ -193,6 +190,14 @@ def check_text(name: str, value) -> None:
     """Raises ValueError unless the value is a string with more than white space in it."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name}={value!r} must be a non-empty string")
+
+
+def check_choices(record, **choices: Iterable) -> None:
+    """Raises ValueError for an attribute of the record that is not one of its choices."""
+    for name, valid in choices.items():
+        value = getattr(record, name)
+        if not (value is None or isinstance(value, str)) or value not in valid:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(filter(None, valid))}")
 
 
 def check_type(name: str, value, kind: type) -> None:
@@ -228,17 +233,16 @@ class TokenMaps:
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # for EPS, Pillow would start Ghostscript
-BAND = 2**20  # pixels of a picture that are worked on at once
 LARGE = 25_000_000  # pixels from which on a photo is made smaller before the processor gets it
 
 
 def load_rgb(image) -> Image.Image:
-    """Open a photo the right way up, as RGB.
+    """A photo the right way up, as RGB.
 
     `image` is a path (JPEG, PNG, WebP, GIF, BMP, TIFF, MPO, PPM or AVIF, whatever the file is called), a PIL image of
     8 bits a channel or 16 bits of grey, or a uint8 array (height, width, 3). EXIF rotation is applied, transparency is
-    laid on white, of an animated file the first frame is taken. The caller's image is left as it is, and given back if
-    there is nothing to change. Raises ValueError for what is no image, has no pixels, or does not say what is white.
+    laid on white, of an animated file the first frame is taken. The caller's image is left as it is. Raises ValueError
+    for anything else; `common/photos.py` opens more.
     """
     image = open_image(image)
     if image.mode.startswith("I;16"):
@@ -246,67 +250,35 @@ def load_rgb(image) -> Image.Image:
         image = Image.fromarray((grey // 257 + (grey % 257 > 128)).astype(np.uint8))  # white is 65535 = 257 * 255
     if image.mode in "IF":
         raise ValueError(f"the image has grey values of mode {image.mode}: scale them to 8 bits (see common/photos.py)")
-    if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    white = Image.new("RGB", image.size)
-    for columns in column_bands(image.height, image.width):
-        box = (columns.start, 0, columns.stop, image.height)
-        part = image.crop(box).convert("RGBA")
-        white.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), box)
-    return white
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(image) -> Image.Image:
-    """What `load_rgb` opens, the right way up, in the mode that it has."""
+    """What `load_rgb` opens, the right way up, in its own mode."""
+    if isinstance(image, (str, os.PathLike)):
+        if os.path.exists(image) and not os.path.isfile(image):  # noqa: PTH110, PTH113  (Path's raise for a long name)
+            raise ValueError(f"{image} is a folder, a pipe or a device, not an image file")
+        try:
+            with Image.open(image, formats=FORMATS) as file:
+                return ImageOps.exif_transpose(file)
+        except Exception as exc:  # Pillow raises anything for a damaged file
+            raise ValueError(f"the image {image} cannot be read: {' '.join(str(exc).split()) or exc!r}") from exc
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"an image array of {image.dtype} {image.shape} must be uint8 (height, width, 3), RGB")
         return Image.fromarray(image)
-    if isinstance(image, (str, os.PathLike)):
-        return _open_file(os.fspath(image))
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"image of type {type(image).__name__} must be a path, a PIL image or a uint8 array")
-    if not all(image.size):
-        raise ValueError(f"the image has {image.width} x {image.height} pixels: there is nothing to explain")
+    if not isinstance(image, Image.Image) or not all(image.size):
+        what = image.size if isinstance(image, Image.Image) else type(image).__name__
+        raise ValueError(f"image of {what} must be a path, a PIL image with pixels, or a uint8 array")
     if getattr(image, "tile", None) and image.format not in (*FORMATS, "MPO"):  # not loaded yet
         raise ValueError(f"the image is of format {image.format}, not one of {', '.join(FORMATS)}: load it first")
-    if isinstance(image, ImageFile.ImageFile) or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        return ImageOps.exif_transpose(image)  # a copy: a file may be closed
-    return image
+    return ImageOps.exif_transpose(image)
 
 
-def _open_file(path: str) -> Image.Image:
-    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113  (Path's raise for a very long name)
-        raise ValueError(f"{path} is a folder, a pipe or a device, not an image file")
-    try:
-        with open(path, "rb", opener=_without_waiting) as file, Image.open(file, formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image)
-    except FileNotFoundError as exc:
-        raise ValueError(f"the image {path} does not exist") from exc
-    except Image.DecompressionBombError as exc:
-        raise ValueError(f"the image {path} is too large: {exc}") from exc
-    except Exception as exc:  # Pillow raises anything for a damaged file
-        why = " ".join(str(exc).split()) or type(exc).__name__
-        raise ValueError(f"the image {path} cannot be read as an image (empty, truncated or not one?): {why}") from exc
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # what has become a pipe meanwhile does not block
-
-
-def column_bands(height: int, width: int) -> list[slice]:
-    """The columns of a picture, about BAND pixels at a time, so that what is made of them fits beside a large photo.
-
-    OpenCV rounds alike only where bands begin at a multiple of its vectors, PyTorch where none is narrower than 128.
-    """
-    step = max(128, BAND // height // 64 * 64)
-    edges = [*range(0, max(width - step, 0) + 1, step), width]
-    return [slice(*ends) for ends in zip(edges, edges[1:], strict=False)]
-
-
-def add_noise(
-    pixel_values: Tensor, noise_std: float, image_processor, generator: torch.Generator, still=True
-) -> Tensor:
+def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator, still: bool = True) -> Tensor:
     """One SmoothGrad copy of the processor's pixels, (patches, channels * temporal copies * P * P).
 
     `noise_std` is in units of pixel values in [0, 1] (Smilkov et al., 2017: sigma / (max - min)). A still image is
@@ -386,10 +358,9 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
             raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
-    images = image if isinstance(image, (list, tuple)) else [image]
-    if not images:
+    photos = tuple(map(load_rgb, image if isinstance(image, (list, tuple)) else [image]))
+    if not photos:
         raise ValueError(f"image={image!r} has no photo: give one or more")
-    photos = tuple(map(load_rgb, images))
     inputs = prepare_inputs(model, processor, photos, prompt)
     return answered(model, processor, photos, prompt, inputs, "image", answer, max_new_tokens)
 
@@ -400,25 +371,27 @@ def answered(
     """The reading of inputs whose `kind` ("image" or "video") is explained, with the given or the generated answer."""
     check_whole("max_new_tokens", max_new_tokens, 1)
     positions, grids = image_grids(model, inputs, kind)
-    for height, width in grids:
-        if height * width < 9:
-            message = f"the photo is seen as {width} x {height} image tokens: too few to tell places apart"
-            warnings.warn(message, ExplanationWarning, stacklevel=3)
+    if min(map(math.prod, grids)) < 9:
+        shown = " and ".join(f"{width} x {height}" for height, width in grids)
+        warn(f"the photo is seen as {shown} image tokens: too few to tell places apart")
     tokenizer = processor.tokenizer
     if answer is None:
         with borrowed(model), memory_explained(len(positions)):
             tokens = generate(model, tokenizer, inputs, max_new_tokens)
         if len(tokens) >= 8 and len(set(tokens)) == 1:
-            message = f"the model repeats one token, {decode(tokenizer, tokens[:1])!r}: its weights may be damaged"
-            warnings.warn(message, ExplanationWarning, stacklevel=3)
+            warn(f"the model repeats one token, {decode(tokenizer, tokens[:1])!r}: its weights may be damaged")
     else:
         tokens = tokenise(tokenizer, answer)
-    text = decode(tokenizer, tokens)
+    text, spans = decode(tokenizer, tokens), token_spans(tokenizer, tokens)
     if not text.strip():
         raise ExplanationError("the model's answer is empty: give a text to explain with answer= (--answer)")
     pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
-    spans = token_spans(tokenizer, tokens)
     return Reading(model, processor, photos, prompt, inputs, positions, grids, tokens, spans, text, pixels)
+
+
+def warn(message: str) -> None:
+    """An ExplanationWarning where the function was called that our caller was called by."""
+    warnings.warn(message, ExplanationWarning, stacklevel=4)
 
 
 def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, Tensor]:
@@ -440,7 +413,9 @@ def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, 
         raise ValueError(f"the chat template shows {shown} pictures where {len(kinds)} are given")
     given = video or {"images": [_reduced(photo, processor.image_processor) for photo in photos]}
     inputs = dict(processor(text=[text], **given, return_tensors="pt"))
-    if "mm_token_type_ids" in accepted(model):  # without them transformers >= 5.3 uses 1-D positions, with no error
+    if (
+        "mm_token_type_ids" in inspect.signature(model.forward).parameters
+    ):  # without them transformers >= 5.3 uses 1-D positions, with no error
         ids = inputs["input_ids"]
         types = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
         inputs.setdefault("mm_token_type_ids", types)
@@ -457,11 +432,6 @@ def _reduced(photo: Image.Image, image_processor) -> Image.Image:
     count = photo.width * photo.height
     factor = math.isqrt(count // (4 * image_processor.size["longest_edge"])) if count > LARGE else 1
     return photo.reduce(factor) if factor > 1 else photo
-
-
-def accepted(model) -> Iterable[str]:
-    """Names of the arguments that the model's forward takes: they differ between versions of transformers."""
-    return inspect.signature(model.forward).parameters
 
 
 def grid_from_count(count: int) -> tuple[int, int]:
@@ -580,14 +550,10 @@ def find_target(answer: str, target: str | None, occurrence: int = 1) -> tuple[i
     Raises ValueError, with the answer, if it is not there, or not as often.
     """
     check_whole("target_occurrence", occurrence, 1)
-    if target is None:
-        if occurrence > 1:
-            raise ValueError(f"target_occurrence={occurrence} needs a target")
-        return 0, len(answer)
-    found = occurrences(answer, target)
+    found = [(0, len(answer))] if target is None else occurrences(answer, target)
     if occurrence > len(found):
-        times = "once" if len(found) == 1 else f"{len(found)} times"
-        raise ValueError(f"target_occurrence={occurrence}: {target!r} is {times} in the answer {answer!r}")
+        what = "needs a target" if target is None else f"is more than the {len(found)} of {target!r} in {answer!r}"
+        raise ValueError(f"target_occurrence={occurrence} {what}")
     return found[occurrence - 1]
 
 
@@ -836,10 +802,8 @@ def memory_explained(count: int):
     except RuntimeError as exc:
         if not (isinstance(exc, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(exc)):
             raise
-        raise RuntimeError(
-            f"out of memory with {count} image tokens: lower batch_size, give the model fewer pixels, explain only "
-            "later layers, or recompute activations (--batch_size, --max_pixels, --layers, --recompute)"
-        ) from exc
+        advice = "lower batch_size, give the model fewer pixels, explain only later layers, or recompute activations"
+        raise RuntimeError(f"out of memory with {count} image tokens: {advice}") from exc
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -847,16 +811,16 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def steadier(dtype: torch.dtype) -> str:
-    """What to do about values that are not finite."""
-    advice = {torch.float16: "load it as bfloat16 or float32", torch.bfloat16: "load it as float32"}
-    return advice.get(dtype, "its weights may be damaged, or hold values that are not finite")
+def not_finite(what: str, model) -> ExplanationError:
+    """The error for values that are not finite, with what to do about them."""
+    return ExplanationError(f"{what} in {model.dtype}: load the model as float32, or check its weights")
 
 
 def compute_logits(model, inputs: dict[str, Tensor], first: int) -> Tensor:
     """(B, L, V), or where the model can leave out the rest, only those from position `first` to the end."""
     length = inputs["input_ids"].shape[1]
-    keep = {"logits_to_keep": length - first} if "logits_to_keep" in accepted(model) else {}
+    known = inspect.signature(model.forward).parameters
+    keep = {"logits_to_keep": length - first} if "logits_to_keep" in known else {}
     return model(**inputs, **keep, use_cache=False).logits
 
 
@@ -892,7 +856,7 @@ def features_and_gradients(
         expected = torch.tensor(target.expected, device=rows.device)
         scores = [SCORES[settings.score](row, expected) for row in rows]  # no copy has a part in another's
         if wrong := [score.item() for score in scores if not score.isfinite()]:
-            raise ExplanationError(f"the score is {wrong[0]} in {model.dtype}: {steadier(model.dtype)}")
+            raise not_finite(f"the score is {wrong[0]}", model)
         gradients = [None] * len(features)
         if rows.requires_grad:
             with ready():
@@ -981,8 +945,7 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
         return None
     features, gradient = (image_rows(key, tensor, reading.positions) for tensor in (features, gradient))  # (k * N, C)
     if not gradient.isfinite().all():
-        dtype = reading.model.dtype
-        raise ExplanationError(f"the gradient at layer {key} is not finite in {dtype}: {steadier(dtype)}")
+        raise not_finite(f"the gradient at layer {key} is not finite", reading.model)
     if not gradient.any():
         return None
     heat = METHODS[method].formula(features, gradient).float().cpu().numpy()
@@ -993,15 +956,9 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
 
 
 def explain(
-    reading: Reading,
-    spans: list[tuple[int, int]],
-    layers: Iterable[int | nn.Module],
-    settings: Settings = Settings(),  # noqa: B008  (it is frozen)
-    progress: Callable[[Iterable], Iterable] | None = None,
-    *,
-    batch_size: int = 1,
-    passes: Callable[..., Iterator[tuple[int, dict]]] = noisy_passes,
-) -> list[TokenMaps]:
+    reading: Reading, spans: list[tuple[int, int]], layers: Iterable[int | nn.Module], settings: Settings | None = None,
+    progress: Callable[[Iterable], Iterable] | None = None, *, batch_size: int = 1, passes: Callable = noisy_passes,
+) -> list[TokenMaps]:  # fmt: skip
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
     One TokenMaps for each part; of several photos, or of a video's temporal patches, one for each of them in turn.
@@ -1012,6 +969,7 @@ def explain(
     takes the place of `noisy_passes`: see `common/passes.py`. `layers`, `progress`, `batch_size` and errors are
     described in `compute_token_maps`.
     """
+    settings = Settings() if settings is None else settings
     check_type("reading", reading, Reading)
     check_type("settings", settings, Settings)
     check_whole("batch_size", batch_size, 1)
@@ -1046,21 +1004,11 @@ def explain(
 
 
 def compute_token_maps(
-    model,
-    processor,
-    image,
-    prompt: str,
-    layers: Iterable[int | nn.Module],
-    *,
-    answer: str | None = None,
-    max_new_tokens: int = 128,
-    target: str | None = None,
-    target_occurrence: int = 1,
-    progress: Callable[[Iterable], Iterable] | None = None,
-    batch_size: int = 1,
-    passes: Callable[..., Iterator[tuple[int, dict]]] = noisy_passes,
+    model, processor, image, prompt: str, layers: Iterable[int | nn.Module], *, answer: str | None = None,
+    max_new_tokens: int = 128, target: str | None = None, target_occurrence: int = 1,
+    progress: Callable[[Iterable], Iterable] | None = None, batch_size: int = 1, passes: Callable = noisy_passes,
     **settings,
-) -> TokenMaps:
+) -> TokenMaps:  # fmt: skip
     """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
 
     image           path, PIL image of any mode, or uint8 RGB array (height, width, 3)
@@ -1104,7 +1052,7 @@ OPAQUE, HALF = 0.7, 0.5  # opacity that follows the value: the most there is, an
 
 @dataclass(frozen=True)
 class Look:
-    """How maps are drawn. ValueError names a value that cannot be, and what would be valid.
+    """How maps are drawn. ValueError names an invalid value, and what would be valid.
 
     colormap  of COLORMAPS: "plasma" is bright where the map is high on any photo, "jet" is what papers often show
     opacity   of the colours over the photo, 0 to 1; None follows the value, so that cold areas stay photo: 0.7 from
@@ -1119,12 +1067,12 @@ class Look:
     scale: str = "map"
 
     def __post_init__(self):
-        for name, valid in (("colormap", COLORMAPS), ("upsample", UPSAMPLING), ("scale", SCALES)):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in valid:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(valid)}")
+        check_choices(self, colormap=COLORMAPS, upsample=UPSAMPLING, scale=SCALES)
         if self.opacity is not None and not (isinstance(self.opacity, (int, float)) and 0 <= self.opacity <= 1):
             raise ValueError(f"opacity={self.opacity!r} must be 0 to 1, or None to follow the value")
+
+
+PLAIN = Look()
 
 
 def normalize_cam(cam: np.ndarray, peak: float | None = None) -> np.ndarray:
@@ -1172,54 +1120,13 @@ def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float | np.nd
     return cv2.blendLinear(photo, heatmap, 1 - alpha, alpha)
 
 
-def upsampled_bands(cam: np.ndarray, size: tuple[int, int], how: str) -> Iterator[tuple[slice, np.ndarray]]:
-    """(columns, `upsample_cam` in them) from left to right, the same values as at once."""
-    height, width = size
-    bands = column_bands(height, width)
-    if len(bands) > 1:  # bilinear weights go along the rows first, and then, with the columns as they are, down
-        cam = upsample_cam(cam, (len(cam), width), how)
-    for columns in bands:
-        part = cam[:, columns] if len(bands) > 1 else cam
-        yield columns, upsample_cam(part, (height, columns.stop - columns.start), how)
-
-
-def render_heatmap(
-    cam: np.ndarray,
-    size: tuple[int, int],
-    look: Look = Look(),
-    peak: float | None = None,  # noqa: B008  (it is frozen)
-) -> np.ndarray:
-    """The colours of a raw (H, W) map at `size` = (height, width) pixels, full at `peak` or its maximum: uint8 RGB."""
-    picture = np.empty((*size, 3), np.uint8)
-    for columns, share in upsampled_bands(normalize_cam(cam, peak), size, look.upsample):
-        picture[:, columns] = colorize_cam(share, look.colormap)
-    return picture
-
-
-def render_overlay(
-    image,
-    cam: np.ndarray,
-    look: Look = Look(),
-    peak: float | None = None,  # noqa: B008
-) -> np.ndarray:
-    """The photo under the colours of `render_heatmap`, of the photo's own size: uint8 RGB."""
-    photo = load_rgb(image)
-    picture = np.empty((photo.height, photo.width, 3), np.uint8)
-    for columns, share in upsampled_bands(normalize_cam(cam, peak), picture.shape[:2], look.upsample):
-        below = np.asarray(photo.crop((columns.start, 0, columns.stop, photo.height)))
-        picture[:, columns] = overlay_cam(below, colorize_cam(share, look.colormap), opacity_of(share, look))
-    return picture
-
-
-def render_cam(
-    image,
-    cam: np.ndarray,
-    look: Look = Look(),
-    peak: float | None = None,  # noqa: B008
-) -> tuple[np.ndarray, np.ndarray]:
+def render_cam(image, cam: np.ndarray, look: Look = PLAIN, peak: float | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(superimposed, heatmap) of a raw (H, W) map, uint8 RGB arrays (height, width, 3) of the photo's own size."""
-    photo = load_rgb(image)
-    return render_overlay(photo, cam, look, peak), render_heatmap(cam, photo.size[::-1], look, peak)
+    check_type("look", look, Look)
+    photo = np.asarray(load_rgb(image))
+    share = upsample_cam(normalize_cam(cam, peak), photo.shape[:2], look.upsample)
+    heatmap = colorize_cam(share, look.colormap)
+    return overlay_cam(photo, heatmap, opacity_of(share, look)), heatmap
 
 
 class SmoothQwenGradCAM:
@@ -1262,11 +1169,7 @@ class SmoothQwenGradCAM:
         layers = [self.target_layer]
         self.result = compute_token_maps(self.model, self.processor, image, prompt, layers, **settings, **self.options)
         ((layer, cam),) = self.result.maps.items()
-        if layer in self.result.no_gradient:
-            raise ExplanationError(
-                f"layer {layer} has no gradient: behind it no path leads from the image tokens to the answer. "
-                'Choose an earlier one, or tap="input" with a decoder layer'
-            )
         if layer in self.result.blank:
-            raise ExplanationError(f"the map of layer {layer} is zero everywhere: try another layer or method")
+            advice = 'choose an earlier layer, or tap="input" with a decoder layer'
+            raise ExplanationError(f"layer {layer} has no map ({self.result.blank[layer]}): {advice}")
         return render_cam(image, cam, self.look)

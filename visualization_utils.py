@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from common.bands import render_heatmap, render_overlay
 from common.files import output_folder
 from common.page import (
     BAND,
@@ -46,6 +47,7 @@ from common.passes import passes_of
 from common.photos import open_photo
 from smooth_gradcam import (
     METHODS,
+    PLAIN,
     Look,
     Reading,
     Settings,
@@ -57,8 +59,6 @@ from smooth_gradcam import (
     get_model_layers,
     opacity_of,
     overlay_cam,
-    render_heatmap,
-    render_overlay,
     resolve_layers,
 )
 
@@ -117,7 +117,6 @@ def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
 
 # pictures of one layer
 
-PLAIN = Look()
 WEAK = 0.05  # of the strongest map of its kind: less is said to be weak
 
 

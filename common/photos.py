@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image, features
 
+from common.bands import lay_on_white
 from common.files import open_regular
 from smooth_gradcam import load_rgb, open_image
 
@@ -32,7 +33,9 @@ def open_photo(image) -> Image.Image:
         if kind is None:
             raise
         raise ValueError(f"{image} is {kind} photo: convert it to JPEG, e.g. with pillow-heif") from exc
-    return scale_grey(opened) if opened.mode in "IF" else load_rgb(opened)
+    if opened.mode in "IF":
+        return scale_grey(opened)
+    return lay_on_white(opened) if opened.has_transparency_data else load_rgb(opened)
 
 
 def heif_kind(path: str | os.PathLike) -> str | None:
