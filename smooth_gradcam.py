@@ -778,18 +778,19 @@ def borrowed(model):
         training = [module for module in model.modules() if module.training]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         positions = getattr(model.model, "rope_deltas", None)  # a caller's unfinished generation lives on this
-        try:
+
+        def switch(on: bool):
             for module in training:
-                module.training = False
+                module.training = on
             for parameter in trainable:
-                parameter.requires_grad_(False)  # else autograd would keep what the parameters' gradients need
+                parameter.requires_grad_(on)  # else autograd would keep what the parameters' gradients need
+
+        try:
+            switch(False)
             with torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
-            for module in training:
-                module.training = True
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            switch(True)
             if hasattr(model.model, "rope_deltas"):
                 model.model.rope_deltas = positions
 
