@@ -19,6 +19,7 @@ import operator
 import os
 import re
 import threading
+import unicodedata
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -170,8 +171,7 @@ class Settings:
         if not (isinstance(self.noise_std, (int, float, np.number)) and 0 <= self.noise_std <= 1):
             raise ValueError(f"noise_std={self.noise_std!r} must be 0 to 1 (0.15 is 15 % of the pixel range)")
         if self.contrast is not None:
-            if not isinstance(self.contrast, str) or not self.contrast.strip():
-                raise ValueError(f"contrast={self.contrast!r} must be a text that is not empty")
+            check_text("contrast", self.contrast)
             object.__setattr__(self, "contrast", self.contrast.strip())  # as a target is
         for name, valid in {"method": METHODS, "tap": TAPS, "score": SCORES, "rules": RULES}.items():
             value = getattr(self, name)
@@ -191,6 +191,12 @@ def check_whole(name: str, value, least: int) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
     if value >= 2**63:
         raise ValueError(f"{name}={value!r} must be below 2^63")
+
+
+def check_text(name: str, value) -> None:
+    """Raises ValueError unless `value` is a text that says something and that can be written."""
+    if not isinstance(value, str) or not value.strip() or regex.search(r"\p{Cs}", value):
+        raise ValueError(f"{name}={value!r} must be a text that is not empty, and without lone surrogates")
 
 
 def check_batch_size(value) -> None:
@@ -382,8 +388,7 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     check_whole("max_new_tokens", max_new_tokens, 1)
     texts = {"prompt": prompt} if answer is None else {"prompt": prompt, "answer": answer}
     for name, text in texts.items():
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name}={text!r} must be a text that is not empty")
+        check_text(name, text)
     for part in ("tokenizer", "image_processor", "apply_chat_template"):
         if not hasattr(processor, part):
             raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
@@ -551,11 +556,14 @@ def occurrences(answer: str, target: str, name: str = "target") -> list[tuple[in
     """Where the target stands in the answer, as a whole word if it does so anywhere. ValueError if nowhere."""
     if not isinstance(target, str):
         raise ValueError(f"{name}={target!r} must be a text")
-    literal = re.escape(target.strip())  # the token of a blank says the next word
+    wanted = target.strip()  # the token of a blank says the next word
+    if wanted not in answer:
+        wanted = unicodedata.normalize("NFC", wanted)  # as the tokenizer composes what it is given
+    literal = re.escape(wanted)
     found = list(regex.finditer(f"(?<!{OF_A_WORD}){literal}(?!{OF_A_WORD})", answer))
     found = found or list(re.finditer(literal, answer))
-    if not found or not target.strip():
-        other = re.search(literal, answer, re.IGNORECASE) if target.strip() else None
+    if not found or not wanted:
+        other = re.search(literal, answer, re.IGNORECASE) if wanted else None
         hint = f": there is {other[0]!r}" if other else ""
         words = ", ".join(list(dict.fromkeys(re.findall(r"\w+", answer)))[:40])
         raise ValueError(
