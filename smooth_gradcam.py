@@ -18,6 +18,7 @@ import operator
 import os
 import re
 import threading
+import unicodedata
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -187,9 +188,9 @@ def check_whole(name: str, value, least: int) -> None:
 
 
 def check_text(name: str, value) -> None:
-    """Raises ValueError unless the value is a string with more than white space in it."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name}={value!r} must be a non-empty string")
+    """Raises ValueError unless the value is a string with more than white space in it that can be encoded."""
+    if not isinstance(value, str) or not value.strip() or regex.search(r"\p{Cs}", value):
+        raise ValueError(f"{name}={value!r} must be a non-empty string without lone surrogates")
 
 
 def check_choices(record, **choices: Iterable) -> None:
@@ -530,11 +531,14 @@ def occurrences(answer: str, target: str, name: str = "target") -> list[tuple[in
     """Where the target stands in the answer, as a whole word if it does so anywhere. ValueError if nowhere."""
     if not isinstance(target, str):
         raise ValueError(f"{name}={target!r} must be a text")
-    literal = re.escape(target.strip())  # the token of a blank says the next word
+    wanted = target.strip()  # the token of a blank says the next word
+    if wanted not in answer:
+        wanted = unicodedata.normalize("NFC", wanted)  # as the tokenizer composes what it is given
+    literal = re.escape(wanted)
     found = list(regex.finditer(f"(?<!{OF_A_WORD}){literal}(?!{OF_A_WORD})", answer))
     found = found or list(re.finditer(literal, answer))
-    if not found or not target.strip():
-        other = re.search(literal, answer, re.IGNORECASE) if target.strip() else None
+    if not found or not wanted:
+        other = re.search(literal, answer, re.IGNORECASE) if wanted else None
         hint = f": there is {other[0]!r}" if other else ""
         words = ", ".join(list(dict.fromkeys(re.findall(r"\w+", answer)))[:40])
         raise ValueError(

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+import unicodedata
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -120,12 +121,13 @@ def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
 
 def check_answer(args: argparse.Namespace) -> None:
     """Raises ValueError if the given answer does not hold what is to be explained."""
+    answer = unicodedata.normalize("NFC", args.answer)  # as the tokenizer composes it
     if args.mode != "words":
-        find_target(args.answer, args.target, args.target_occurrence)
+        find_target(answer, args.target, args.target_occurrence)
     elif args.words not in ("content", "all"):
         from studies.words import choose_words
 
-        choose_words(args.answer, [], args.words)
+        choose_words(answer, [], args.words)
 
 
 # the run
