@@ -280,11 +280,12 @@ def run(args: argparse.Namespace) -> Done:
     layers = choose_layers(args, count_layers(args.model_path))
     subfolders = layers if args.mode == "comparative" else ()
     with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir") as write:
-        processor = load_processor(args.model_path, args.max_pixels)
-        model = load_model(args.model_path, device, args.dtype)
-        with model_named(args.model_path), vision_kept(model):
-            readings = read_all(args, model, processor, asked)
-            files, lines = explain_readings(args, readings, [one.name for one in asked], layers, mask)
+        with model_named(args.model_path):
+            processor = load_processor(args.model_path, args.max_pixels)
+            model = load_model(args.model_path, device, args.dtype)
+            with vision_kept(model):
+                readings = read_all(args, model, processor, asked)
+                files, lines = explain_readings(args, readings, [one.name for one in asked], layers, mask)
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)
 

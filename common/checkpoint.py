@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.processing_utils import TextKwargs
 
-from common.refusals import checkpoint_folder, fetch_weights, read_record
+from common.refusals import check_tokenizer, checkpoint_folder, fetch_weights, read_record
 from common.template import render
 from smooth_gradcam import FAMILIES, SUPPORTED, ExplanationWarning, get_model_layers, is_out_of_memory
 
@@ -82,6 +83,7 @@ def load_processor(model_path: str, max_pixels: int):
     Raises ValueError if it is missing, or not one of this vision-language model.
     """
     folder, name = checkpoint_folder(model_path), f"--model_path {model_path}"
+    check_tokenizer(folder, name)
     try:
         processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
     except ImportError as exc:
@@ -94,6 +96,8 @@ def load_processor(model_path: str, max_pixels: int):
     if processor.image_token not in processor.tokenizer.get_vocab():  # transformers 5 makes do with an empty one
         raise ValueError(f"{name} lacks its tokenizer: it has no {processor.image_token}")
     check_fit(processor, read_record(folder / "config.json", name), name)
+    for key in TextKwargs.__annotations__:  # such as padding: transformers would apply them to every prompt
+        processor.tokenizer.init_kwargs.pop(key, None)
     with model_named(model_path):
         bound_template(processor)
     try:
@@ -108,11 +112,12 @@ def check_fit(processor, config: dict, name: str) -> None:
     images, vision, text = processor.image_processor, config.get("vision_config") or {}, decoder_settings(config)
     tokens = processor.tokenizer.get_vocab()
     wanted = {"image token": (tokens[processor.image_token], config.get("image_token_id"))}
+    wanted["do_resize"] = getattr(images, "do_resize", True), True  # or --max_pixels would not act
     for own, models in (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
         wanted[own] = getattr(images, own, None), vision.get(models)
     for what, (has, wants) in wanted.items():
         if wants is not None and has != wants:
-            raise ValueError(f"{name} has a processor with {what} {has!r}, and a config.json with {wants!r}")
+            raise ValueError(f"{name} has a processor with {what} {has!r}: this model takes {wants!r}")
     if max(tokens.values()) >= text.get("vocab_size", len(tokens) + max(tokens.values())):
         raise ValueError(f"{name} has a tokenizer with token {max(tokens.values())}, of {text['vocab_size']} in all")
 
@@ -205,7 +210,9 @@ def model_named(model_path: str):
     """
     try:
         yield
-    except Exception as exc:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as exc:  # panics of the tokenizer's Rust are no Exception
         if isinstance(exc, ValueError) and str(exc).startswith("the chat template"):
             raise ValueError(f"--model_path {model_path}: {exc}") from exc
         root, library = Path(__file__).parents[1], Path(transformers.__file__).parent

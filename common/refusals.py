@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import dynamic_module_utils
 from transformers.utils import cached_file
 
-__all__ = ["checkpoint_folder", "fetch_weights", "read_record"]
+__all__ = ["check_tokenizer", "checkpoint_folder", "fetch_weights", "read_record"]
 
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # the library must not ask whether to run foreign code, but refuse it
 
@@ -29,6 +29,7 @@ TOKENS = (
     "tekken.json",
 )  # words, not settings: read by the tokenizer's class
 FOREIGN_MODELS = {"adapter_config.json": "an adapter", "audio_tokenizer_config.json": "an audio tokenizer"}
+STEPS = ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Split", "ByteLevel", "ByteFallback", "Fuse", "TemplateProcessing")
 SMALL, LARGE = 2**22, 2**26  # bytes of a file of settings, and of any but the weights
 
 CODE = "wants to run code of its own ({key}), which this tool never does: use a checkpoint of transformers' own classes"
@@ -115,6 +116,16 @@ def check_index(record: dict, path: Path, name: str) -> None:
         raise ValueError(f"{name} has an unreadable {path.name}: it has no weight_map of file names")
     if foreign := next((file for file in files.values() if not re.fullmatch(r"[\w.-]+\.safetensors", file)), None):
         raise ValueError(f"{name} keeps weights in {foreign}: {PICKLES}")
+
+
+def check_tokenizer(folder: Path, name: str) -> None:
+    """Raises ValueError if a step of the tokenizer could make a prompt longer: a few of those fill any memory."""
+    path = folder / "tokenizer.json"
+    record = read_record(path, name) if path.is_file() else {}
+    parts = [record.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    for key, value in settings(parts):
+        if key == "type" and value not in STEPS:
+            raise ValueError(f"{name} has a {path.name} with a step {value!r}: a Qwen-VL's are of {', '.join(STEPS)}")
 
 
 @functools.lru_cache

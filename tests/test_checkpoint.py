@@ -21,7 +21,7 @@ import common.template
 import smooth_gradcam as core
 import test_gradcam
 from common.checkpoint import count_layers, load_processor, model_identity, model_named
-from common.refusals import checkpoint_folder
+from common.refusals import checkpoint_folder, settings, wrong_with
 from common.template import render
 from smooth_gradcam import ExplanationWarning
 
@@ -46,6 +46,8 @@ def make(sound, tmp_path):
         shutil.copytree(sound, folder)
         for name, change in dict(changes).items():
             path = folder / name
+            if "image_processor" in change and not path.exists():  # transformers 4 has a file for it
+                path, change = folder / "preprocessor_config.json", change["image_processor"]
             if isinstance(change, dict):
                 old = json.loads(path.read_text()) if path.exists() else {}
                 change = json.dumps(merged(old, change))
@@ -363,7 +365,7 @@ def test_a_model_is_known_by_its_weights_and_files(make):
     for change in (0.9, 0.8):
         change_weights(folder, lambda weights, by=change: {name: weight * by for name, weight in weights.items()})
         known.append(model_identity(str(folder)))
-    for file in ("processor_config.json", "tokenizer_config.json"):
+    for file in ("generation_config.json", "tokenizer_config.json"):
         (folder / file).write_text((folder / file).read_text() + " ")
         known.append(model_identity(str(folder)))
     path = folder / "model.safetensors"
@@ -372,8 +374,27 @@ def test_a_model_is_known_by_its_weights_and_files(make):
     assert len(set(known)) == 6
 
 
+def test_published_settings_are_none_of_those_that_are_refused():
+    vision = {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+    vision |= {"in_chans": 3, "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112}
+    vision |= {"spatial_patch_size": 14, "temporal_patch_size": 2, "fullatt_block_indexes": [7], "tokens_per_second": 2}
+    config = {"num_key_value_heads": 2, "vocab_size": 151936, "sliding_window": 32768, "max_window_layers": 70}
+    config |= {"max_position_embeddings": 128000, "tie_word_embeddings": True, "vision_config": vision}
+    config |= {"_attn_implementation_autoset": True, "attn_implementation": None, "_name_or_path": "/home/me/model"}
+    config |= {"quantization_config": {"load_in_4bit": True}, "head_dim": None, "torch_dtype": "bfloat16"}
+    tokenizer = {"tokenizer_class": "Qwen2TokenizerFast", "add_bos_token": False, "vocab_file": None, "unk_token": None}
+    images = {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen2_5_VLProcessor", "size": {}}
+    images |= {"video_processor_type": "Qwen3VLVideoProcessor", "merge_size": 2, "crop_size": None, "resample": 3}
+    generation = {"cache_implementation": "hybrid", "pad_token_id": 151643, "repetition_penalty": 1.05}
+    for record in (config, tokenizer, images, generation):
+        assert [wrong for key, value in settings(record) if (wrong := wrong_with(key, value))] == []
+
+
 # what is said of odd checkpoints
 
+ROPE = {"type": "mrope", "mrope_section": [1, 1, 1]}
+ROPE = {"text_config": {"rope_parameters": ROPE, "rope_scaling": ROPE}}  # as transformers 5 and 4 call it
+GROWING = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}
 TOKENIZER, PROCESSOR, TEMPLATE = "tokenizer_config.json", "processor_config.json", "chat_template.jinja"
 IMAGES = "image_processor"
 ODD = {  # what is odd: the file, the change, what is said
@@ -381,12 +402,16 @@ ODD = {  # what is odd: the file, the change, what is said
     "wide": ("config.json", {"text_config": {"hidden_size": 64}}, "do not fit its config"),
     "heads": ("config.json", {"text_config": {"num_attention_heads": 5}}, ""),
     "groups": ("config.json", {"text_config": {"num_key_value_heads": 3}}, ""),
-    "rope": ("config.json", {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 1]}}}, "cannot read this"),
-    "rope type": ("config.json", {"text_config": {"rope_parameters": {"rope_type": "zebra"}}}, ""),
+    "rope": ("config.json", ROPE, "cannot read this"),
+    "rope type": (
+        "config.json",
+        {"text_config": {"rope_parameters": {"rope_type": "zebra"}, "rope_scaling": {"type": "z"}}},
+        "",
+    ),
     "layers": ("config.json", {"text_config": {"layer_types": ["zebra"] * 3}}, ""),
     "tower": ("config.json", {"vision_config": {"num_heads": 5}}, ""),
     "window": ("config.json", {"vision_config": {"window_size": 3}}, ""),
-    "merge": ("config.json", {"vision_config": {"spatial_merge_size": 4}}, "merge_size 2, and a config.json with 4"),
+    "merge": ("config.json", {"vision_config": {"spatial_merge_size": 4}}, "merge_size 2: this model takes 4"),
     "no vision": ("config.json", {"vision_config": None}, "holds no record"),
     "vision list": ("config.json", {"vision_config": [3]}, "holds no record"),
     "image token": ("config.json", {"image_token_id": 7}, "image token"),
@@ -399,19 +424,20 @@ ODD = {  # what is odd: the file, the change, what is said
     "damaged": ("generation_config.json", '{"eos_token_id": ', "its generation_config.json is no JSON"),
     "size": (PROCESSOR, {IMAGES: {"size": {"height": 3}}}, ""),
     "size text": (PROCESSOR, {IMAGES: {"size": "large"}}, ""),
-    "size none": (PROCESSOR, {IMAGES: {"size": {"shortest_edge": None, "longest_edge": "a"}}}, ""),
-    "patch": (PROCESSOR, {IMAGES: {"patch_size": 7}}, "has a processor with patch_size 7, and a config.json with 14"),
+    "size none": (PROCESSOR, {IMAGES: {"size": {"longest_edge": "a"}, "min_pixels": None, "max_pixels": None}}, ""),
+    "patch": (PROCESSOR, {IMAGES: {"patch_size": 7}}, "has a processor with patch_size 7: this model takes 14"),
     "patch zero": (PROCESSOR, {IMAGES: {"patch_size": 0}}, "patch_size 0"),
     "merge zero": (PROCESSOR, {IMAGES: {"merge_size": 0}}, "merge_size 0"),
     "frames": (PROCESSOR, {IMAGES: {"temporal_patch_size": 3}}, "temporal_patch_size 3"),
     "mean": (PROCESSOR, {IMAGES: {"image_mean": [0.5, 0.5]}}, ""),
     "deviation": (PROCESSOR, {IMAGES: {"image_std": "grey"}}, ""),
     "resample": (PROCESSOR, {IMAGES: {"resample": 99}}, ""),
-    "no resize": (PROCESSOR, {IMAGES: {"do_resize": False}}, "cannot read this photo and prompt"),
+    "no resize": (PROCESSOR, {IMAGES: {"do_resize": False}}, "has a processor with do_resize False"),
     "other tokenizer": (TOKENIZER, {"tokenizer_class": "BertTokenizer"}, "wants the class 'BertTokenizer'"),
     "other processor": (PROCESSOR, {"processor_class": "LlavaProcessor"}, "wants the class 'LlavaProcessor'"),
-    "tokens": ("tokenizer.json", "{}", "lacks a processor that can be loaded"),
-    "cut tokens": ("tokenizer.json", '{"version": ', "lacks a processor that can be loaded"),
+    "tokens": ("tokenizer.json", "{}", ""),
+    "cut tokens": ("tokenizer.json", '{"version": ', ""),
+    "growing": ("tokenizer.json", {"normalizer": GROWING}, "with a step 'Replace': a Qwen-VL's are of Sequence"),
     "token list": (TOKENIZER, {"added_tokens_decoder": [3]}, "lacks a processor that can be loaded"),
     "syntax": (TEMPLATE, "{% for message in %}", "the chat template cannot be rendered: TemplateSyntaxError"),
     "name": (TEMPLATE, "{{ messages.nothing.at.all }}", "the chat template cannot be rendered: UndefinedError"),
@@ -432,8 +458,28 @@ def test_an_error_that_a_checkpoint_causes_names_it(drive, make, tmp_path, what)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prompt_is_neither_padded_nor_cut_as_a_checkpoint_wishes(make, tmp_path):
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
+    prompts = []
+    for wish in ({}, {"padding": "max_length", "max_length": 5000}, {"truncation": True, "max_length": 7}):
+        processor = load_processor(str(make({TOKENIZER: wish}, tmp_path / "-".join(["wish", *wish]))), 10**6)
+        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompts += processor(text=[text], images=[make_image(56, 56)], return_tensors="pt")["input_ids"].tolist()
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
+def test_a_panic_of_the_tokenizer_is_told(make, drive):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    folder = make(
+        {"tokenizer.json": {"pre_tokenizer": split}, TOKENIZER: {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    )
+    code, out, err = drive("--model_path", folder, "--prompt", "a" * 40 + "!")
+    assert (code, out) == (2, "")
+    assert f"error: --model_path {folder}: the model cannot read this photo and prompt: PanicException" in err
+
+
 def test_a_given_answer_meets_the_same_end(drive, make):
-    folder = make({"config.json": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 1]}}}})
+    folder = make({"config.json": ROPE})
     refused(drive("--model_path", folder, "--answer", ANSWER), folder, "the model cannot read this photo and prompt")
 
 
