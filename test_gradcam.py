@@ -8,16 +8,13 @@ The flags stand first: torch and transformers, which take seconds to load, are i
 """
 
 import argparse
-import csv
 import functools
-import io
 import json
 import logging
 import os
 import re
 import signal
 import sys
-import time
 import traceback
 import warnings
 from contextlib import contextmanager
@@ -28,19 +25,18 @@ from typing import NamedTuple
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without more ado, until `main` can tidy up
 
-from common.flags import CHOICES, FOLDERS, MODES_OF_FLAG, RUNS_AT_ONCE, parse_args
+from common.flags import CHOICES, FOLDERS, RUNS_AT_ONCE, parse_args
 
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags are answered here
 
 # ruff: noqa: E402  (torch takes seconds to load)
 import numpy as np
-import torch
 import transformers
 from PIL import Image
 
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, resolve_device
-from common.files import other_files, output_folder, to_csv, write_files
+from common.files import other_files, output_folder
 from common.page import PAGE, Paper
 from common.photos import load_mask, load_photo, object_mask
 from smooth_gradcam import (
@@ -75,8 +71,6 @@ from visualization_utils import (
 
 LOOK = ("colormap", "opacity", "upsample", "scale")
 SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")  # flags of the same name
-NO_MATTER = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
-NO_MATTER += ("recompute",)  # to what a list's results are, beyond rounding
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
 
 
@@ -172,39 +166,19 @@ def asked_by(args: argparse.Namespace) -> list[Asked]:
         names = names if len(set(names)) == len(names) else paths
         photos = map(load_photo, paths)
         return [Asked(name, photo, args.prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
-    path, found = Path(args.answers), []
+    from studies.photo_list import read_answers
+
+    found = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ValueError(f"--answers {path} cannot be read: {exc}") from exc
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"--answers {path}, line {number}"
-            record = read_record(line, where)
+        for item in read_answers(Path(args.answers)):
             try:
-                photo = load_photo(str(path.parent / record["image"]))
+                photo = load_photo(str(item.image))
             except ValueError as exc:
-                raise ValueError(f"{where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
-            found.append(Asked(record["image"], photo, record["prompt"], record["answer"], where))
-    if not found:
-        raise ValueError(f"--answers {path} is empty: give lines of {RECORD}")
+                raise ValueError(f"{item.where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
+            found.append(Asked(item.name, photo, item.prompt, item.answer, f"--answers {item.where}"))
+    except ValueError as exc:
+        raise ValueError(f"--answers {exc}") from exc
     return found
-
-
-RECORD = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
-
-
-def read_record(line: str, where: str) -> dict[str, str]:
-    """Image, prompt and answer of a line. Raises ValueError saying where it stands and what would be valid."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise ValueError(f"{where} is no JSON ({exc}): give {RECORD}") from exc
-    for name in ("image", "prompt", "answer"):
-        text = record.get(name) if isinstance(record, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where} has no text for {name!r}: give {RECORD}")
-    return record
 
 
 def read_all(args: argparse.Namespace, model, processor, asked: list[Asked]) -> list[Reading]:
@@ -230,7 +204,7 @@ class Done(NamedTuple):
 def run(args: argparse.Namespace) -> Done:
     """Check, load, explain, draw and write."""
     if args.listed:
-        return run_list(args)
+        return explain_list(args)
     asked = asked_by(args)
     mask = None if args.mask is None else read_mask(args.mask, asked[0].photo.size)
     if args.answer is not None:
@@ -266,138 +240,49 @@ def as_flags(exc: Exception) -> str:
     return re.sub(rf"(^|: )({flags})=", r"\1--\2 ", message)
 
 
-def asked_of(args: argparse.Namespace, item) -> argparse.Namespace:
-    """The flags as they are for an item of a list. Raises ValueError for what it asks and the mode cannot do."""
-    own = {name: getattr(item, name) for name in ("prompt", "answer", "target", "contrast")}
-    acting = {name for name in own if args.mode in MODES_OF_FLAG.get(f"--{name}", FOLDERS)}
-    own = {name: own[name] for name in acting if own[name] is not None}  # a list serves modes without targets, too
-    asked = argparse.Namespace(**vars(args) | own | {"image_path": str(item.image), "photos": [str(item.image)]})
-    if asked.contrast is not None and asked.target is None:
-        raise ValueError(f"a contrast {asked.contrast!r} needs a target, whose place it takes")
-    return asked
-
-
-def run_list(args: argparse.Namespace) -> Done:
-    """Explain each photo of a list in a folder of its own; what is whole already is left as it is."""
+def explain_list(args: argparse.Namespace) -> Done:
+    """Explain each photo of a list in a folder of its own."""
     from importlib.metadata import version
 
-    from studies.photo_list import RESULTS, Processes, read_list, work_off
+    from studies.benchmark import benchmark_tables
+    from studies.photo_list import run_list
 
-    try:
-        items = read_list(args.photos)
-    except ValueError as exc:
-        raise ValueError(f"--image_path: {exc}") from exc
-    processes = Processes(cpu=args.device == "cpu" or not torch.cuda.is_available())
-    device = processes.device if args.device == "auto" else resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
-    thirds = layers if args.mode == "comparative" else ()
-    settings = {name: value for name, value in vars(args).items() if name not in NO_MATTER}
-    settings["model_path"] = model_identity(args.model_path)
-    versions = {name: version(name) for name in PACKAGES}
+    device = args.device if args.device == "auto" else resolve_device(args.device)
+    about = {"model": model_identity(args.model_path), "versions": {name: version(name) for name in PACKAGES}}
 
     @functools.cache
-    def loaded():  # once there is something to do
+    def loaded(device):  # once there is something to do
         processor = load_processor(args.model_path, args.max_pixels)
         return load_model(args.model_path, device, args.dtype), processor
 
-    def explain_item(item, photo):
-        start, asked = time.monotonic(), asked_of(args, item)
-        reading = read(*loaded(), photo, asked.prompt, asked.answer, asked.max_new_tokens)
+    def explain_photo(asked, item, photo, device):
+        reading = read(*loaded(device), photo, asked.prompt, asked.answer, asked.max_new_tokens)
         wanted = args.mode == "evaluate" or (args.mode == "knockout" and args.window is not None)
         mask = object_mask(item.object, photo.size) if item.object and wanted else None
         if args.mode == "evaluate":
-            files, lines = benchmark_photo(asked, reading, layers, mask)
-        else:
-            files, lines = explain_readings(asked, [reading], [item.image.name], layers, mask)
-        about = {
-            "name": item.name,
-            "image": str(item.image),
-            "model": args.model_path,
-            "prompt": reading.prompt,
-            "answer": reading.answer,
-        }
-        about |= {"mode": args.mode, "said": lines, "seconds": round(time.monotonic() - start, 3)}
-        about |= tables_of(files) | {"settings": settings, "versions": versions}
-        return about, files
+            return reading, *measure_photo(asked, reading, layers, mask)
+        return reading, *explain_readings(asked, [reading], [item.image.name], layers, mask)
 
-    folder, start = Path(args.output_dir, FOLDERS[args.mode]), time.monotonic()
-    quiet, args.quiet = args.quiet, True  # one bar for all
-    records, before = work_off(
-        items, folder, settings, processes, lambda item: load_photo(str(item.image)), explain_item,
-        subfolders=thirds, overwrite=args.overwrite, quiet=quiet,
+    done = run_list(
+        args, explain_photo, device, about, subfolders=layers if args.mode == "comparative" else (),
         reason_of=lambda exc: as_flags(exc).removeprefix("--image_path: "),
-        tell=lambda line: print(f"test_gradcam.py: {line}", file=sys.stderr, flush=True),
+        summary=benchmark_tables if args.mode == "evaluate" else None,
     )  # fmt: skip
-    if not processes.first:
-        return Done({}, [], [])
-    failed = [record for record in records if "error" in record]
-    now = len(records) - len(failed) - before
-    lines = [f"{len(items)} photos: {now} explained in {time.monotonic() - start:.0f} s, {before} were whole already"]
-    lines[0] += f", {len(failed)} failed: see {RESULTS}" if failed else ""
-    left_out = sum(any(line.startswith("left out: ") for line in record.get("said", ())) for record in records)
-    lines += [f"{left_out} left out: the model does not say the target"] if left_out else []
-    paths = [(folder / RESULTS).resolve()]
-    if args.mode == "evaluate":
-        tables, said = benchmark_tables(args, records)
-        paths, lines = paths + write_files(folder, tables), lines + said
-    return Done({}, paths, lines, 1 if failed else 0)
+    return Done(*done)
 
 
-def tables_of(files: dict[str, object]) -> dict:
-    """What of a photo's files goes into the record of a list: words with their probabilities, rows of tables."""
-    tables = {name: files[name] for name in files if name.endswith(".csv")}
-    found = {"measures": {name: list(csv.DictReader(io.StringIO(text))) for name, text in tables.items()}}
-    if "words.json" in files:
-        found["words"] = json.loads(files["words.json"])["words"]
-    return found
+def measure_photo(args, reading, layers, mask) -> tuple[dict, list[str]]:
+    """({file name: content}, lines to be said) of evaluate mode, of a photo of a list."""
+    from studies.benchmark import benchmark_photo
 
-
-def benchmark_photo(args, reading: Reading, layers, mask) -> tuple[dict, list[str]]:
-    """The same of evaluate mode over a list: the measures of every method and layer, and the maps of one method.
-
-    A target that the model's own answer does not have is no failure of the photo: it is left out.
-    """
-    from studies.benchmark import benchmark_rows
-
-    try:
-        span = find_target(reading.answer, args.target, args.target_occurrence)
-    except ValueError:
-        if args.answer is not None:
-            raise
-        return {}, [f"left out: the model does not say {args.target!r}"]
-    tokens = reading.tokens_of(span)
-    spans = [span, *(reading.spans[i] for i in tokens)] if mask is not None and len(tokens) > 1 else [span]
-    methods, asked = CHOICES["method"] if args.compare else [args.method], {n: getattr(args, n) for n in SETTINGS}
-    maps = {
-        method: explain(reading, spans, layers, Settings(**asked | {"method": method}), **passing(args))
-        for method in methods
-    }
-    options = {name: getattr(args, name) for name in ("steps", "baseline", "seed")}
-    options["batch_size"] = runs_at_once(args)
-    rows, given = benchmark_rows(reading, maps, mask, **options), maps[methods[0]][0]
-    figures = draw_grid(reading.photo, given, **drawing(args))[1]
-    files = {name: draw for name, draw in figures.items() if name.startswith("layer_comparison_grid")}
-    return files | {"scores.csv": to_csv(rows)}, [f"explained: {given.target!r} at layer {', '.join(map(str, layers))}"]
-
-
-def benchmark_tables(args, records: list[dict]) -> tuple[dict, list[str]]:
-    """({file name: content}, the table in lines) of evaluate mode over a list."""
-    from studies.benchmark import basis, summarise, to_latex, to_table
-
-    def numbers(row):
-        return {k: v if k in ("method", "layer") else float(v) for k, v in row.items() if v or k == "layer"}
-
-    found = [
-        (record["image"], [numbers(row) for row in record["measures"]["scores.csv"]])
-        for record in records
-        if "scores.csv" in record.get("measures", {})
-    ]
-    if not found:
-        return {}, ["no word could be measured, so there is no table"]
-    table = summarise(found)
-    photos = len({photo for photo, _ in found})
-    caption = f"{len(found)} words in {photos} photos; {basis(table)}95 % of 1000 resamples of the photos"
-    return {"benchmark.csv": to_csv(table), "benchmark.tex": to_latex(table, caption)}, [caption, *to_table(table)]
+    asked = {name: getattr(args, name) for name in SETTINGS}
+    methods = CHOICES["method"] if args.compare else [args.method]
+    methods = {method: Settings(**asked | {"method": method}) for method in methods}
+    options = {name: getattr(args, name) for name in ("steps", "baseline", "seed")} | drawing(args)
+    options |= {"batch_size": runs_at_once(args), "copies": passing(args)}
+    word = (args.target, args.target_occurrence, args.answer is not None)
+    return benchmark_photo(reading, layers, methods, *word, mask, **options)
 
 
 # one photo, or several together

@@ -8,11 +8,16 @@
 What is done with a photo is a function that is given: nothing here knows a model.
 """
 
+import argparse
+import csv
 import errno
 import glob
 import hashlib
+import io
 import json
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,16 +25,22 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
-from common.files import output_folder
+from common.files import output_folder, write_files
+from common.flags import FOLDERS, MODES_OF_FLAG
+from common.photos import load_photo
 
-__all__ = ["Item", "Processes", "plan", "read_list", "work_off"]
+__all__ = ["Item", "Processes", "plan", "read_answers", "read_list", "run_list", "work_off"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # what counts as a photo in a folder
 TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")
 EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
+ANSWER = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
 RECORD, RESULTS = "result.json", "results.jsonl"
+NO_MATTER = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
+NO_MATTER += ("recompute",)  # to what a list's results are, beyond rounding
 OWN_SUFFIXES = (".jsonl", ".csv", ".tex")  # of files beside the folders
 
 
@@ -77,31 +88,45 @@ def is_photo(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def read_lines(path: Path) -> list[Item]:
-    """The items of a .jsonl. Raises ValueError saying where it is wrong."""
+def read_records(path: Path, needed: tuple[str, ...], others: tuple[str, ...], example: str) -> Iterator[tuple]:
+    """(where it stands, record) of each line of a .jsonl that is not blank; `needed` and `others` name its texts.
+
+    Raises ValueError saying where it is wrong, and what would be valid.
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, read_record(line, where, needed, others, example)
     except (OSError, UnicodeDecodeError) as exc:
         raise ValueError(f"{path} cannot be read: {exc}") from exc
-    items = [read_line(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_record(line: str, where: str, needed: tuple[str, ...], others: tuple[str, ...], example: str) -> dict:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"{where} is no JSON ({exc}): give {example}") from exc
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is no record: give {example}")
+    for name in (*needed, *others):
+        text = record.get(name)
+        if (text is not None or name in needed) and (not isinstance(text, str) or not text.strip()):
+            raise ValueError(f"{where} has no text for {name!r}: give {example}")
+    return record
+
+
+def read_lines(path: Path) -> list[Item]:
+    """The items of a list. Raises ValueError saying where it is wrong."""
+    items = [read_item(record, path, where) for where, record in read_records(path, ("image",), TEXTS, EXAMPLE)]
     if not items:
         raise ValueError(f"{path} is empty: give lines such as {EXAMPLE}")
     return items
 
 
-def read_line(line: str, path: Path, number: int) -> Item:
+def read_item(record: dict, path: Path, where: str) -> Item:
     """The item of a line. Raises ValueError saying what would be valid."""
-    where = f"{path}, line {number}"
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise ValueError(f"{where} is no JSON ({exc}): give {EXAMPLE}") from exc
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is no record: give {EXAMPLE}")
-    for name in ("image", *TEXTS):
-        text = record.get(name)
-        if (text is not None or name == "image") and (not isinstance(text, str) or not text.strip()):
-            raise ValueError(f"{where} has no text for {name!r}: give {EXAMPLE}")
     given = {name: record[name] for name in OBJECTS if record.get(name) is not None}
     if len(given) > 1:
         raise ValueError(f"{where} has {' and '.join(given)}: give one of {', '.join(OBJECTS)}")
@@ -110,6 +135,17 @@ def read_line(line: str, path: Path, number: int) -> Item:
             raise ValueError(f"{where} has a mask that is no path: give {EXAMPLE}")
         given = {"mask": str(path.parent / given["mask"])}
     return Item("", path.parent / record["image"], *(record.get(name) for name in TEXTS), given, where)
+
+
+def read_answers(path: Path) -> list[Item]:
+    """The questions of --answers, named as their lines name the photos. Raises ValueError saying where it is wrong."""
+    items = [
+        Item(record["image"], path.parent / record["image"], record["prompt"], record["answer"], where=where)
+        for where, record in read_records(path, ("image", "prompt", "answer"), (), ANSWER)
+    ]
+    if not items:
+        raise ValueError(f"{path} is empty: give lines of {ANSWER}")
+    return items
 
 
 def named(items: list[Item]) -> list[Item]:
@@ -303,3 +339,75 @@ def write_whole(write: Callable, folder: Path, record: dict, files: dict) -> Non
     record["files"] = list(files)
     record["sizes"] = {name: (folder / name).stat().st_size for name in record["files"]}
     write({RECORD: json.dumps(record, ensure_ascii=False, indent=1) + "\n"})
+
+
+# the command line
+
+
+def asked_of(args: argparse.Namespace, item: Item) -> argparse.Namespace:
+    """The flags as they are for an item of a list. Raises ValueError for what it asks and the mode cannot do."""
+    own = {name: getattr(item, name) for name in TEXTS}
+    acting = {name for name in own if args.mode in MODES_OF_FLAG.get(f"--{name}", FOLDERS)}
+    own = {name: own[name] for name in acting if own[name] is not None}  # a list serves modes without targets, too
+    asked = argparse.Namespace(**vars(args) | own | {"image_path": str(item.image), "photos": [str(item.image)]})
+    if asked.contrast is not None and asked.target is None:
+        raise ValueError(f"a contrast {asked.contrast!r} needs a target, whose place it takes")
+    return asked
+
+
+def tables_of(files: dict[str, object]) -> dict:
+    """What of a photo's files goes into its record: words with their probabilities, rows of tables."""
+    tables = {name: files[name] for name in files if name.endswith(".csv")}
+    found = {"measures": {name: list(csv.DictReader(io.StringIO(text))) for name, text in tables.items()}}
+    if "words.json" in files:
+        found["words"] = json.loads(files["words.json"])["words"]
+    return found
+
+
+def run_list(
+    args: argparse.Namespace, explain: Callable, device: str, about: dict, *, reason_of: Callable, subfolders=(),
+    summary: Callable | None = None,
+) -> tuple[dict, list[Path], list[str], int]:  # fmt: skip
+    """Explain each photo of a list in a folder of its own; complete results are skipped.
+
+    `explain(flags, item, photo, device)` gives (reading, {file name: content}, lines to be said); `device` may be auto.
+    `about` is {"model": what tells it from others, "versions"}; `summary` of all records gives {file name: content}
+    and lines. Returns ({}, paths, lines, exit code).
+    """
+    try:
+        items = read_list(args.photos)
+    except ValueError as exc:
+        raise ValueError(f"--image_path: {exc}") from exc
+    processes = Processes(cpu=args.device == "cpu" or not torch.cuda.is_available())
+    device = processes.device if device == "auto" else device
+    settings = {name: value for name, value in vars(args).items() if name not in NO_MATTER}
+    settings["model_path"] = about["model"]
+
+    def explain_item(item, photo):
+        start = time.monotonic()
+        reading, files, lines = explain(asked_of(args, item), item, photo, device)
+        record = {"name": item.name, "image": str(item.image), "model": args.model_path}
+        record |= {"prompt": reading.prompt, "answer": reading.answer, "mode": args.mode, "said": lines}
+        record |= {"seconds": round(time.monotonic() - start, 3)} | tables_of(files)
+        return record | {"settings": settings, "versions": about["versions"]}, files
+
+    folder, start = Path(args.output_dir, FOLDERS[args.mode]), time.monotonic()
+    quiet, args.quiet = args.quiet, True  # one bar for all
+    records, before = work_off(
+        items, folder, settings, processes, lambda item: load_photo(str(item.image)), explain_item,
+        subfolders=subfolders, overwrite=args.overwrite, quiet=quiet, reason_of=reason_of,
+        tell=lambda line: print(f"test_gradcam.py: {line}", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    if not processes.first:
+        return {}, [], [], 0
+    failed = [record for record in records if "error" in record]
+    now = len(records) - len(failed) - before
+    lines = [f"{len(items)} photos: {now} explained in {time.monotonic() - start:.0f} s, {before} were whole already"]
+    lines[0] += f", {len(failed)} failed: see {RESULTS}" if failed else ""
+    left_out = sum(any(line.startswith("left out: ") for line in record.get("said", ())) for record in records)
+    lines += [f"{left_out} left out: the model does not say the target"] if left_out else []
+    paths = [(folder / RESULTS).resolve()]
+    if summary is not None:
+        tables, said = summary(records)
+        paths, lines = paths + write_files(folder, tables), lines + said
+    return {}, paths, lines, 1 if failed else 0
