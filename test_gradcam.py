@@ -90,7 +90,7 @@ def single_layer_visualization(
     check_drawing(look, paper)
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    with output_folder(save_dir) as write:
+    with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, [layer], **settings)
         result, files = draw_single(image, token_maps, look, paper)
         write(files)
@@ -212,7 +212,9 @@ def run(args: argparse.Namespace) -> Done:
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
     subfolders = layers if args.mode == "comparative" else ()
-    with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir") as write:
+    photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
+    inputs = [args.model_path, args.mask, args.answers, *photos]
+    with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir", inputs) as write:
         processor = load_processor(args.model_path, args.max_pixels)
         model = load_model(args.model_path, device, args.dtype)
         readings = read_all(args, model, processor, asked)

@@ -456,7 +456,7 @@ def create_layer_comparison_grid(
     check_drawing(look, paper)
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    with output_folder(save_dir) as write:
+    with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
         results, files = draw_grid(image, token_maps, look, paper)
         write(files)
@@ -475,7 +475,7 @@ def visualize_multiple_layers(
     check_drawing(look, paper)
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    with output_folder(save_dir) as write:
+    with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
         results, files = draw_multilayer(image, token_maps, look, paper)
         write(files)
@@ -497,7 +497,7 @@ def create_comparative_analysis(
     thirds = comparative_layers(get_model_layers(model)[1], layers_per_third)
     layers = [layer for part in thirds.values() for layer in part]
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    with output_folder(save_dir, thirds) as write:
+    with output_folder(save_dir, thirds, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, image, prompt, layers, **settings)
         results, files = draw_comparative(image, token_maps, thirds, look, paper)
         write(files)

@@ -436,7 +436,7 @@ def create_word_maps(
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings, passes = Settings(num_samples, noise_std, **settings), {"batch_size": batch_size, "recompute": recompute}
     check_batch_size(batch_size)
-    with output_folder(save_dir) as write:
+    with output_folder(save_dir, inputs=[image]) as write:
         reading = read(model, processor, image, prompt, answer, max_new_tokens)
         photo = reading.photo  # there must be but one
         word_maps = map_words(reading, words, layers, settings, show_progress(quiet), **passes)

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
-from studies.photo_list import Processes, key_of, read_list, whole_record, work_off  # noqa: E402
+from common.processes import Processes  # noqa: E402
+from studies.photo_list import key_of, read_list, whole_record, work_off  # noqa: E402
 
 SLOW = 0.01  # seconds that a photo takes
 

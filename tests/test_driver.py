@@ -966,7 +966,7 @@ def test_accuracy_over_a_list_is_what_the_model_would_answer(drive, tmp_path):
 
 
 LISTS = {
-    "": " is empty: give lines of {",
+    "": " is empty: give lines such as {",
     "nonsense": ", line 1 is no JSON (Expecting value",
     "[1, 2]": ", line 1 is no record: give {",
     '{"image": "one.png", "prompt": "red?"}': ", line 1 has no text for 'answer': give {",

@@ -12,9 +12,10 @@ from conftest import make_image
 from kill_runs import count_lost, work
 
 from common.photos import object_mask
+from common.processes import Processes
 from studies import coco
 from studies.benchmark import basis, interval, summarise, to_latex, to_table
-from studies.photo_list import Item, Processes, key_of, named, read_list, work_off
+from studies.photo_list import Item, key_of, named, read_list, work_off
 
 ROOT = Path(__file__).parent.parent
 
