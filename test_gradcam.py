@@ -231,7 +231,7 @@ def explain_readings(args, readings: list[Reading], names: list[str], layers, ma
     if args.mode == "flow":
         return trace_photos(args, readings, names, layers, settings)
     if args.mode == "words":
-        return explain_words(args, readings[0], layers, settings)
+        return explain_words(args, readings[0], names[0], layers, settings)
     return explain_target(args, readings[0], layers, settings, mask)
 
 
@@ -264,7 +264,8 @@ def explain_list(args: argparse.Namespace) -> Done:
         mask = object_mask(item.object, photo.size) if item.object and wanted else None
         if args.mode == "evaluate":
             return reading, *measure_photo(asked, reading, layers, mask)
-        return reading, *explain_readings(asked, [reading], [item.image.name], layers, mask)
+        name = item.image.name.encode(errors="backslashreplace").decode()  # files name photos in UTF-8
+        return reading, *explain_readings(asked, [reading], [name], layers, mask)
 
     done = run_list(
         args, explain_photo, device, about, subfolders=layers if args.mode == "comparative" else (),
@@ -353,12 +354,12 @@ def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]
     return files, [f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}", *lines]
 
 
-def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
+def explain_words(args, reading, name, layers, settings) -> tuple[dict, list[str]]:
     """The same of words mode."""
     from studies.words import draw_words, map_words, name_words, word_tokens
 
     word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet), **passing(args))
-    measured, name = word_tokens(reading, word_maps), Path(args.image_path).name
+    measured = word_tokens(reading, word_maps)
     files = draw_words(reading.photo, name, word_maps, *measured, **drawing(args))[1]
     lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
     for layer in layers:

@@ -1,7 +1,7 @@
-"""A list of photos: what is in it, what of it is done, who does what, and what came out.
+"""A list of photos: what is in it, what of it is done, and what came out.
 
     folder, glob, list.jsonl        read_list: Items, each with the name of its folder
-      -> those not whole yet        plan: the same settings and the same photo, by content, are not computed again
+      -> those not complete yet     plan: the same settings and the same photo, by content, are not computed again
       -> a folder and record each   work_off: shared among processes; a bad photo is told, and the others go on
       -> results.jsonl              all records, in the list's order
 
@@ -10,7 +10,6 @@ What is done with a photo is a function that is given: nothing here knows a mode
 
 import argparse
 import csv
-import functools
 import glob
 import hashlib
 import io
@@ -24,7 +23,7 @@ import warnings
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -40,8 +39,7 @@ __all__ = ["Item", "plan", "read_answers", "read_list", "run_list", "work_off"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # what counts as a photo in a folder
 TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")
-LONGEST, DEEPEST = 2**24, 20  # line of a list, in bytes, and nesting in it
-LONGEST_NAME = 200  # of a folder, in bytes, before its mark
+LONGEST, DEEPEST, LONGEST_NAME = 2**24, 20, 200  # line of a list and nesting in it; name of a folder; in bytes
 EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
 ANSWER = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
 RECORD, RESULTS = "result.json", "results.jsonl"
@@ -84,18 +82,18 @@ def read_list(paths: Iterable[str]) -> list[Item]:
         elif not path.exists() and glob.has_magic(str(path)):
             there = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
             chosen = [file for file in there if is_photo(file) or (path.suffix and file.suffix == path.suffix)]
-        if chosen != [path]:
-            ours += (own := [file for file in chosen if file.name in (RECORD, RESULTS) or is_ours(file)])
-            chosen = [file for file in chosen if file not in set(own)]
         for file in chosen:
-            found += read_lines(file) if file.suffix == ".jsonl" else [Item("", file, error=unusable(file))]
+            if file != path and (file.name in (RECORD, RESULTS) or is_ours(file)):
+                ours.append(file)
+            else:
+                found += read_lines(file) if file.suffix == ".jsonl" else [Item("", file, error=unusable(file))]
     if ours:
-        about = f"{len(ours)} files that this tool wrote are no photos of the list, such as {shown(ours[0])}"
+        about = f"{len(ours)} files that this tool wrote are left out of the list, such as {shown(ours[0])}"
         warnings.warn(about, ExplanationWarning, stacklevel=2)
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: no photo ({', '.join(SUFFIXES)}) is there")
     if all(item.error for item in found):
-        raise ValueError(found[0].error + (f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""))
+        raise ValueError(f"{found[0].error} ({len(found)} such entries, and no good one)")
     return named(found)
 
 
@@ -133,14 +131,14 @@ def read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str = 
         with path.open("rb") as file:
             while line := file.readline(LONGEST):
                 rest, number = line, number + 1
-                while len(rest) == LONGEST:
+                while len(rest) == LONGEST and not rest.endswith(b"\n"):
                     rest = file.readline(LONGEST)
                 where = f"{path}, line {number}"
                 if line.removeprefix(BOM_UTF8).strip():
                     try:
                         items.append(read_line(line.removeprefix(BOM_UTF8), path.parent, where, needed))
                     except (ValueError, RecursionError) as exc:
-                        items.append(Item("", Path(), where=where, error=f"{where}{shown(exc)}: give {example}"))
+                        items.append(Item("", Path(), where=where, error=f"{where} {shown(exc)}: give {example}"))
     except OSError as exc:
         raise ValueError(f"{path} cannot be read: {exc}") from exc
     if not items:
@@ -153,46 +151,42 @@ def read_line(line: bytes, folder: Path, where: str, needed: tuple[str, ...]) ->
     try:
         if len(line) == LONGEST:
             raise ValueError(f"longer than {LONGEST} bytes")
-        record = json.loads(line.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        record = json.loads(line.decode(), object_pairs_hook=unique)
         if depth(record) > DEEPEST:
             raise ValueError(f"nested deeper than {DEEPEST}")
     except (ValueError, RecursionError) as exc:
-        raise ValueError(f" is no JSON ({exc})") from exc
+        raise ValueError(f"is no JSON ({exc})") from exc
     if not isinstance(record, dict):
-        raise ValueError(" is no record")
+        raise ValueError("is no record")
     for name in ("image", *TEXTS):
         text = record.get(name)
         if (text is not None or name in needed) and (not isinstance(text, str) or not text.strip()):
-            raise ValueError(f" has no text for {name!r}")
+            raise ValueError(f"has no text for {name!r}")
         if name != "image" and re.search("[\0\ud800-\udfff]", text or ""):  # the name of a file may be any bytes
-            raise ValueError(f" has characters for {name!r} that are no text")
+            raise ValueError(f"has characters for {name!r} that are no text")
     given = {name: record[name] for name in OBJECTS if record.get(name) is not None}
     if len(given) > 1:
-        raise ValueError(f" has {' and '.join(given)} where one of {', '.join(OBJECTS)} can be")
+        raise ValueError(f"has {' and '.join(given)} where one of {', '.join(OBJECTS)} can be")
     if "mask" in given:
         if not isinstance(given["mask"], str):
-            raise ValueError(" has a mask that is no path")
+            raise ValueError("has a mask that is no path")
         given["mask"] = str(folder / given["mask"])
     image = folder / record["image"]
     for path in (image, Path(given.get("mask", image))):
         if why := unusable(path):
-            raise ValueError(f": {why}")
+            raise ValueError(f"cannot be explained: {why}")
     return Item(record["image"], image, *map(record.get, TEXTS), given, where)
 
 
 def unique(pairs: list[tuple]) -> dict:
-    """Of json.loads: a record, unless it has a name twice, which would be read as if only the last were there."""
+    """A record for json.loads, which would take the last of two values of one name."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name is there twice")
     return dict(pairs)
 
 
-def refuse(number: str) -> None:
-    """Of json.loads: NaN and Infinity are no JSON, though Python writes them."""
-    raise ValueError(f"{number} is no number")
-
-
 def depth(value) -> int:
+    """How deep a value of JSON is nested."""
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if values is None else 1 + max(map(depth, values), default=0)
 
@@ -215,7 +209,7 @@ def named(items: list[Item]) -> list[Item]:
     for item in items:
         if not item.error:
             stem = item.image.stem
-            asked = {name: str(value) for name, value in asdict(item).items() if name not in ("name", "where")}
+            asked = {name: str(value) for name, value in asdict(item).items() if name not in ("name", "where", "error")}
             mark = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
             alone = stems[stem.casefold()] == 1 and not stem.startswith(".") and Path(stem).suffix not in OWN_SUFFIXES
             if not alone or len(os.fsencode(stem)) > LONGEST_NAME:
@@ -223,7 +217,8 @@ def named(items: list[Item]) -> list[Item]:
                 stem = f"{short or 'photo'}_{mark}"
             if stem in names:
                 again, first = (one.where or one.image for one in (item, names[stem]))
-                item = replace(item, error=f"{again} is there twice: the same photo, asked the same, as {first}")
+                twice = f"{again} is there twice: the same photo, asked the same, as {first}"
+                item = replace(item, name="", error=twice)
             else:
                 item = names[stem] = replace(item, name=stem)
         found.append(item)
@@ -231,6 +226,11 @@ def named(items: list[Item]) -> list[Item]:
 
 
 # what is done
+
+
+def texts_of(item: Item) -> dict:
+    """What the item itself asks."""
+    return {name: getattr(item, name) for name in TEXTS}
 
 
 def digest(path: Path) -> str:
@@ -243,10 +243,8 @@ def digest(path: Path) -> str:
 
 def key_of(item: Item, settings: dict) -> str:
     """Tells items apart whose results would differ: by content of photo and mask, what is asked, and the settings."""
-    asked = {name: getattr(item, name) for name in (*TEXTS, "object")}
-    if "mask" in item.object:
-        asked["object"] = digest(Path(item.object["mask"]))
-    asked |= {"photo": digest(item.image), "settings": settings}
+    given = digest(Path(item.object["mask"])) if "mask" in item.object else item.object
+    asked = texts_of(item) | {"object": given, "photo": digest(item.image), "settings": settings}
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -256,7 +254,9 @@ def read_result(folder: Path) -> dict:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) and isinstance(record.get("key"), str) else {}
+    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
+        return {}
+    return record if all(isinstance(record.get(name, {}), dict) for name in ("settings", "asked", "sizes")) else {}
 
 
 def whole_record(folder: Path, key: str) -> dict | None:
@@ -264,45 +264,36 @@ def whole_record(folder: Path, key: str) -> dict | None:
     record = read_result(folder)
     try:
         there = all((folder / name).stat().st_size == size for name, size in record["sizes"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or it is damaged
+        return record if there and record["key"] == key else None
+    except (OSError, ValueError, KeyError):  # none, or files are missing
         return None
-    return record if there and record["key"] == key else None
 
 
 def check_others(items: list[Item], folder: Path, keys: dict[str, str], settings: dict) -> None:
     """Raises ValueError, naming it and what differs, if the folder holds a result of anything but these items."""
-    texts = {item.name: asked_by(item) for item in items}
-    settings = json.loads(json.dumps(settings, default=str))
+    known, settings = {item.name: item for item in items}, json.loads(json.dumps(settings, default=str))
     for part in sorted(path.parent for path in folder.glob(f"*/{RECORD}")):
-        name, record = part.name, read_result(part)
-        if record.get("key") not in (keys.get(name), None) and (name in keys or record["key"] not in keys.values()):
+        record, item, why = read_result(part), known.get(part.name), "of a photo that is not in this list"
+        if not record or record["key"] in (keys.values() if item is None else [keys[part.name]]):
+            continue  # one without an item of its name was alone with that name when it was made
+        if item is not None:
+            if not item.image.is_file():
+                continue  # it fails when its turn comes, and replaces nothing
             old, new = record.get("settings", settings), settings
             if old == new:
-                old, new = record.get("asked", {}), texts.get(name, {})
-            differ = next((k for k in {**new, **old} if new.get(k) != old.get(k)), None)
-            why = (
-                f"of --{differ} {old.get(differ)!r}, now {new.get(differ)!r}"
-                if differ
-                else "of another photo or object"
-            )
-            if name not in keys:
-                why = "of a photo that is not in this list"
-            raise ValueError(
-                f"{shown(part)} holds a result {shown(why)}: choose another --output_dir, or --overwrite it"
-            )
-
-
-def asked_by(item: Item) -> dict:
-    """The texts that the item itself asks."""
-    return {name: getattr(item, name) for name in TEXTS if getattr(item, name) is not None}
+                old, new = record.get("asked", {}), texts_of(item)
+            differ = next((name for name in {**new, **old} if new.get(name) != old.get(name)), None)
+            why = f"of --{differ} {old.get(differ)!r}, and now it is {new.get(differ)!r}"
+            why = why if differ else "of another photo or object of this name"
+        raise ValueError(f"{shown(part)} holds a result {shown(why)}: choose another --output_dir, or --overwrite it")
 
 
 def plan(items: list[Item], folder: Path, settings: dict, overwrite: bool) -> tuple[dict[str, str], list[Item]]:
     """({name: key} of all items, those whose results are not complete). Raises what `check_others` raises."""
     for item in items:
         if any((folder / item.name).glob(f"{STAGING}*")):
-            with output_folder(folder / item.name, name="--output_dir"):
-                pass  # what a killed run left is finished or removed
+            with suppress(ValueError, OSError), output_folder(folder / item.name):
+                pass  # what a killed run left is finished or removed; what prevents it is told in the item's turn
     keys = {item.name: key_of(item, settings) for item in items}
     if not overwrite:
         check_others(items, folder, keys, settings)
@@ -326,7 +317,7 @@ def work_off(
     anything is computed if one of the items' files, or of the `inputs`, lies where this run writes, or if the folder
     holds results of anything else and not `overwrite`, and what `output_folder` raises.
     """
-    good, failed = [item for item in items if not item.error], {}
+    good, failed, start = [item for item in items if not item.error], {}, time.time()
     inputs = [*inputs, *(item.image for item in good), *(item.object.get("mask") for item in good)]
     written = [folder / item.name / part for item in good for part in ("", *subfolders)]
     alone = output_folder(folder, name="--output_dir", inputs=inputs)
@@ -335,29 +326,32 @@ def work_off(
             check_inputs(written, inputs, "--output_dir")
         keys, todo = processes.agreed(plan(good, folder, settings, overwrite) if processes.first else None)
 
+        def record_of(item):
+            if item.error:
+                return failed_record(item, item.error)
+            return failed.get(item.name) or whole_record(folder / item.name, keys[item.name])
+
         def records():
-            found = (
-                failed_record(item, item.error)
-                if item.error
-                else failed.get(item.name) or whole_record(folder / item.name, keys[item.name])
-                for item in items
-            )
-            return [{k: v for k, v in record.items() if k != "sizes"} for record in found if record is not None]
+            return [{k: v for k, v in record.items() if k != "sizes"} for record in map(record_of, items) if record]
 
         def is_done(item):
-            return read_result(folder / item.name).get("key") == keys[item.name]
+            path = folder / item.name / RECORD
+            return path.exists() and path.stat().st_mtime >= start
 
         for item in items if processes.first else ():
             if item.error:
-                tell(item.error)
+                tell(shown(item.error))
         try:
             with progress_bar(todo, is_done, quiet or not processes.first):
                 for item, loaded in prefetched(processes.share(todo), load):
                     try:
                         with output_folder(folder / item.name, subfolders, "--output_dir") as write_item:
                             record, files = explain(item, loaded())
-                            record |= {"asked": asked_by(item), "key": keys[item.name], "files": list(files)}
-                            write_item(files, last=(RECORD, functools.partial(with_sizes, record)))
+                            record |= {"settings": settings, "asked": texts_of(item)}
+                            record |= {"key": keys[item.name], "files": list(files)}
+                            write_item(
+                                files, last=(RECORD, lambda sizes, own=record: to_json(own | {"sizes": sizes}, 1))
+                            )
                     except Exception as exc:
                         if disk_full(exc):
                             raise OSError(str(exc)) from exc
@@ -371,13 +365,8 @@ def work_off(
         return records(), len(good) - len(todo)
 
 
-def with_sizes(record: dict, sizes: dict[str, int]) -> str:
-    """The record as it stands in its folder: sizes tell whether its files are complete."""
-    return to_json(record | {"sizes": sizes}, indent=1)
-
-
 def failed_record(item: Item, reason: str) -> dict:
-    return {"name": item.name, "image": str(item.image) if item.name else "", "error": reason}
+    return {"name": item.name, "image": str(item.image) if item.image.name else "", "error": reason}
 
 
 def to_json(record: dict, indent: int | None = None) -> str:
@@ -424,17 +413,18 @@ def run_list(
     except ValueError as exc:
         raise ValueError(f"--image_path: {exc}") from exc
     processes = Processes(cpu=args.device == "cpu" or not torch.cuda.is_available())
-    device = processes.device if device == "auto" else device
     settings = {name: value for name, value in vars(args).items() if name not in NO_MATTER}
     settings["model_path"] = about["model"]
 
     def explain_item(item, photo):
         start = time.monotonic()
-        reading, files, lines = explain(asked_of(args, item), item, photo, device)
+        reading, files, lines = explain(
+            asked_of(args, item), item, photo, processes.device if device == "auto" else device
+        )
         record = {"name": item.name, "image": str(item.image), "model": args.model_path}
         record |= {"prompt": reading.prompt, "answer": reading.answer, "mode": args.mode, "said": lines}
-        record |= {"seconds": round(time.monotonic() - start, 3)} | tables_of(files)
-        return record | {"settings": settings, "versions": about["versions"]}, files
+        record |= {"seconds": round(time.monotonic() - start, 3), "versions": about["versions"]}
+        return record | tables_of(files), files
 
     folder, start = Path(args.output_dir, FOLDERS[args.mode]), time.monotonic()
     quiet, args.quiet = args.quiet, True  # one bar for all
