@@ -250,7 +250,7 @@ def explain_list(args: argparse.Namespace) -> Done:
     from studies.photo_list import run_list
 
     layers = choose_layers(args, count_layers(args.model_path))
-    device = args.device if args.device == "auto" else resolve_device(args.device)
+    chosen = None if args.device == "auto" else resolve_device(args.device)
     about = {"model": model_identity(args.model_path), "versions": {name: version(name) for name in PACKAGES}}
 
     @functools.cache
@@ -259,7 +259,8 @@ def explain_list(args: argparse.Namespace) -> Done:
         return load_model(args.model_path, device, args.dtype), processor
 
     def explain_photo(asked, item, photo, device):
-        reading = read(*loaded(device), photo, asked.prompt, asked.answer, asked.max_new_tokens)
+        model = loaded(chosen or device)
+        reading = read(*model, photo, asked.prompt, asked.answer, asked.max_new_tokens)
         wanted = args.mode == "evaluate" or (args.mode == "knockout" and args.window is not None)
         mask = object_mask(item.object, photo.size) if item.object and wanted else None
         if args.mode == "evaluate":
@@ -268,7 +269,7 @@ def explain_list(args: argparse.Namespace) -> Done:
         return reading, *explain_readings(asked, [reading], [name], layers, mask)
 
     done = run_list(
-        args, explain_photo, device, about, subfolders=layers if args.mode == "comparative" else (),
+        args, explain_photo, about, subfolders=layers if args.mode == "comparative" else (),
         reason_of=lambda exc: as_flags(exc).removeprefix("--image_path: "),
         summary=benchmark_tables if args.mode == "evaluate" else None,
     )  # fmt: skip

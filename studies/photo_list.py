@@ -399,14 +399,14 @@ def tables_of(files: dict[str, object]) -> dict:
 
 
 def run_list(
-    args: argparse.Namespace, explain: Callable, device: str, about: dict, *, reason_of: Callable, subfolders=(),
+    args: argparse.Namespace, explain: Callable, about: dict, *, reason_of: Callable, subfolders=(),
     summary: Callable | None = None,
 ) -> tuple[dict, list[Path], list[str], int]:  # fmt: skip
     """Explain each photo of a list in a folder of its own; complete results are skipped.
 
-    `explain(flags, item, photo, device)` gives (reading, {file name: content}, lines to be said); `device` may be auto.
-    `about` is {"model": what tells it from others, "versions"}; `summary` of all records gives {file name: content}
-    and lines. Returns ({}, paths, lines, exit code).
+    `explain(flags, item, photo, device)` gives (reading, {file name: content}, lines to be said), the device being that
+    of its process; `about` is {"model": what tells it from others, "versions"}; `summary` of all records gives {file
+    name: content} and lines. Returns ({}, paths, lines, exit code).
     """
     try:
         items = read_list(args.photos)
@@ -418,9 +418,7 @@ def run_list(
 
     def explain_item(item, photo):
         start = time.monotonic()
-        reading, files, lines = explain(
-            asked_of(args, item), item, photo, processes.device if device == "auto" else device
-        )
+        reading, files, lines = explain(asked_of(args, item), item, photo, processes.device)
         record = {"name": item.name, "image": str(item.image), "model": args.model_path}
         record |= {"prompt": reading.prompt, "answer": reading.answer, "mode": args.mode, "said": lines}
         record |= {"seconds": round(time.monotonic() - start, 3), "versions": about["versions"]}

@@ -233,7 +233,8 @@ class Work:
         if item.name in self.failing:
             raise self.error
         self.done.append(item.name)
-        return {"name": item.name, "bytes": len(data)}, {
+        record = {"name": item.name, "image": str(item.image), "bytes": len(data)}
+        return record, {
             "a.txt": f"{len(data)}",
             "b.txt": lambda: ascii(item.name) * 1000,
         }
