@@ -266,7 +266,9 @@ def open_image(image) -> Image.Image:
             with Image.open(image, formats=FORMATS) as file:
                 return ImageOps.exif_transpose(file)
         except Exception as exc:  # Pillow raises anything for a damaged file
-            raise ValueError(f"the image {image} cannot be read: {' '.join(str(exc).split()) or exc!r}") from exc
+            missing = isinstance(exc, FileNotFoundError)
+            why = "does not exist" if missing else f"cannot be read as an image (damaged, or none?): {exc}"
+            raise ValueError(f"the image {image} {' '.join(why.split())}") from exc
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"an image array of {image.dtype} {image.shape} must be uint8 (height, width, 3), RGB")

@@ -8,9 +8,7 @@ The flags stand first: torch and transformers, which take seconds to load, are i
 """
 
 import argparse
-import csv
 import functools
-import io
 import json
 import logging
 import os
@@ -29,19 +27,18 @@ from typing import NamedTuple
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without more ado, until `main` can tidy up
 
-from common.flags import CHOICES, FOLDERS, MODES_OF_FLAG, RUNS_AT_ONCE, parse_args
+from common.flags import CHOICES, FOLDERS, RUNS_AT_ONCE, parse_args
 
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags are answered here
 
 # ruff: noqa: E402  (torch takes seconds to load)
 import numpy as np
-import torch
 import transformers
 from PIL import Image
 
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, model_named, resolve_device
-from common.files import other_files, output_folder, text_lines, to_csv, write_files
+from common.files import other_files, output_folder
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
 from common.photos import load_mask, load_photo, object_mask, open_photo, readable
@@ -82,8 +79,6 @@ from visualization_utils import (
 
 LOOK = ("colormap", "opacity", "upsample", "scale")
 SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")  # flags of the same name
-NO_MATTER = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
-NO_MATTER += ("recompute",)  # to what a list's results are, beyond rounding
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
 
 
@@ -104,7 +99,7 @@ def single_layer_visualization(
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     photo = open_photo(image)
-    with output_folder(save_dir) as write:
+    with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
         result, files = draw_single(photo, token_maps, look, paper)
         write(files)
@@ -181,34 +176,19 @@ def asked_by(args: argparse.Namespace) -> list[Asked]:
         names = names if len(set(names)) == len(names) else [readable(path) for path in paths]
         photos = map(load_photo, paths)
         return [Asked(name, photo, args.prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
-    path, found = Path(args.answers), []
-    for number, line in text_lines(path, "--answers "):
-        where = f"--answers {path}, line {number}"
-        record = read_record(line, where)
-        try:
-            photo = load_photo(str(path.parent / record["image"]))
-        except ValueError as exc:
-            raise ValueError(f"{where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
-        found.append(Asked(readable(record["image"]), photo, record["prompt"], record["answer"], where))
-    if not found:
-        raise ValueError(f"--answers {path} is empty: give lines of {RECORD}")
-    return found
+    from studies.photo_list import read_answers
 
-
-RECORD = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
-
-
-def read_record(line: str, where: str) -> dict[str, str]:
-    """Image, prompt and answer of a line. Raises ValueError saying where it stands and what would be valid."""
+    found = []
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise ValueError(f"{where} is no JSON ({exc}): give {RECORD}") from exc
-    for name in ("image", "prompt", "answer"):
-        text = record.get(name) if isinstance(record, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where} has no text for {name!r}: give {RECORD}")
-    return record
+        for item in read_answers(Path(args.answers)):
+            try:
+                photo = load_photo(str(item.image))
+            except ValueError as exc:
+                raise ValueError(f"{item.where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
+            found.append(Asked(item.name, photo, item.prompt, item.answer, f"--answers {item.where}"))
+    except ValueError as exc:
+        raise ValueError(f"--answers {exc}") from exc
+    return found
 
 
 LONG = 4096  # tokens of photo, prompt and answer from which on it is told how long they take
@@ -271,7 +251,7 @@ class Done(NamedTuple):
 def run(args: argparse.Namespace) -> Done:
     """Check, load, explain, draw and write."""
     if args.listed:
-        return run_list(args)
+        return explain_list(args)
     asked = asked_by(args)
     mask = None if args.mask is None else read_mask(args.mask, asked[0].photo.size)
     if args.answer is not None:
@@ -279,7 +259,9 @@ def run(args: argparse.Namespace) -> Done:
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
     subfolders = layers if args.mode == "comparative" else ()
-    with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir") as write:
+    photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
+    inputs = [args.model_path, args.mask, args.answers, *photos]
+    with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir", inputs) as write:
         with model_named(args.model_path):
             processor = load_processor(args.model_path, args.max_pixels)
             model = load_model(args.model_path, device, args.dtype)
@@ -304,7 +286,7 @@ def explain_mode(args, readings: list[Reading], names: list[str], layers, mask) 
     if args.mode == "flow":
         return trace_photos(args, readings, names, layers, settings)
     if args.mode == "words":
-        return explain_words(args, readings[0], layers, settings)
+        return explain_words(args, readings[0], names[0], layers, settings)
     return explain_target(args, readings[0], layers, settings, mask)
 
 
@@ -315,139 +297,51 @@ def as_flags(exc: Exception) -> str:
     return re.sub(rf"(^|: )({flags})=", r"\1--\2 ", message)
 
 
-def asked_of(args: argparse.Namespace, item) -> argparse.Namespace:
-    """The flags as they are for an item of a list. Raises ValueError for what it asks and the mode cannot do."""
-    own = {name: getattr(item, name) for name in ("prompt", "answer", "target", "contrast")}
-    acting = {name for name in own if args.mode in MODES_OF_FLAG.get(f"--{name}", FOLDERS)}
-    own = {name: own[name] for name in acting if own[name] is not None}  # a list serves modes without targets, too
-    asked = argparse.Namespace(**vars(args) | own | {"image_path": str(item.image), "photos": [str(item.image)]})
-    if asked.contrast is not None and asked.target is None:
-        raise ValueError(f"a contrast {asked.contrast!r} needs a target, whose place it takes")
-    return asked
-
-
-def run_list(args: argparse.Namespace) -> Done:
-    """Explain each photo of a list in a folder of its own; what is whole already is left as it is."""
+def explain_list(args: argparse.Namespace) -> Done:
+    """Explain each photo of a list in a folder of its own."""
     from importlib.metadata import version
 
-    from studies.photo_list import RESULTS, Processes, read_list, work_off
+    from studies.benchmark import benchmark_tables
+    from studies.photo_list import run_list
 
-    try:
-        items = read_list(args.photos)
-    except ValueError as exc:
-        raise ValueError(f"--image_path: {exc}") from exc
-    processes = Processes(cpu=args.device == "cpu" or not torch.cuda.is_available())
-    device = processes.device if args.device == "auto" else resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
-    thirds = layers if args.mode == "comparative" else ()
-    settings = {name: value for name, value in vars(args).items() if name not in NO_MATTER}
-    settings["model_path"] = model_identity(args.model_path)
-    versions = {name: version(name) for name in PACKAGES}
+    chosen = None if args.device == "auto" else resolve_device(args.device)
+    about = {"model": model_identity(args.model_path), "versions": {name: version(name) for name in PACKAGES}}
 
     @functools.cache
-    def loaded():  # once there is something to do
+    def loaded(device):  # once there is something to do
         processor = load_processor(args.model_path, args.max_pixels)
         return load_model(args.model_path, device, args.dtype), processor
 
     @model_named(args.model_path)
-    def explain_item(item, photo):
-        start, asked = time.monotonic(), asked_of(args, item)
-        reading = read(*loaded(), photo, asked.prompt, asked.answer, asked.max_new_tokens)
+    def explain_photo(asked, item, photo, device):
+        model = loaded(chosen or device)
+        reading = read(*model, photo, asked.prompt, asked.answer, asked.max_new_tokens)
         wanted = args.mode == "evaluate" or (args.mode == "knockout" and args.window is not None)
         mask = object_mask(item.object, photo.size) if item.object and wanted else None
         if args.mode == "evaluate":
-            files, lines = benchmark_photo(asked, reading, layers, mask)
-        else:
-            files, lines = explain_readings(asked, [reading], [readable(item.image.name)], layers, mask)
-        about = {
-            "name": item.name,
-            "image": str(item.image),
-            "model": args.model_path,
-            "prompt": reading.prompt,
-            "answer": reading.answer,
-        }
-        about |= {"mode": args.mode, "said": lines, "seconds": round(time.monotonic() - start, 3)}
-        about |= tables_of(files) | {"settings": settings, "versions": versions}
-        return about, files
+            return reading, *measure_photo(asked, reading, layers, mask)
+        return reading, *explain_readings(asked, [reading], [readable(item.image.name)], layers, mask)
 
-    folder, start = Path(args.output_dir, FOLDERS[args.mode]), time.monotonic()
-    quiet, args.quiet = args.quiet, True  # one bar for all
-    records, before = work_off(
-        items, folder, settings, processes, lambda item: load_photo(str(item.image)), explain_item,
-        subfolders=thirds, overwrite=args.overwrite, quiet=quiet,
+    done = run_list(
+        args, explain_photo, about, subfolders=layers if args.mode == "comparative" else (),
         reason_of=lambda exc: as_flags(exc).removeprefix("--image_path: "),
-        tell=lambda line: say(f"test_gradcam.py: {line}", sys.stderr),
+        summary=benchmark_tables if args.mode == "evaluate" else None,
     )  # fmt: skip
-    if not processes.first:
-        return Done({}, [], [])
-    failed = [record for record in records if "error" in record]
-    now = len(records) - len(failed) - before
-    lines = [f"{len(items)} photos: {now} explained in {time.monotonic() - start:.0f} s, {before} were whole already"]
-    lines[0] += f", {len(failed)} failed: see {RESULTS}" if failed else ""
-    left_out = sum(any(line.startswith("left out: ") for line in record.get("said", ())) for record in records)
-    lines += [f"{left_out} left out: the model does not say the target"] if left_out else []
-    paths = [(folder / RESULTS).resolve()]
-    if args.mode == "evaluate":
-        tables, said = benchmark_tables(args, records)
-        paths, lines = paths + write_files(folder, tables), lines + said
-    return Done({}, paths, lines, 1 if failed else 0)
+    return Done(*done)
 
 
-def tables_of(files: dict[str, object]) -> dict:
-    """What of a photo's files goes into the record of a list: words with their probabilities, rows of tables."""
-    tables = {name: files[name] for name in files if name.endswith(".csv")}
-    found = {"measures": {name: list(csv.DictReader(io.StringIO(text))) for name, text in tables.items()}}
-    if "words.json" in files:
-        found["words"] = json.loads(files["words.json"])["words"]
-    return found
+def measure_photo(args, reading, layers, mask) -> tuple[dict, list[str]]:
+    """({file name: content}, lines to be said) of evaluate mode, of a photo of a list."""
+    from studies.benchmark import benchmark_photo
 
-
-def benchmark_photo(args, reading: Reading, layers, mask) -> tuple[dict, list[str]]:
-    """The same of evaluate mode over a list: the measures of every method and layer, and the maps of one method.
-
-    A target that the model's own answer does not have is no failure of the photo: it is left out.
-    """
-    from studies.benchmark import benchmark_rows
-
-    try:
-        span = find_target(reading.answer, args.target, args.target_occurrence)
-    except ValueError:
-        if args.answer is not None:
-            raise
-        return {}, [f"left out: the model does not say {args.target!r}"]
-    tokens = reading.tokens_of(span)
-    spans = [span, *(reading.spans[i] for i in tokens)] if mask is not None and len(tokens) > 1 else [span]
-    methods, asked = CHOICES["method"] if args.compare else [args.method], {n: getattr(args, n) for n in SETTINGS}
-    maps = {
-        method: explain(reading, spans, layers, Settings(**asked | {"method": method}), **passing(args))
-        for method in methods
-    }
-    options = {name: getattr(args, name) for name in ("steps", "baseline", "seed")}
-    options["batch_size"] = runs_at_once(args)
-    rows, given = benchmark_rows(reading, maps, mask, **options), maps[methods[0]][0]
-    figures = draw_grid(reading.photo, given, **drawing(args))[1]
-    files = {name: draw for name, draw in figures.items() if name.startswith("layer_comparison_grid")}
-    return files | {"scores.csv": to_csv(rows)}, [f"explained: {given.target!r} at layer {', '.join(map(str, layers))}"]
-
-
-def benchmark_tables(args, records: list[dict]) -> tuple[dict, list[str]]:
-    """({file name: content}, the table in lines) of evaluate mode over a list."""
-    from studies.benchmark import basis, summarise, to_latex, to_table
-
-    def numbers(row):
-        return {k: v if k in ("method", "layer") else float(v) for k, v in row.items() if v or k == "layer"}
-
-    found = [
-        (record["image"], [numbers(row) for row in record["measures"]["scores.csv"]])
-        for record in records
-        if "scores.csv" in record.get("measures", {})
-    ]
-    if not found:
-        return {}, ["no word could be measured, so there is no table"]
-    table = summarise(found)
-    photos = len({photo for photo, _ in found})
-    caption = f"{len(found)} words in {photos} photos; {basis(table)}95 % of 1000 resamples of the photos"
-    return {"benchmark.csv": to_csv(table), "benchmark.tex": to_latex(table, caption)}, [caption, *to_table(table)]
+    asked = {name: getattr(args, name) for name in SETTINGS}
+    methods = CHOICES["method"] if args.compare else [args.method]
+    methods = {method: Settings(**asked | {"method": method}) for method in methods}
+    options = {name: getattr(args, name) for name in ("steps", "baseline", "seed")} | drawing(args)
+    options |= {"batch_size": runs_at_once(args), "copies": passing(args)}
+    word = (args.target, args.target_occurrence, args.answer is not None)
+    return benchmark_photo(reading, layers, methods, *word, mask, **options)
 
 
 # one photo, or several together
@@ -518,13 +412,13 @@ def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]
     return files, [f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}", *lines]
 
 
-def explain_words(args, reading, layers, settings) -> tuple[dict, list[str]]:
+def explain_words(args, reading, name, layers, settings) -> tuple[dict, list[str]]:
     """The same of words mode."""
     from studies.words import choose_words, draw_words, map_words, name_words, word_tokens
 
     foretell(args, reading, len(choose_words(reading.answer, reading.spans, args.words)))
     word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet), **passing(args))
-    measured, name = word_tokens(reading, word_maps), readable(Path(args.image_path).name)
+    measured = word_tokens(reading, word_maps)
     files = draw_words(reading.photo, name, word_maps, *measured, **drawing(args))[1]
     lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
     for layer in layers:

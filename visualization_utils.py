@@ -471,7 +471,7 @@ def create_layer_comparison_grid(
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings["passes"] = passes_of(settings.get("contrast"))
     photo = open_photo(image)
-    with output_folder(save_dir) as write:
+    with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         results, files = draw_grid(photo, token_maps, look, paper)
         write(files)
@@ -492,7 +492,7 @@ def visualize_multiple_layers(
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings["passes"] = passes_of(settings.get("contrast"))
     photo = open_photo(image)
-    with output_folder(save_dir) as write:
+    with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         results, files = draw_multilayer(photo, token_maps, look, paper)
         write(files)
@@ -516,7 +516,7 @@ def create_comparative_analysis(
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings["passes"] = passes_of(settings.get("contrast"))
     photo = open_photo(image)
-    with output_folder(save_dir, thirds) as write:
+    with output_folder(save_dir, thirds, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         results, files = draw_comparative(photo, token_maps, thirds, look, paper)
         write(files)

@@ -1,17 +1,23 @@
-"""The folder that a run writes to: its files are written whole, and nothing that is not its own is touched."""
+"""The folder that a run writes to: its files are written whole, and nothing that is not its own is touched.
+
+inputs                      check_inputs: none lies where the run writes
+  -> staging folder         _write: all files, complete
+  -> their places           _move: all of them or none; what a kill interrupts here, the next run finishes
+"""
 
 import csv
 import errno
 import functools
 import io
 import os
+import secrets
 import shutil
 import signal
 import stat
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,13 +25,19 @@ from signal import SIGINT, SIGTERM
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-__all__ = ["decimal", "open_regular", "other_files", "output_folder", "text_lines", "to_csv", "write_files"]
+__all__ = [
+    *("MARK", "check_inputs", "decimal", "disk_full", "is_ours", "open_regular", "other_files", "output_folder"),
+    *("to_csv", "write_files"),
+]
 
-LARGEST, LONGEST = 2**30, 2**24  # bytes of a list, and of a line
 DPI, LEVEL = 200, 4  # of pictures
 LARGE = 25_000_000  # pixels of a picture that is written row by row
-STAGING = ".smooth-gradcam-"  # with the process' number behind it, the folder for files that are not finished
+MARK = "Smooth Grad-CAM"  # stands in every picture, so that none is taken for a photo
+STAGING = ".smooth-gradcam-"  # with the process' number and a random one, the folder for files that are not finished
+SIGN = ".sign"  # in a staging folder: it is ours
+MOVING = ".moving"  # in a staging folder: its files are complete, and being moved into place
 try:
     import fcntl
 except ImportError:  # Windows
@@ -40,25 +52,6 @@ def open_regular(path) -> io.BufferedReader:
     if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  (a path may be text)
         raise ValueError("it is a folder, a pipe or a device")
     return open(path, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
-
-
-def text_lines(path, flag: str = "") -> Iterator[tuple[int, str]]:
-    """(number, line) of a text in UTF-8 from 1 on, without blank lines. Raises ValueError, naming flag and path.
-
-    A list of LARGEST bytes, or with a line of LONGEST, is refused: it would fill the memory.
-    """
-    try:
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > LARGEST:
-                raise ValueError(f"it has more than {LARGEST >> 20} MB")
-            for number, line in enumerate(iter(functools.partial(file.readline, LONGEST + 1), b""), 1):
-                if len(line) > LONGEST:
-                    raise ValueError(f"line {number} has more than {LONGEST >> 20} MB")
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield number, text
-    except (OSError, ValueError) as exc:
-        raise ValueError(f"{flag}{path} cannot be read: {exc}") from exc
 
 
 # what is written
@@ -93,7 +86,9 @@ def _encode(content) -> bytes:
         np.savez_compressed(buffer, **content)
     else:  # as small as level 6, in half the time
         content = np.asarray(content) if isinstance(content, Image.Image) else content
-        Image.fromarray(content).save(buffer, "PNG", dpi=(DPI, DPI), compress_level=LEVEL)
+        mark = PngInfo()
+        mark.add_text("Software", MARK)
+        Image.fromarray(content).save(buffer, "PNG", dpi=(DPI, DPI), compress_level=LEVEL, pnginfo=mark)
     return buffer.getvalue()
 
 
@@ -114,6 +109,7 @@ def _write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
     packer, above, step = zlib.compressobj(LEVEL), np.zeros((1, 3 * width), np.uint8), 2**20 // width + 1
     with path.open("wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)))
+        file.write(chunk(b"tEXt", b"Software\0" + MARK.encode()))
         file.write(chunk(b"pHYs", struct.pack(">IIB", round(DPI / 0.0254), round(DPI / 0.0254), 1)))
         for top in range(0, height, step):
             rows = picture.crop((0, top, width, min(top + step, height))) if whole else picture[top : top + step]
@@ -172,17 +168,16 @@ def _hold(folder: Path) -> int | None:
         os.close(held)
         if not isinstance(exc, BlockingIOError):  # a network disk without locks
             return None
-        who = ", ".join(f"process {path.name.removeprefix(STAGING)}" for path in _staging_folders(folder))
+        names = [path.name.removeprefix(STAGING) for path in _staging_folders(folder)]
+        who = ", ".join(f"process {name.split('-')[0]}" for name in names)
         raise BlockingIOError(f"{folder} is being written by {who or 'another run'}: choose another folder") from exc
     return held
 
 
 def _staging_folders(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in folder.glob(f"{STAGING}*")
-        if path.name.removeprefix(STAGING).isdecimal() and path.is_dir() and not path.is_symlink()
-    ]
+    """Those of the folder that are ours: somebody's folder may have such a name."""
+    there = [path for path in folder.glob(f"{STAGING}*") if not path.is_symlink()]
+    return [path for path in there if os.path.isfile(path / SIGN)]  # noqa: PTH113  (raises for no other user's folder)
 
 
 def _remove_staging(staging: Path) -> None:
@@ -190,9 +185,12 @@ def _remove_staging(staging: Path) -> None:
     parts = [path for path in staging.iterdir() if path.is_dir() and not path.is_symlink()]
     for part in (*parts, staging):
         for path in part.iterdir():
-            if path not in parts:
+            if path not in parts and path != staging / SIGN:
                 path.unlink()
-        part.rmdir()
+        if part != staging:
+            part.rmdir()
+    (staging / SIGN).unlink(missing_ok=True)  # the last, so that a kill leaves a folder that is known
+    staging.rmdir()
 
 
 def _check_path(save_dir, name: str) -> Path:
@@ -223,8 +221,31 @@ def _signals_wait():
         signal.raise_signal(number)
 
 
+def check_inputs(folders: Iterable[Path], inputs: Iterable, name: str = "save_dir") -> None:
+    """Raises ValueError if an input, or a link that leads to it, lies in one of the folders that a run writes to.
+
+    Folders are compared by what they are on the disk, since a name is not all that leads to them. What is no path of
+    something that is there (an array, None, a name on the hub) is passed over.
+    """
+    above = {}  # each folder above an input: the input
+    for given in inputs:
+        if isinstance(given, (str, os.PathLike)) and os.path.lexists(given):
+            path = Path(given)
+            for place in (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name)):
+                above |= dict.fromkeys((place, *place.parents), given)
+    inputs_of = {}
+    for path, given in above.items():
+        with suppress(OSError):
+            inputs_of[path.stat().st_dev, path.stat().st_ino] = given
+    for folder in folders:
+        if folder.is_dir() and (given := inputs_of.get((folder.stat().st_dev, folder.stat().st_ino))) is not None:
+            raise ValueError(
+                f"the input {given} lies in {folder}, the folder that this run writes to: choose another {name}"
+            )
+
+
 @contextmanager
-def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_dir"):
+def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_dir", inputs: Iterable = ()):
     """The folder that a run writes to, its own until the end; yields a function that writes {name: content}.
 
         with output_folder("cam_results/grid") as write:
@@ -232,15 +253,19 @@ def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_di
 
     A content is a uint8 RGB array or PIL image (.png), a dictionary of arrays (.npz), a text, or a function that gives
     one of them or a `Page` (.png, .pdf, .svg), called when its file's turn comes. Files are written to a staging folder
-    in the folder and then moved into place all at once: a failure, Ctrl-C or SIGTERM leaves nothing behind. Nothing is
-    ever removed but this staging folder, such folders of runs that were killed, and empty folders that this run made;
-    nothing is replaced but files of the names that are written. `subfolders` are those that the names will need;
-    errors call the folder `name`.
+    in the folder and then moved into place together: a failed run, Ctrl-C or SIGTERM leaves no partial files, and what
+    SIGKILL interrupts is undone or finished by the next run. `write(files, last=(name, make))` writes one more file,
+    whose text `make` makes of {file name: size in bytes}, and moves it last.
+
+    Nothing is ever removed but this staging folder, such folders of runs that were killed, and empty folders that this
+    run made; nothing is replaced but files of the names that are written, and none of the `inputs`, see `check_inputs`.
+    `subfolders` are those that the names will need; errors call the folder `name`.
 
     Raises ValueError if there can be no such folder, BlockingIOError if another run is writing there (where the system
     can lock folders; Windows cannot), and OSError if a file cannot be written.
     """
     folder, made, held, staging = _check_path(save_dir, name), [], None, None
+    check_inputs([folder, *(folder / part for part in subfolders)], inputs, name)
     try:
         try:
             _make_folders(folder, made)
@@ -251,10 +276,12 @@ def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_di
                     raise OSError(errno.EXDEV, f"{part.name} is on another disk")
             held = _hold(folder)
             for stale in _staging_folders(folder) if held is not None else ():  # whoever made them is no longer there
+                _finish_moving(folder, stale)
                 _remove_staging(stale)
-            mine = folder / f"{STAGING}{os.getpid()}"
+            mine = folder / f"{STAGING}{os.getpid()}-{secrets.token_hex(4)}"
             mine.mkdir()
             staging = mine  # from here on it is this run's to remove
+            (staging / SIGN).touch()
         except BlockingIOError:
             raise
         except OSError as exc:
@@ -282,38 +309,75 @@ def _keep(file: Path, copy: Path) -> None:
 def _move(folder: Path, staging: Path, made: list[Path], names: Iterable[str]) -> None:
     """Move all files into place, or none: what was there before is put back if one cannot be replaced."""
     moved = {}  # target: what was there before
+    (staging / MOVING).touch()
     try:
         for i, name in enumerate(names):
-            target, before = folder / name, staging / f"{i}.before"
+            target, before = folder / name, staging / f".{i}.before"
             _make_folders(target.parent, made)
             if os.path.lexists(target):
                 _keep(target, before)
             (staging / name).replace(target)
             moved[target] = before
     except OSError as exc:
+        (staging / MOVING).unlink()
         for done, before in moved.items():
             before.replace(done) if os.path.lexists(before) else done.unlink()
         raise OSError(
             f"{target} cannot be written ({exc.strerror}): nothing is changed, choose another folder"
         ) from exc
+    (staging / MOVING).unlink()
+    for before in moved.values():
+        before.unlink(missing_ok=True)
 
 
-def _write(folder: Path, staging: Path, made: list[Path], files: dict[str, object]) -> list[Path]:
-    for name in files:
+def _finish_moving(folder: Path, staging: Path) -> None:
+    """Move into place what a killed run left there complete."""
+    if (staging / MOVING).exists():
+        for path in [path for path in staging.rglob("*") if path.is_file() and not path.name.startswith(".")]:
+            target = folder / path.relative_to(staging)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+
+
+def _write(
+    folder: Path, staging: Path, made: list[Path], files: dict[str, object], last: tuple[str, Callable] | None = None
+) -> list[Path]:
+    names = [*files, *(last or ())[:1]]
+    for name in names:
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder where a file is to be written: choose another folder")
 
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:  # compression takes longest
         list(pool.map(functools.partial(_stage, staging), files, files.values()))
+    if last is not None:
+        _stage(staging, last[0], last[1]({name: (staging / name).stat().st_size for name in files}))
     with _signals_wait():
-        _move(folder, staging, made, files)
-    return [folder / name for name in files]
+        _move(folder, staging, made, names)
+    return [folder / name for name in names]
 
 
 def write_files(folder, files: dict[str, object]) -> list[Path]:
     """Write {name in the folder: content} as `output_folder` does; returns the paths."""
     with output_folder(folder) as write:
         return write(files)
+
+
+def disk_full(exc: BaseException | None) -> bool:
+    """Whether an error is that of a full disk or quota, or comes of one."""
+    while exc is not None and not (isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)):
+        exc = exc.__cause__
+    return exc is not None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a picture that this tool wrote: it says so near its beginning or its end."""
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(512)
+                file.seek(max(0, path.stat().st_size - 512))
+                return MARK.encode() in head + file.read(512)
+    return False
 
 
 def other_files(paths: list[Path]) -> list[Path]:

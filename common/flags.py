@@ -216,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--keep", type=int, help="knockout mode: also leave so many image tokens, those with most attention, visible")
     add("--answers", help="knockout mode: a .jsonl of {image, prompt, answer}; the accuracy is measured over it")
     add("--save_raw", action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
-    add("--overwrite", action="store_true", help="of a list: explain again what is there already")
+    add("--overwrite", action="store_true", help="of a list: compute all again, and replace results of anything else")
     add("--quiet", action="store_true", help="no progress bar")
     add("--verbose", action="store_true", help="what the libraries report, and the traceback of an error")
     return parser

@@ -132,7 +132,7 @@ def object_mask(given: dict, size: tuple[int, int]) -> np.ndarray:
                         raise ValueError("a polygon leads far out of the photo")
                     cv2.fillPoly(large, [np.round(2 * corners.reshape(-1, 2)).astype(np.int32)], 1)
                     pixels |= large[1::2, 1::2]
-    except (TypeError, ValueError, KeyError) as exc:
+    except (TypeError, ValueError, KeyError, OverflowError) as exc:
         valid = "[x, y, width, height]" if kind == "box" else "polygons [[x, y, x, y, x, y, ...], ...], or run lengths"
         raise ValueError(f"the {kind} cannot be read ({exc}): give {valid}") from exc
     if pixels.all() or not pixels.any():

@@ -12,14 +12,26 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common.files import decimal
+from common.files import decimal, to_csv
+from common.page import Paper
 from common.passes import token_probabilities
-from smooth_gradcam import Reading, TokenMaps, borrowed, prepare_inputs, score_parts
+from smooth_gradcam import (
+    Look,
+    Reading,
+    Settings,
+    TokenMaps,
+    borrowed,
+    explain,
+    find_target,
+    prepare_inputs,
+    score_parts,
+)
 from studies.faithfulness import ORDERS, TOLERANCE, baseline_image, insertion_deletion, score_rows
 from studies.faithfulness_figures import map_key, side_by_side
 from studies.localization import centre_map, fit_of
+from visualization_utils import draw_grid
 
-__all__ = ["benchmark_rows", "summarise", "to_latex", "to_table"]
+__all__ = ["benchmark_photo", "benchmark_rows", "benchmark_tables", "summarise", "to_latex", "to_table"]
 MEASURES = {  # as `benchmark_rows` has them: heads of the table
     "pointing": "pointing",
     "near": "near",
@@ -188,3 +200,46 @@ def benchmark_rows(
     ]
     random = [[rng.random(reading.grid).astype(np.float32)] for _ in range(ORDERS)]
     return [*rows, row("centre", "", "centre", [[centre]]), row("random", "", "random", random)]
+
+
+def benchmark_photo(
+    reading: Reading, layers: list[int], methods: dict[str, Settings], target: str | None, occurrence: int, given: bool,
+    mask: np.ndarray | None, *, copies: dict, look: Look, paper: Paper, **options,
+) -> tuple[dict, list[str]]:  # fmt: skip
+    """({file name: content}, lines to be said): the measures of every method and layer, and the maps of the first.
+
+    `copies` are keywords of `explain`, `options` of `benchmark_rows`. A target that the model's own answer lacks is no
+    failure of the photo: it is left out; if the answer is `given`, ValueError.
+    """
+    try:
+        span = find_target(reading.answer, target, occurrence)
+    except ValueError:
+        if given:
+            raise
+        return {}, [f"left out: the model does not say {target!r}"]
+    tokens = reading.tokens_of(span)
+    spans = [span, *(reading.spans[i] for i in tokens)] if mask is not None and len(tokens) > 1 else [span]
+    maps = {method: explain(reading, spans, layers, settings, **copies) for method, settings in methods.items()}
+    rows, first = benchmark_rows(reading, maps, mask, **options), next(iter(maps.values()))[0]
+    figures = draw_grid(reading.photo, first, look=look, paper=paper)[1]
+    files = {name: draw for name, draw in figures.items() if name.startswith("layer_comparison_grid")}
+    return files | {"scores.csv": to_csv(rows)}, [f"explained: {first.target!r} at layer {', '.join(map(str, layers))}"]
+
+
+def benchmark_tables(records: list[dict]) -> tuple[dict, list[str]]:
+    """({file name: content}, the table in lines) of the records of a list."""
+
+    def numbers(row):
+        return {k: v if k in ("method", "layer") else float(v) for k, v in row.items() if v or k == "layer"}
+
+    found = [
+        (record["image"], [numbers(row) for row in record["measures"]["scores.csv"]])
+        for record in records
+        if "scores.csv" in record.get("measures", {})
+    ]
+    if not found:
+        return {}, ["no word could be measured, so there is no table"]
+    table = summarise(found)
+    photos = len({photo for photo, _ in found})
+    caption = f"{len(found)} words in {photos} photos; {basis(table)}95 % of {RESAMPLES} resamples of the photos"
+    return {"benchmark.csv": to_csv(table), "benchmark.tex": to_latex(table, caption)}, [caption, *to_table(table)]

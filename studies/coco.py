@@ -72,6 +72,12 @@ def main(arguments=None) -> None:
         data = json.loads(options.annotations.read_text(encoding="utf-8"))
         where = (options.photos, options.output, options.count, options.seed, options.smallest)
         lines = make_lines(data if isinstance(data, dict) else {}, *where)
+        for path in (
+            options.annotations,
+            *(options.photos / Path(image["file_name"]).name for image in data["images"]),
+        ):
+            if options.output.exists() and path.exists() and path.samefile(options.output):
+                raise ValueError(f"--output {options.output} is {path}: it would be replaced, choose another")
     except (OSError, ValueError, KeyError, TypeError) as exc:
         parser.error(f"{options.annotations}: {f'{exc} is lacking' if isinstance(exc, KeyError) else exc}")
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from common.files import decimal, output_folder
+from common.files import MARK, decimal, output_folder
 from common.page import GAP, HEAD, MARGIN, PAGE, WIDTHS, Page, Paper, best_columns, header, panel_width, shrink
 from common.passes import passes_of
 from common.photos import open_photo
@@ -102,7 +102,7 @@ def animate(frames: Iterable[Image.Image], maps: list[np.ndarray], fps: float, l
         small.thumbnail((SIDE, SIDE))
         pictures.append(Image.fromarray(render_cam(small, maps[i * len(maps) // len(frames)], look, peak)[0]))
     buffer = io.BytesIO()
-    options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "quality": 80}
+    options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "quality": 80, "xmp": MARK.encode()}
     pictures[0].save(buffer, "WEBP", duration=round(1000 / fps), **options)
     return buffer.getvalue()
 
@@ -167,7 +167,7 @@ def create_video_maps(
     total = get_model_layers(model)[1]
     (layer,) = resolve_layers([total // 2 if layer_idx is None else layer_idx], total)
     video, settings = Video(map(open_photo, frames), fps), Settings(num_samples, noise_std, **settings)
-    with output_folder(save_dir) as write:
+    with output_folder(save_dir, inputs=frames) as write:
         reading = read_video(model, processor, video, prompt, answer, max_new_tokens)
         span = find_target(reading.answer, target, target_occurrence)
         patches = explain(reading, [span], [layer], settings, show_progress(quiet), passes=passes_of(settings.contrast))

@@ -434,7 +434,7 @@ def create_word_maps(
     check_drawing(look, paper)
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings = Settings(num_samples, noise_std, **settings)
-    with output_folder(save_dir) as write:
+    with output_folder(save_dir, inputs=[image]) as write:
         reading = read(model, processor, open_photo(image), prompt, answer, max_new_tokens)
         photo = reading.photo  # there must be but one
         word_maps = map_words(reading, words, layers, settings, show_progress(quiet), batch_size=batch_size)

@@ -811,8 +811,82 @@ def test_every_mode_explains_a_list_as_each_photo_alone(drive, tmp_path, listed,
     before = {name: (folder / "p2" / name).stat().st_mtime_ns for name in files}
     code, out, _ = drive("--mode", mode, "--image_path", listed, *few)
     assert "3 photos: 0 explained in " in out
-    assert " 2 were whole already, 1 failed" in out
+    assert " 2 skipped as complete, 1 failed" in out
     assert {name: (folder / "p2" / name).stat().st_mtime_ns for name in files} == before
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_list_into_its_own_folder_takes_no_picture_of_its_own(drive, tmp_path):
+    """The first time two photos, and again; also where a name is not UTF-8."""
+    for name in (b"a", b"b\xff"):
+        make_image(56, 84).save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name + b".png")))
+    few = ("--answer", "cat", "--image_path", f"{tmp_path}/**/*.png", "--output_dir", tmp_path)
+    for i, mode in enumerate(["single", "single", "single", "words", "flow"]):
+        code, out, err = drive("--mode", mode, *few)
+        assert (code, "Traceback" in err) == (0, False), err
+        assert out.startswith(f"2 photos: {0 if i in (1, 2) else 2} explained in ")
+        assert ("files that this tool wrote are left out of the list, such as" in err) == (i > 0)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_pictures_of_other_layers_beside_those_of_a_list_are_told(drive, tmp_path, listed):
+    usual = ("--mode", "grid", "--image_path", tmp_path / "photos")
+    assert "beware" not in drive(*usual, "--layers", 1, 2)[1]
+    code, out, err = drive(*usual, "--layers", 1)
+    assert (code, out) == (2, "")
+    assert "p0 holds a result of --layers [1, 2], and now it is [1]: choose another --output_dir, or --overwrite" in err
+    assert err.count("\n") == 1
+    out = drive(*usual, "--layers", 1, "--overwrite")[1]
+    assert re.search(
+        r"beware: beside these results stand 4 files of other runs, such as .*/p0/layer_2_heatmap.png", out
+    )
+    assert "beware: beside these results stand 4 files of other runs" in drive(*usual, "--layers", 1)[1]
+
+
+@pytest.mark.parametrize("given", ["photo", "mask", "list", "model", "photo of a list", "answers", "photo of answers"])
+@pytest.mark.usefixtures("no_model")
+def test_no_input_lies_where_the_run_writes(drive, tmp_path, photo_path, model_folder, given):
+    """Whether it would be replaced or not; it is told before the model is loaded."""
+    mode = {"mask": "evaluate", "answers": "knockout", "photo of answers": "knockout"}.get(given, "single")
+    folder = tmp_path / "out" / mode
+    folder.mkdir(parents=True)
+    inside = shutil.copy(photo_path, folder / "original_image.png")
+    line = json.dumps({"image": str(inside if "photo" in given else photo_path), "prompt": "red?", "answer": "red"})
+    path = (tmp_path if "photo" in given else folder) / "results.jsonl"
+    path.write_text(line)
+    if given == "mask":
+        Image.fromarray(np.eye(168, dtype=np.uint8)[:112] * 255).save(inside)
+    flags = {
+        "photo": ["--image_path", inside],
+        "mask": ["--mask", inside],
+        "list": ["--image_path", path],
+        "photo of a list": ["--image_path", path],
+        "answers": ["--answers", path],
+        "photo of answers": ["--answers", path],
+    }
+    if given == "model":
+        inside = shutil.copytree(model_folder, folder / "model")
+        flags["model"] = ["--model_path", inside]
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    code, out, err = drive("--mode", mode, *flags[given])
+    assert (code, out) == (2, "")
+    named = inside if given not in ("list", "answers") else path
+    assert f"the input {named} lies in {folder}, the folder that this run writes to: choose another --output_dir" in err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_no_input_lies_where_the_builders_write(model, processor, image, tmp_path):
+    image.save(tmp_path / "original_image.png")
+    given = (model, processor, str(tmp_path / "original_image.png"), "red?")
+    builders = (
+        single_layer_visualization,
+        create_layer_comparison_grid,
+        visualize_multiple_layers,
+        create_comparative_analysis,
+    )
+    for build in builders:
+        with pytest.raises(ValueError, match="the input .*original_image.png lies in .* choose another save_dir"):
+            build(*given, save_dir=tmp_path)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -945,9 +1019,9 @@ def test_accuracy_over_a_list_is_what_the_model_would_answer(drive, tmp_path):
 
 
 LISTS = {
-    "": " is empty: give lines of {",
+    "": " is empty: give lines such as {",
     "nonsense": ", line 1 is no JSON (Expecting value",
-    "[1, 2]": ", line 1 has no text for 'image': give {",
+    "[1, 2]": ", line 1 is no record: give {",
     '{"image": "one.png", "prompt": "red?"}': ", line 1 has no text for 'answer': give {",
     '{"image": "one.png", "prompt": "red?", "answer": " "}': ", line 1 has no text for 'answer': give {",
     '{"image": "one.png", "prompt": 3, "answer": "red"}': ", line 1 has no text for 'prompt': give {",

@@ -1,6 +1,7 @@
 """Writing: all files or none, one run to a folder, and nothing is touched that is not this run's own."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,18 @@ import pytest
 from PIL import Image
 
 import common.files
-from common.files import STAGING, other_files, output_folder, write_files
+from common.files import (
+    MOVING,
+    SIGN,
+    STAGING,
+    check_inputs,
+    disk_full,
+    is_ours,
+    other_files,
+    output_folder,
+    write_files,
+)
+from studies.video import animate
 
 ROOT = Path(__file__).parent.parent
 PIXELS = np.zeros((2, 2, 3), np.uint8)
@@ -77,6 +89,15 @@ def test_a_full_disk_names_file_folder_and_need(tmp_path, monkeypatch):
     assert listing(tmp_path) == []
 
 
+@pytest.mark.parametrize("patched", ["write_bytes", "mkdir", "touch"])
+def test_a_full_disk_is_known_as_such_at_every_step(tmp_path, monkeypatch, patched):
+    monkeypatch.setattr(Path, patched, full_disk)
+    with pytest.raises((OSError, ValueError)) as caught:
+        write_files(tmp_path / "out", {"a.png": PIXELS})
+    assert disk_full(caught.value)
+    assert not disk_full(ValueError("no"))
+
+
 # what is not ours
 
 
@@ -106,9 +127,12 @@ def test_only_files_of_the_written_names_are_replaced(tmp_path):
     kept = {"layer_3_heatmap.png", "maps.npz", "notes.txt", ".writing-mine", f"{STAGING}notes", f"{STAGING}1.txt"}
     for name in kept:
         (tmp_path / name).touch()
-    (tmp_path / f"{STAGING}mine").mkdir()
+    for name in (f"{STAGING}mine", f"{STAGING}123", f"{STAGING}{os.getpid()}", f"{STAGING}123-0123abcd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").touch()
+        kept |= {name, f"{name}/thesis.txt"}
     paths = write_files(tmp_path, {"layer_4_heatmap.png": PIXELS})
-    assert set(listing(tmp_path)) == kept | {"layer_4_heatmap.png", f"{STAGING}mine"}
+    assert set(listing(tmp_path)) == kept | {"layer_4_heatmap.png"}
     assert other_files(paths) == [tmp_path / name for name in ("layer_3_heatmap.png", "maps.npz", "notes.txt")]
 
 
@@ -168,6 +192,103 @@ def test_a_file_that_cannot_be_replaced_undoes_those_before_it(tmp_path, monkeyp
     assert (tmp_path / "out/0.link").is_symlink()
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_moves_that_a_kill_interrupts_are_finished_by_the_next_run(tmp_path, moved):
+    """A run that dies after so many moves; its files were complete, and so they are in the end, old or new."""
+
+    def killed():
+        real, seen = Path.replace, []
+
+        def replace(self, target):
+            seen.append(target)
+            return os._exit(9) if len(seen) > moved else real(self, target)
+
+        Path.replace = replace
+        with output_folder(tmp_path) as write:
+            write({"a.png": PIXELS + 9, "part/b.txt": "new"}, last=("c.txt", str))
+        os._exit(0)
+
+    write_files(tmp_path, {"a.png": PIXELS, "part/b.txt": "old", "c.txt": "old"})
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == (9 if moved < 3 else 0)
+    with output_folder(tmp_path):
+        pass
+    assert listing(tmp_path) == ["a.png", "c.txt", "part", "part/b.txt"]
+    assert np.asarray(Image.open(tmp_path / "a.png")).max() == 9
+    assert (tmp_path / "part/b.txt").read_text() == "new"
+    assert (tmp_path / "c.txt").read_text() == f"{{'a.png': {(tmp_path / 'a.png').stat().st_size}, 'part/b.txt': 3}}"
+
+
+def test_a_forged_staging_folder_moves_nothing_out_of_the_folder(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/a.txt").write_text("mine")
+    stale = tmp_path / f"out/{STAGING}1-ab"
+    stale.mkdir(parents=True)
+    for name in (SIGN, MOVING, "a.txt"):
+        (stale / name).write_text("forged")
+    (stale / "link").symlink_to(tmp_path / "victim")
+    write_files(tmp_path / "out", {"b.txt": ""})
+    assert listing(tmp_path) == ["out", "out/a.txt", "out/b.txt", "victim", "victim/a.txt"]
+    assert (tmp_path / "victim/a.txt").read_text() == "mine"
+
+
+# inputs
+
+
+@pytest.mark.parametrize("way", ["itself", "subfolder", "link there", "link from there", "linked folder", "part"])
+def test_an_input_in_the_folder_that_is_written_to_is_refused_before_anything_is_done(tmp_path, way):
+    """By whatever way it lies there; both are named."""
+    (tmp_path / "out/part/deep").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    photos = {
+        "itself": tmp_path / "out/a.png",
+        "subfolder": tmp_path / "out/part/deep/a.png",
+        "link there": tmp_path / "photos/link.png",
+        "link from there": tmp_path / "out/link.png",
+        "linked folder": tmp_path / "other/a.png",
+        "part": tmp_path / "photos/a.png",
+    }
+    photo = photos[way]
+    if way == "link there":
+        (tmp_path / "out/a.png").touch()
+        photo.symlink_to(tmp_path / "out/a.png")
+    elif way == "link from there":
+        (tmp_path / "photos/a.png").touch()
+        photo.symlink_to(tmp_path / "photos/a.png")
+    else:
+        (tmp_path / "other").symlink_to("out")
+        photo.touch()
+    if way == "part":
+        (tmp_path / "out/linked").symlink_to(tmp_path / "photos")
+    before = listing(tmp_path)
+    with pytest.raises(ValueError, match=r"the input .*png lies in .*, the folder that this run writes to: choose"):
+        output_folder(tmp_path / "out", ["linked"], inputs=[photo]).__enter__()
+    assert listing(tmp_path) == before
+
+
+def test_inputs_elsewhere_are_no_hindrance(tmp_path):
+    (tmp_path / "a.png").touch()
+    check_inputs([tmp_path / "out", tmp_path], [None, PIXELS, "Qwen/Qwen2.5", "a\0b", "a" * 300], "--output_dir")
+    with output_folder(tmp_path / "out", inputs=[tmp_path / "a.png", tmp_path / "none.png"]) as write:
+        write({"a.png": PIXELS})
+    check_inputs([tmp_path / "out"], [tmp_path / "out/../a.png"])
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="model lies in"):
+        check_inputs([tmp_path / "model"], [str(tmp_path / "model")])
+
+
+def test_pictures_are_known_as_ours_and_photos_are_not(tmp_path):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green")]
+    files = {"a.png": PIXELS, "wide.png": np.zeros((900, 900, 3), np.uint8)}
+    files["video.webp"] = animate(frames, [np.eye(3, dtype=np.float32)], 2)
+    assert all(map(is_ours, write_files(tmp_path, files)))
+    frames[0].save(tmp_path / "photo.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    assert not any(is_ours(tmp_path / name) for name in ("photo.png", "fifo.png", "none.png", "."))
+
+
 # two runs
 
 
@@ -189,8 +310,7 @@ def writer(tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     assert process.stdout.readline() == "writing\n"
-    staged = tmp_path / f"out/{STAGING}{process.pid}/a.png"
-    while not staged.exists():
+    while not list(tmp_path.glob(f"out/{STAGING}{process.pid}-*/a.png")):
         time.sleep(0.01)
     yield process
     process.kill()
@@ -215,7 +335,7 @@ def test_same_process_cannot_write_to_a_folder_twice_at_once(tmp_path):
 def test_what_a_killed_run_left_is_removed_by_the_next_one(tmp_path, writer):
     writer.kill()
     writer.wait()
-    assert f"out/{STAGING}{writer.pid}/a.png" in listing(tmp_path)
+    assert list(tmp_path.glob(f"out/{STAGING}{writer.pid}-*/a.png"))
     write_files(tmp_path / "out", {"c.png": PIXELS})
     assert listing(tmp_path) == ["out", "out/c.png"]
 
@@ -224,10 +344,12 @@ def test_disk_that_knows_no_locks_is_written_to_and_nothing_is_removed(tmp_path,
     def unlockable(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    (tmp_path / f"{STAGING}1").mkdir()
+    stale = tmp_path / f"{STAGING}1-ab"
+    stale.mkdir()
+    (stale / SIGN).touch()
     monkeypatch.setattr(common.files.fcntl, "flock", unlockable)
     write_files(tmp_path, {"a.png": PIXELS})
-    assert listing(tmp_path) == [f"{STAGING}1", "a.png"]
+    assert listing(tmp_path) == [stale.name, f"{stale.name}/{SIGN}", "a.png"]
 
 
 @pytest.mark.parametrize("moment", ["staging", "moving"])

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,13 @@ import pytest
 from conftest import make_image
 from kill_runs import count_lost, work
 
+from common.files import write_files
 from common.photos import object_mask
+from common.processes import Processes
+from smooth_gradcam import ExplanationWarning
 from studies import coco
 from studies.benchmark import basis, interval, summarise, to_latex, to_table
-from studies.photo_list import Item, Processes, key_of, named, read_list, work_off
+from studies.photo_list import Item, key_of, named, read_list, work_off
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,8 +59,18 @@ def test_photos_of_one_name_have_folders_of_their_own(tmp_path):
     assert names[2] == "y"
     assert all(name.startswith("x_") for name in (names[0], names[1], names[3]))
     assert [item.name for item in named([asked, c, b, a])] == names[3:1:-1] + names[1::-1]  # whatever the order
-    with pytest.raises(ValueError, match=r"a/x.png is there twice: .* as .*a/x.png"):
-        named([a, c, a])
+    first, other, again = named([a, c, a])
+    assert (first.error, other.error, again.name) == ("", "", "")
+    assert again.error == f"{a.image} is there twice: the same photo, asked the same, as {a.image}"
+
+
+def test_names_are_folders_on_any_disk(tmp_path):
+    """A disk may not know case, and a name is at most 255 bytes long there."""
+    items = [Item("", tmp_path / name) for name in ("Cat.png", "cat.png", f"{'é' * 125}.png", "\udcff.png")]
+    names = [item.name for item in named(items)]
+    assert len({name.casefold() for name in names}) == 4
+    assert max(len(os.fsencode(name)) for name in names) <= 209
+    assert names[3] == "\udcff"
 
 
 @pytest.mark.parametrize("name", ["results.jsonl.jpg", "benchmark.csv.jpg", "benchmark.tex.png", "...jpg", "..jpg"])
@@ -78,22 +93,70 @@ def test_what_is_not_named_has_to_be_a_photo(photos, tmp_path):
     assert [item.name for item in read_list([str(tmp_path / "*.jsonl")])] == ["p1", "p2"]
 
 
-BAD_LINES = {
-    "{": "is no JSON",
-    "[1]": "is no record",
-    '{"prompt": "Why?"}': "has no text for 'image'",
-    '{"image": "a.png", "target": ""}': "has no text for 'target'",
-    '{"image": "a.png", "box": [1], "mask": "m.png"}': "has mask and box: give one of mask, box, segmentation",
-    '{"image": "a.png", "mask": 3}': "has a mask that is no path",
+BAD_LINES = {  # line: what is told
+    "{": " is no JSON (Expecting",
+    "[1]": " is no record: give {",
+    "[" * 100_000: " is no JSON (",
+    '{"image": "a.png", "x": %s}' % ("[" * 30 + "]" * 30): " is no JSON (nested deeper than 20)",
+    '{"image": "a.png", "x": %s}' % ("9" * 5000): " is no JSON (",
+    '{"image": "a.png", "image": "b.png"}': " is no JSON (a name is there twice)",
+    '{"image": "%s.png"}' % ("a" * 2**24): " is no JSON (longer than 16777216 bytes)",
+    b'{"image": "\xff.png"}': " is no JSON ('utf-8' codec can't decode",
+    '{"prompt": "Why?"}': " has no text for 'image'",
+    '{"image": 3}': " has no text for 'image'",
+    '{"image": NaN}': " has no text for 'image'",
+    '{"image": "a.png", "target": ""}': " has no text for 'target'",
+    '{"image": "a.png", "prompt": "a\\u0000b"}': " has characters for 'prompt' that are no text",
+    '{"image": "a.png", "prompt": "\\ud800"}': " has characters for 'prompt' that are no text",
+    '{"image": "a.png", "box": [1], "mask": "m.png"}': " has mask and box where one of mask, box, segmentation can be",
+    '{"image": "a.png", "mask": 3}': " has a mask that is no path",
+    '{"image": "a\\u0000b.png"}': "b.png is not a usable path: embedded null byte",
+    '{"image": "\\ud800.png"}': "\\ud800.png is not a usable path: 'utf-8' codec can't encode",
+    '{"image": "%s.png"}' % ("a" * 300): "aaa.png is not a usable path: File name too long",
+    '{"image": "."}': " is no regular file",
+    '{"image": "fifo"}': "fifo is no regular file",
+    '{"image": "/dev/zero"}': ": /dev/zero is no regular file",
+    '{"image": "a.png", "mask": "/dev/zero"}': ": /dev/zero is no regular file",
 }
 
 
-@pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=BAD_LINES.values())
-def test_what_is_wrong_with_a_list_is_told_with_its_line(tmp_path, line, reason):
-    path = tmp_path / "list.jsonl"
-    path.write_text('{"image": "a.png"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=f"list.jsonl, line 2 {reason}"):
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.items(), ids=range(len(BAD_LINES)))
+def test_a_wrong_line_is_told_with_its_number_and_the_others_are_read(tmp_path, line, reason):
+    path, good = tmp_path / "list.jsonl", b'{"image": "b.png"}'
+    os.mkfifo(tmp_path / "fifo")
+    lines = [b"\xef\xbb\xbf" + good, b"", line if isinstance(line, bytes) else line.encode(), good.replace(b"b", b"c")]
+    path.write_bytes(b"\r\n".join(lines))
+    one, wrong, other = read_list([str(path)])
+    assert (one.image, other.image, one.error, other.error) == (tmp_path / "b.png", tmp_path / "c.png", "", "")
+    assert other.where == f"{path}, line 4"
+    assert wrong.error.startswith(f"{path}, line 3")
+    assert reason in wrong.error
+    assert len(wrong.error) < 1000
+    path.write_bytes(lines[2])
+    with pytest.raises(ValueError, match="list.jsonl, line 1"):  # no line is good
         read_list([str(path)])
+
+
+def test_only_a_regular_file_is_read_as_a_list(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "folder.jsonl/deep.jsonl").symlink_to("/dev/zero")
+    for name in ("fifo.jsonl", "folder.jsonl/deep.jsonl"):
+        with pytest.raises(ValueError, match="is no regular file"):
+            read_list([str(tmp_path / name)])
+
+
+def test_what_the_tool_wrote_is_left_out_of_folders_and_globs_and_told(photos):
+    """Wherever it lies, and whatever it is called by now; what is named itself is taken."""
+    write_files(photos / "out", {"heatmap.png": np.zeros((9, 9, 3), np.uint8), "results.jsonl": '{"image": "a"}'})
+    (photos / "p9.png").write_bytes((photos / "out/heatmap.png").read_bytes())
+    names = [f"p{i}" for i in range(5)]
+    for pattern, left_out in (("", "1 files"), ("**/*.png", "2 files"), ("**/*", "2 files")):
+        with pytest.warns(ExplanationWarning, match=f"{left_out} that this tool wrote are left out of the list"):
+            assert [item.name for item in read_list([str(photos / pattern)])] == names
+    with pytest.warns(ExplanationWarning), pytest.raises(ValueError, match="no photo"):
+        read_list([str(photos / "**/*.jsonl")])
+    assert [item.name for item in read_list([str(photos / "p9.png")])] == ["p9"]
 
 
 def test_lists_of_nothing_are_refused(tmp_path):
@@ -121,6 +184,9 @@ def test_objects_of_coco_are_their_pixels():
         ({"box": "1234"}, "the box cannot be read"),
         ({"box": [1, 1, float("inf"), 3]}, r"the box cannot be read \(it is \[1, 1, inf, 3\]\): give \[x, y,"),
         ({"box": [1, 1, float("nan"), 3]}, "the box cannot be read"),
+        ({"box": [1e308, 1, 1e308, 3]}, "the box cannot be read"),
+        ({"box": ["a", "b", "c", "d"]}, "the box cannot be read"),
+        ({"box": [10**400, 1, 2, 3]}, "the box cannot be read"),
         ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "far out of the photo"),
         ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "far out of the photo"),
         ({"mask": "no.png"}, "the mask no.png: .*does not exist"),
@@ -167,7 +233,11 @@ class Work:
         if item.name in self.failing:
             raise self.error
         self.done.append(item.name)
-        return {"name": item.name, "bytes": len(data)}, {"a.txt": f"{len(data)}", "b.txt": lambda: item.name * 1000}
+        record = {"name": item.name, "image": str(item.image), "bytes": len(data)}
+        return record, {
+            "a.txt": f"{len(data)}",
+            "b.txt": lambda: ascii(item.name) * 1000,
+        }
 
     def run(self, items, settings=None, **options):
         options = {"quiet": True, "tell": self.told.append} | options
@@ -176,10 +246,10 @@ class Work:
 
 
 def records_in(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_second_run_does_what_is_not_whole_and_nothing_else(photos, tmp_path):
+def test_a_second_run_does_what_is_not_complete_and_nothing_else(photos, tmp_path):
     work, items = Work(tmp_path / "out"), read_list([str(photos)])
     records, before = work.run(items)
     assert (work.done, before) == ([f"p{i}" for i in range(5)], 0)
@@ -190,17 +260,90 @@ def test_a_second_run_does_what_is_not_whole_and_nothing_else(photos, tmp_path):
 
     again, before = work.run(items)
     assert (work.done, before, again) == ([], 5, records)
-    make_image(90, 30).save(photos / "p2.png")  # another photo of the same name
     (tmp_path / "out/p4/b.txt").write_text("cut")
     (tmp_path / "out/p0/result.json").write_text("{")
     _, before = work.run(items)
-    assert (work.done, before) == (["p0", "p2", "p4"], 2)
-    work.run(items, {"layer": 3})
+    assert (work.done, before) == (["p0", "p4"], 3)
+    work.run(items, overwrite=True)
     assert len(work.done) == 5
-    work.run(items, {"layer": 3}, overwrite=True)
+    make_image(50, 30).save(photos / "p5.png")  # the list grows
+    _, before = work.run(read_list([str(photos)]))
+    assert (work.done, before) == (["p5"], 5)
+    assert len(records_in(tmp_path / "out")) == 6
+
+
+OTHERS = {  # what else is asked: what is told of it
+    "settings": "p0 holds a result of --layer 1, and now it is 3",
+    "target": "p0 holds a result of --target 'dog', and now it is 'cat'",
+    "photo": "p2 holds a result of another photo or object of this name",
+    "fewer": "p0 holds a result of a photo that is not in this list",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_results_of_anything_else_stop_the_run_and_only_overwrite_replaces_them(photos, tmp_path, other):
+    work, items = Work(tmp_path / "out"), read_list([str(photos)])
+    items = [replace(item, target="dog") for item in items]
+    work.run(items, {"layer": 1})
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    settings = {"layer": 1}
+    if other == "settings":
+        settings = {"layer": 3}
+    elif other == "target":
+        items = [replace(item, target="cat") for item in items]
+    elif other == "photo":
+        make_image(90, 30).save(photos / "p2.png")
+    else:
+        items = items[1:3]
+    with pytest.raises(ValueError, match=f"{OTHERS[other]}: choose another --output_dir, or --overwrite it"):
+        work.run(items, settings)
+    assert work.done == []
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    work.run(items, settings, overwrite=True)
+    assert work.done == [item.name for item in items]
+    assert [record["name"] for record in records_in(tmp_path / "out")] == work.done
+    if other == "fewer":
+        assert (tmp_path / "out/p0/result.json").exists()
+
+
+def test_results_stay_where_a_name_gets_a_mark_as_the_list_grows(photos, tmp_path):
+    work = Work(tmp_path / "out")
+    work.run(named([Item("", photos / "p0.png")]))
+    (tmp_path / "more").mkdir()
+    make_image(50, 30).save(tmp_path / "more/p0.png")
+    work.run(named([Item("", photos / "p0.png"), Item("", tmp_path / "more/p0.png")]))
+    assert len(work.done) == 2
+    assert (tmp_path / "out/p0/result.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["3", "{}", '{"key": 3}', '{"key": "a", "settings": 3}', "[" * 100_000, "\udcff"])
+def test_a_record_that_is_none_of_ours_is_no_result(photos, tmp_path, damage):
+    work, items = Work(tmp_path / "out"), read_list([str(photos)])
+    for name in ("p1", "others"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "result.json").write_text(damage, errors="surrogateescape")
+    work.run(items)
     assert len(work.done) == 5
-    assert work.run(items[1:3], {"layer": 3})[0] == records_in(tmp_path / "out")
-    assert len(records_in(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("way", ["photo", "mask", "list", "linked folder"])
+def test_an_input_where_a_list_writes_is_refused_before_anything_is_computed(photos, tmp_path, way):
+    folder = tmp_path / "out/single"
+    folder.mkdir(parents=True)
+    path = folder / "a.png"
+    make_image(40, 30).save(path)
+    item, inputs = Item("p0", photos / "p0.png"), [path] if way == "list" else []
+    if way == "photo":
+        item = replace(item, image=path)
+    elif way == "mask":
+        item = replace(item, object={"mask": str(path)})
+    elif way == "linked folder":
+        (folder / "p0").symlink_to(photos)
+    work = Work(folder)
+    with pytest.raises(ValueError, match=r"the input .*png lies in .*: choose another --output_dir"):
+        work.run([item], inputs=inputs)
+    assert work.done == []
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", *(["p0"] if way == "linked folder" else [])]
 
 
 def test_paths_may_be_relative(photos, tmp_path, monkeypatch):
@@ -244,8 +387,55 @@ def test_a_bad_photo_is_told_and_the_others_go_on(photos, tmp_path):
     assert work.told[-1].endswith(f"(beware: {tmp_path / 'out/p3'} holds what was asked of it earlier)")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("patched", ["write_bytes", "mkdir"])
+def test_a_list_stops_at_the_first_photo_that_does_not_fit(photos, tmp_path, monkeypatch, patched, overwrite):
+    """Finished results and their records stay, those of an earlier run that were to be replaced, too."""
+    work, items, real = Work(tmp_path / "out"), read_list([str(photos)]), getattr(Path, patched)
+    if overwrite:
+        work.run(items)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def full(self, *given, **options):
+        if "p2" in self.parts:
+            raise OSError(28, "No space left on device")
+        return real(self, *given, **options)
+
+    monkeypatch.setattr(Path, patched, full)
+    with pytest.raises(OSError, match="(?i)no space left"):
+        work.run(items, overwrite=overwrite)
+    assert work.done in (["p0", "p1", "p2"], ["p0", "p1"])
+    assert work.told == []
+    records = records_in(tmp_path / "out")
+    assert [record["name"] for record in records] == [f"p{i}" for i in range(5 if overwrite else 2)]
+    there = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    if overwrite:
+        assert there == before
+    monkeypatch.setattr(Path, patched, real)
+    work.run(items)
+    assert work.done == ([] if overwrite else ["p2", "p3", "p4"])
+
+
+def test_a_name_that_is_not_utf8_gets_its_result_and_its_record(photos, tmp_path):
+    path = os.fsencode(photos) + b"/\xff\n.png"
+    Path(os.fsdecode(path)).write_bytes((photos / "p0.png").read_bytes())
+    (tmp_path / "list.jsonl").write_text(json.dumps({"image": "photos/" + os.fsdecode(b"\xff\n.png")}))
+    for source, count in ((photos, 6), (tmp_path / "list.jsonl", 1)):
+        work = Work(tmp_path / f"out{count}")
+        work.run(read_list([str(source)]))
+        records = records_in(work.folder)
+        assert len(records) == count
+        (record,) = [record for record in records if "p" not in record["name"]]
+        assert os.fsencode(record["image"]) == path
+        assert (work.folder / record["name"] / "a.txt").exists()
+    work.failing, work.error = [record["name"]], ValueError("a\nb \udcff")
+    work.run(read_list([str(tmp_path / "list.jsonl")]), overwrite=True)
+    assert "\n" not in work.told[0]
+    assert records_in(work.folder)[0]["error"] == "a\nb \udcff"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space left on device")])
-def test_an_interrupted_list_keeps_what_is_whole_and_its_records(photos, tmp_path, error):
+def test_an_interrupted_list_keeps_what_is_complete_and_its_records(photos, tmp_path, error):
     work, items = Work(tmp_path / "out", failing=["p2"], error=error), read_list([str(photos)])
     with pytest.raises(type(error)):
         work.run(items)
@@ -256,27 +446,9 @@ def test_an_interrupted_list_keeps_what_is_whole_and_its_records(photos, tmp_pat
     assert work.done == ["p2", "p3", "p4"]
 
 
-def test_no_record_vouches_for_files_of_another_run(photos, tmp_path):
-    """The second run fails once its files are written: its record cannot be."""
-    items = read_list([str(photos)])[:1]
-
-    def run(answer, **extra):
-        def explain(item, data):
-            return {"name": item.name} | extra, {"answer.txt": answer}
-
-        options = {"reason_of": str, "quiet": True, "tell": lambda line: None}
-        return work_off(items, tmp_path / "out", {"answer": answer}, ALONE, lambda item: None, explain, **options)
-
-    run("dog")
-    (record,), _ = run("cat", broken=object())
-    assert "error" in record
-    (record,), _ = run("dog")
-    assert "error" not in record
-    assert (tmp_path / "out/p0/answer.txt").read_text() == "dog"
-
-
-def test_killed_runs_lose_no_finished_result(photos, tmp_path):
-    assert count_lost(photos, tmp_path / "out", times=5, seed=1) == 0
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_runs_lose_no_finished_result(photos, tmp_path, overwrite):
+    assert count_lost(photos, tmp_path / "out", times=5, seed=1, overwrite=overwrite) == 0
 
 
 def test_two_processes_one_of_them_killed_and_resumed_give_what_one_gives(photos, tmp_path):
@@ -389,3 +561,20 @@ def test_converter_joins_the_objects_of_a_category_and_leaves_crowds_and_crumbs_
             coco.main([str(tmp_path / "bad.json"), str(photos), "--output", str(tmp_path / "no.jsonl")])
         assert reason in capsys.readouterr().err
     assert not (tmp_path / "no.jsonl").exists()
+
+
+def test_converter_replaces_none_of_its_inputs(tmp_path, capsys):
+    for name in ("one.jpg", "two.jpg"):
+        make_image(100, 50).save(tmp_path / name)
+    annotations = tmp_path / "instances.json"
+    annotations.write_text(json.dumps(COCO))
+    (tmp_path / "link.jsonl").symlink_to("one.jpg")
+    os.link(annotations, tmp_path / "other.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in ("instances.json", "two.jpg", "link.jsonl", "other.jsonl"):
+        with pytest.raises(SystemExit):
+            coco.main([str(annotations), str(tmp_path), "--output", str(tmp_path / name), "--count", "1"])
+        assert re.search(rf"--output .*{name} is .*: it would be replaced", capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for _ in range(2):
+        coco.main([str(annotations), str(tmp_path), "--output", str(tmp_path / "coco.jsonl")])

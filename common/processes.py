@@ -1,0 +1,82 @@
+"""Processes that share a list of things to do, started by accelerate or torchrun; loading ahead; one bar for all."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+
+from tqdm.auto import tqdm
+
+__all__ = ["Processes", "prefetched", "progress_bar"]
+
+
+class Processes:
+    """The processes that share a list, started by accelerate or torchrun; one alone otherwise."""
+
+    def __init__(self, cpu: bool):
+        from accelerate import PartialState
+
+        self.state = PartialState(cpu=cpu, timeout=timedelta(days=30))  # a process waits for the slowest
+
+    @property
+    def first(self) -> bool:
+        return self.state.is_main_process
+
+    @property
+    def device(self) -> str:
+        return str(self.state.device)
+
+    def agreed(self, value):
+        """The first process' value, in all of them."""
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0] if self.state.num_processes > 1 else value
+
+    def share(self, todo: list) -> list:
+        """This process' part."""
+        return todo[self.state.process_index :: self.state.num_processes]
+
+    def gathered(self, found: dict) -> dict:
+        """What all processes found, once all have finished."""
+        from accelerate.utils import gather_object
+
+        if self.state.num_processes == 1:
+            return found
+        return {name: value for part in gather_object([found]) for name, value in part.items()}
+
+
+def prefetched(items: Iterable, load: Callable) -> Iterator[tuple]:
+    """(item, function that gives what `load` made of it, or raises): the next is loaded while one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            loading = item, pool.submit(load, item)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result
+            waiting = loading
+        if waiting is not None:
+            yield waiting[0], waiting[1].result
+
+
+@contextmanager
+def progress_bar(todo: list, is_done: Callable, quiet: bool):
+    """A bar over what all processes have finished, with the time left; `is_done(item)` is asked twice a second."""
+    finished = threading.Event()
+    with tqdm(total=len(todo), desc="photos", unit="photo", disable=True if quiet else None) as bar:
+
+        def follow():
+            rest = list(todo)
+            while rest and not finished.wait(0.5):
+                rest = [item for item in rest if not is_done(item)]
+                bar.update(len(todo) - len(rest) - bar.n)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        if not bar.disable:
+            thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            if thread.ident:
+                thread.join()
