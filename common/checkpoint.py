@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.processing_utils import TextKwargs
 
-from common.refusals import check_tokenizer, checkpoint_folder, fetch_weights, read_record
+from common.refusals import LARGE, check_tokenizer, checkpoint_folder, fetch_weights, read_record
 from common.template import render
 from smooth_gradcam import FAMILIES, SUPPORTED, ExplanationWarning, get_model_layers, is_out_of_memory
 
@@ -118,8 +118,9 @@ def check_fit(processor, config: dict, name: str) -> None:
     for what, (has, wants) in wanted.items():
         if wants is not None and has != wants:
             raise ValueError(f"{name} has a processor with {what} {has!r}: this model takes {wants!r}")
-    if max(tokens.values()) >= text.get("vocab_size", len(tokens) + max(tokens.values())):
-        raise ValueError(f"{name} has a tokenizer with token {max(tokens.values())}, of {text['vocab_size']} in all")
+    most, vocabulary = max(tokens.values()), text.get("vocab_size")
+    if vocabulary is not None and most >= vocabulary:
+        raise ValueError(f"{name} has a tokenizer with token {most}, and its config.json a vocab_size of {vocabulary}")
 
 
 def bound_template(processor) -> None:
@@ -132,9 +133,9 @@ def bound_template(processor) -> None:
     def apply_chat_template(conversation, *, tokenize: bool, add_generation_prompt: bool) -> str:
         if tokenize:
             raise ValueError("the chat template gives text here: tokenize=False")
-        special = {name: token for name, token in processor.tokenizer.special_tokens_map.items()}
         asked = {"messages": conversation, "tools": None, "documents": None}
-        return render(template, json.dumps(special | asked | {"add_generation_prompt": add_generation_prompt}))
+        asked |= {"add_generation_prompt": add_generation_prompt}
+        return render(template, json.dumps(dict(processor.tokenizer.special_tokens_map) | asked))
 
     processor.apply_chat_template = apply_chat_template
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
@@ -237,6 +238,8 @@ def model_identity(model_path: str) -> str:
     if not Path(model_path).is_dir():
         return f"{model_path} {folder.name}"
     for path in sorted(folder.iterdir()):
+        if not path.is_file() or (path.suffix != ".safetensors" and path.stat().st_size > LARGE):
+            continue  # a pipe would be read for ever; such files are not the model's
         if path.suffix in (".json", ".jinja", ".txt"):
             state.update(path.read_bytes())
         elif path.suffix == ".safetensors":

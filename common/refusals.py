@@ -22,12 +22,7 @@ FETCHED = ("generation_config.json", "processor_config.json", "preprocessor_conf
 FETCHED += ("video_preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt")
 FETCHED += ("added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja")
 OPENED = r".*config.*\.json|tekken\.json|.*\.(jinja|model|safetensors|safetensors\.index\.json)"
-TOKENS = (
-    "tokenizer.json",
-    "vocab.json",
-    "added_tokens.json",
-    "tekken.json",
-)  # words, not settings: read by the tokenizer's class
+TOKENS = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json")  # words, not settings
 FOREIGN_MODELS = {"adapter_config.json": "an adapter", "audio_tokenizer_config.json": "an audio tokenizer"}
 STEPS = ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Split", "ByteLevel", "ByteFallback", "Fuse", "TemplateProcessing")
 SMALL, LARGE = 2**22, 2**26  # bytes of a file of settings, and of any but the weights
@@ -180,6 +175,6 @@ def fetch_weights(model_path: str, folder: Path) -> None:
     if Path(model_path).is_dir():
         return
     index = folder / INDEX
-    files = read_record(index, model_path)["weight_map"].values() if index.is_file() else [WEIGHTS]
+    files = read_record(index, f"--model_path {model_path}")["weight_map"].values() if index.is_file() else [WEIGHTS]
     for file in sorted(set(files)):
         cached_file(model_path, file, revision=folder.name)

@@ -20,7 +20,7 @@ import common.page
 import common.template
 import smooth_gradcam as core
 import test_gradcam
-from common.checkpoint import count_layers, load_processor, model_identity, model_named
+from common.checkpoint import count_layers, load_model, load_processor, model_identity, model_named
 from common.refusals import checkpoint_folder, settings, wrong_with
 from common.template import render
 from smooth_gradcam import ExplanationWarning
@@ -361,6 +361,7 @@ def test_weights_beside_the_model_are_warned_of(drive, make):
 
 def test_a_model_is_known_by_its_weights_and_files(make):
     folder = make()
+    os.mkfifo(folder / "pipe.txt")
     known = [model_identity(str(folder))]
     for change in (0.9, 0.8):
         change_weights(folder, lambda weights, by=change: {name: weight * by for name, weight in weights.items()})
@@ -416,6 +417,7 @@ ODD = {  # what is odd: the file, the change, what is said
     "vision list": ("config.json", {"vision_config": [3]}, "holds no record"),
     "image token": ("config.json", {"image_token_id": 7}, "image token"),
     "vocabulary": ("config.json", {"text_config": {"vocab_size": 30}}, "has a tokenizer with token"),
+    "no vocabulary": ("config.json", {"text_config": {"vocab_size": None}}, ""),
     "quantised": ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "needs a package"),
     "text dtype": ("config.json", {"dtype": "zebra"}, ""),
     "end": ("generation_config.json", {"eos_token_id": "x"}, "has eos_token_id 'x': give the number of a token"),
@@ -600,6 +602,10 @@ def test_settings_of_a_checkpoints_generation_have_no_effect(drive, make):
     folder = make({"generation_config.json": functools.reduce(dict.__or__, WISHES) | {"watermarking_config": "x"}})
     code, out, err = drive("--model_path", folder)
     assert (code, out.splitlines()[0]) == (0, usual[1].splitlines()[0]), err
+    wanted = json.loads((folder / "generation_config.json").read_text())
+    kept = load_model(str(folder), "cpu", "auto").generation_config
+    assert (kept.eos_token_id, kept.pad_token_id) == (wanted["eos_token_id"], wanted["pad_token_id"])
+    assert kept.repetition_penalty in (None, 1.0)
 
 
 @pytest.mark.parametrize(
