@@ -387,7 +387,7 @@ def answered(
         tokens = tokenise(tokenizer, answer)
     text, spans = decode(tokenizer, tokens), token_spans(tokenizer, tokens)
     if not text.strip():
-        raise ExplanationError("the model's answer is empty: give a text to explain with answer= (--answer)")
+        raise ExplanationError("the model's answer is empty: give a text to explain as the answer")
     pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
     return Reading(model, processor, photos, prompt, inputs, positions, grids, tokens, spans, text, pixels)
 
@@ -807,10 +807,15 @@ def memory_explained(count: int):
     try:
         yield
     except RuntimeError as exc:
-        if not (isinstance(exc, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(exc)):
+        if not is_out_of_memory(exc):
             raise
         advice = "lower batch_size, give the model fewer pixels, explain only later layers, or recompute activations"
         raise RuntimeError(f"out of memory with {count} image tokens: {advice}") from exc
+
+
+def is_out_of_memory(exc: Exception) -> bool:
+    """Whether a device, or the processor, had no memory left to give."""
+    return isinstance(exc, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(exc)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

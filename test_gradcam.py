@@ -1,8 +1,14 @@
 """Smooth Grad-CAM of a Qwen2.5-VL from the command line: which parts of a photo an answer comes from.
 
+    flags -> Request                    what is asked for, made once
+      -> photos, layers, folder         checked before the model is loaded
+      -> Readings                       photo, prompt and answer, read once
+      -> MODES[mode]                    {file name: content}, lines to be said
+      -> files, report
+
 Exit code 0: everything that was asked for is written. 2: the request cannot be met as it stands (a wrong flag, photo,
 model folder or layer, an answer that is empty or not finite), with one line that says why. 1: anything else, such as
-memory that ran out, or a photo of a list that cannot be explained. Of a photo, nothing is written unless everything is.
+memory that ran out, or a photo of a list that cannot be explained. A failed run leaves no partial files.
 
 The flags stand first: torch and transformers, which take seconds to load, are imported once they are known to be good.
 """
@@ -12,22 +18,21 @@ import functools
 import json
 import logging
 import os
-import re
 import signal
 import sys
-import time
 import traceback
 import unicodedata
 import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without more ado, until `main` can tidy up
 
-from common.flags import CHOICES, FOLDERS, RUNS_AT_ONCE, parse_args
+from common.flags import FOLDERS, parse_args
 
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags are answered here
@@ -42,8 +47,11 @@ from common.files import other_files, output_folder
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
 from common.photos import load_mask, load_photo, object_mask, open_photo, readable
+from common.progress import answer_progress, forecast_copies, show_progress
 from common.terminal import say
 from smooth_gradcam import (
+    METHODS,
+    PLAIN,
     ExplanationError,
     ExplanationWarning,
     Look,
@@ -51,19 +59,14 @@ from smooth_gradcam import (
     Settings,
     SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
     TokenMaps,
-    borrowed,
     compute_token_maps,
     explain,
     find_target,
     get_model_layers,
-    memory_explained,
     read,
     resolve_layers,
-    score_parts,
-    token_probabilities,
 )
 from visualization_utils import (
-    PLAIN,
     check_drawing,
     comparative_layers,
     create_comparative_analysis,  # noqa: F401  (users import it from here)
@@ -73,13 +76,12 @@ from visualization_utils import (
     draw_multilayer,
     draw_single,
     select_layers,
-    show_progress,
     visualize_multiple_layers,  # noqa: F401
 )
 
-LOOK = ("colormap", "opacity", "upsample", "scale")
-SETTINGS = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")  # flags of the same name
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
+RUNS_AT_ONCE = 8  # of evaluate and knockout mode
+ANSWERS_SHOWN = 10
 
 
 def single_layer_visualization(
@@ -98,12 +100,86 @@ def single_layer_visualization(
     check_drawing(look, paper)
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
+    settings.setdefault("passes", passes_of(settings.get("contrast")))
     photo = open_photo(image)
     with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
         result, files = draw_single(photo, token_maps, look, paper)
         write(files)
     return dict(result) | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
+
+
+# what is asked for
+
+
+class Request(NamedTuple):
+    """The flags, and what is made of them: how maps are made, how they look, what figures are for."""
+
+    args: argparse.Namespace
+    settings: Settings
+    look: Look
+    paper: Paper
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Request":
+        names = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")
+        settings = Settings(**{name: getattr(args, name) for name in names})
+        look = Look(args.colormap, args.opacity, args.upsample, args.scale)
+        return cls(args, settings, look, Paper(args.width, tuple(dict.fromkeys(args.format)), args.heatmaps))
+
+    @property
+    def drawing(self) -> dict[str, Look | Paper]:
+        return {"look": self.look, "paper": self.paper}
+
+    @property
+    def copies(self) -> dict:
+        """How the noisy copies pass the model: keywords of `explain`."""
+        return {"batch_size": self.args.batch_size or 1, "passes": passes_of(self.settings.contrast)}
+
+    @property
+    def runs_at_once(self) -> int:
+        return self.args.batch_size or RUNS_AT_ONCE
+
+    def explain(self, reading: Reading, span, layers, settings: Settings) -> TokenMaps:
+        """The maps of one part of the answer."""
+        (maps,) = explain(reading, [span], layers, settings, show_progress(self.args.quiet), **self.copies)
+        return maps
+
+    def forecast(self, reading: Reading, **counts: int) -> None:
+        if not self.args.quiet:
+            forecast_copies(reading, self.settings, **counts)
+
+
+class Question(NamedTuple):
+    """A question about a photo, and the answer that is to be explained, the model's own for None."""
+
+    name: str
+    photo: Image.Image
+    prompt: str
+    answer: str | None
+    where: str = ""  # in a list
+
+
+def questions(args: argparse.Namespace) -> list[Question]:
+    """What is to be read: a photo, several, or the list of --answers. Raises ValueError naming flag, file and line."""
+    if args.answers is None:
+        names = [readable(Path(path).name) for path in args.photos]
+        names = names if len(set(names)) == len(names) else [readable(path) for path in args.photos]
+        photos = map(load_photo, args.photos)
+        return [Question(name, photo, args.prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
+    from studies.photo_list import read_answers
+
+    found = []
+    try:
+        for item in read_answers(Path(args.answers)):
+            try:
+                photo = load_photo(str(item.image))
+            except ValueError as exc:
+                raise ValueError(f"{item.where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
+            found.append(Question(item.name, photo, item.prompt, item.answer, f"--answers {item.where}"))
+    except ValueError as exc:
+        raise ValueError(f"--answers {exc}") from exc
+    return found
 
 
 def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
@@ -125,26 +201,6 @@ def check_answer(args: argparse.Namespace) -> None:
         choose_words(answer, [], args.words)
 
 
-# the run
-
-
-def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """What --save_raw writes: maps (layers, H, W) float32 and all it takes to know what they are; JSON for records."""
-    from importlib.metadata import version
-
-    records = ("grid", "prompt", "answer", "tokens", "target", "target_span", "target_tokens")
-    asked = ("mode", "model_path", "image_path", "max_pixels", "dtype", "max_new_tokens")
-    asked = {name: getattr(args, name) for name in asked}
-    return {name: np.array(getattr(token_maps, name)) for name in records} | {
-        "maps": np.stack(list(token_maps.maps.values())),
-        "layers": np.array(list(token_maps.maps)),
-        "no_gradient": np.array(sorted(token_maps.no_gradient), dtype=int),
-        "seed": np.array(token_maps.settings.seed),
-        "settings": np.array(json.dumps(asdict(token_maps.settings) | asked)),
-        "versions": np.array(json.dumps({name: version(name) for name in PACKAGES})),
-    }
-
-
 def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str, list[int]]:
     """The layers that the mode explains, of each third in comparative mode. Raises ValueError."""
     if args.mode == "comparative":
@@ -158,85 +214,143 @@ def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str,
         raise ValueError(f"--layer{'' if args.mode == 'single' else 's'}: {exc}") from exc
 
 
-class Asked(NamedTuple):
-    """A question about a photo, and the answer that is to be explained, the model's own for None."""
-
-    name: str
-    photo: Image.Image
-    prompt: str
-    answer: str | None
-    where: str = ""  # in a list
+# the modes: of readings, their names, the layers and a mask ({file name: content}, lines to be said)
 
 
-def asked_by(args: argparse.Namespace) -> list[Asked]:
-    """What is to be read: a photo, several, or the list of --answers. Raises ValueError naming flag, file and line."""
-    if args.answers is None:
-        paths = args.photos
-        names = [readable(Path(path).name) for path in paths]
-        names = names if len(set(names)) == len(names) else [readable(path) for path in paths]
-        photos = map(load_photo, paths)
-        return [Asked(name, photo, args.prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
-    from studies.photo_list import read_answers
+def explain_target(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
+    """Every mode that explains one part of the answer of one photo."""
+    args, (reading,) = request.args, readings
+    chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
+    span = find_target(reading.answer, args.target, args.target_occurrence)
+    if args.compare:
+        return compare_methods(request, reading, span, chosen, mask)
+    request.forecast(reading)
+    token_maps = request.explain(reading, span, chosen, request.settings)
+    what = "the whole answer" if token_maps.target == reading.answer else repr(token_maps.target)
+    if request.settings.contrast is not None:
+        what += f" rather than {request.settings.contrast!r}"
+    count = f"{len(token_maps.target_tokens)} of {len(reading.tokens)} tokens"
+    lines = [f"explained: {what} ({count}) at layer {', '.join(map(str, chosen))}"]
+    if args.mode == "single" and args.layer is None:
+        lines[0] += f", the middle one of {get_model_layers(reading.model)[1]}: --layer chooses another"
+    consequence = "it is left out" if args.mode == "evaluate" else "its pictures are grey panels"
+    lines += [f"layer {layer} has no map ({why}): {consequence}" for layer, why in token_maps.blank.items()]
+    if args.mode == "evaluate":
+        from studies.faithfulness_figures import evaluate
 
-    found = []
-    try:
-        for item in read_answers(Path(args.answers)):
-            try:
-                photo = load_photo(str(item.image))
-            except ValueError as exc:
-                raise ValueError(f"{item.where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
-            found.append(Asked(item.name, photo, item.prompt, item.answer, f"--answers {item.where}"))
-    except ValueError as exc:
-        raise ValueError(f"--answers {exc}") from exc
-    return found
+        options = measuring(request) | {"randomize": args.randomize, "quiet": args.quiet, "copies": request.copies}
+        files, measured = evaluate(reading, token_maps, mask, **options)
+        lines += measured
+    elif args.mode == "comparative":
+        files = draw_comparative(reading.photo, token_maps, layers, **request.drawing)[1]
+    else:
+        draw = {"single": draw_single, "grid": draw_grid, "multi": draw_multilayer}[args.mode]
+        files = draw(reading.photo, token_maps, **request.drawing)[1]
+    if args.save_raw:
+        files["maps.npz"] = raw_arrays(token_maps, args)
+    return files, lines
 
 
-LONG = 4096  # tokens of photo, prompt and answer from which on it is told how long they take
-BACKWARD = 2  # forward passes that a backward pass through all layers takes the time of
+def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """What --save_raw writes: maps (layers, H, W) float32 and all it takes to know what they are; JSON for records."""
+    records = ("grid", "prompt", "answer", "tokens", "target", "target_span", "target_tokens")
+    asked = ("mode", "model_path", "image_path", "max_pixels", "dtype", "max_new_tokens")
+    asked = {name: getattr(args, name) for name in asked}
+    return {name: np.array(getattr(token_maps, name)) for name in records} | {
+        "maps": np.stack(list(token_maps.maps.values())),
+        "layers": np.array(list(token_maps.maps)),
+        "no_gradient": np.array(sorted(token_maps.no_gradient), dtype=int),
+        "seed": np.array(token_maps.settings.seed),
+        "settings": np.array(json.dumps(asdict(token_maps.settings) | asked)),
+        "versions": np.array(json.dumps({name: version(name) for name in PACKAGES})),
+    }
 
 
-@contextmanager
-def answering(model, args: argparse.Namespace):
-    """Inside, a bar shows the tokens that the model answers with; a long prompt is told before it is read."""
-    with show_progress(args.quiet, "answer", "token")(total=args.max_new_tokens) as bar:
+def measuring(request: Request) -> dict:
+    """How evaluate mode measures and draws."""
+    options = {name: getattr(request.args, name) for name in ("steps", "baseline", "seed")}
+    return options | {"batch_size": request.runs_at_once} | request.drawing
 
-        def told(module, given, kwargs):
-            if bar.n == 0 and not args.quiet and (length := kwargs["input_ids"].shape[1]) > LONG:
-                say(f"reading {length:,} tokens of photo and prompt before the answer's first: this takes a while")
 
-        handles = [model.register_forward_pre_hook(told, with_kwargs=True)]
-        handles.append(model.register_forward_hook(lambda *_: bar.update()))
+def compare_methods(request: Request, reading: Reading, span, layers, mask) -> tuple[dict, list[str]]:
+    """Evaluate mode with --compare: every method with the settings that are given, or its own."""
+    from studies.faithfulness_figures import compare
+
+    request.forecast(reading, methods=len(METHODS))
+    settings = {method: replace(request.settings, method=method) for method in METHODS}
+    maps = {method: request.explain(reading, span, layers, how) for method, how in settings.items()}
+    files, lines = compare(reading, maps, mask, quiet=request.args.quiet, **measuring(request))
+    return files, [f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}", *lines]
+
+
+def measure_photo(request: Request, reading: Reading, layers, mask) -> tuple[dict, list[str]]:
+    """Evaluate mode, of a photo of a list."""
+    from studies.benchmark import benchmark_photo
+
+    args, methods = request.args, METHODS if request.args.compare else [request.settings.method]
+    methods = {method: replace(request.settings, method=method) for method in methods}
+    word = (args.target, args.target_occurrence, args.answer is not None)
+    return benchmark_photo(reading, layers, methods, *word, mask, **measuring(request), copies=request.copies)
+
+
+def explain_words(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
+    """Words mode."""
+    from studies.words import choose_words, draw_words, map_words, name_words, word_tokens
+
+    args, (reading,), (name,) = request.args, readings, names
+    request.forecast(reading, parts=len(choose_words(reading.answer, reading.spans, args.words)))
+    word_maps = map_words(reading, args.words, layers, request.settings, show_progress(args.quiet), **request.copies)
+    files = draw_words(reading.photo, name, word_maps, *word_tokens(reading, word_maps), **request.drawing)[1]
+    lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
+    for layer in layers:
+        if all(layer in word.blank for word in word_maps):
+            why = word_maps[0].blank[layer]
+            lines.append(f"layer {layer} has no map of any word ({why}): its pictures are grey panels")
+    return files, lines
+
+
+def find_targets(args: argparse.Namespace, readings: list[Reading], names) -> list[tuple[int, int]]:
+    """The explained span of each answer. Raises ValueError naming the photo."""
+    spans = []
+    for reading, name in zip(readings, names, strict=True):
         try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def foretell(args: argparse.Namespace, reading: Reading, parts: int = 1, methods: int = 1) -> None:
-    """How long the copies of a long sequence will take, each a forward and, of each part, a backward pass."""
-    length = reading.inputs["input_ids"].shape[1] + len(reading.tokens)
-    if args.quiet or length <= LONG:
-        return
-    forced, (scored,) = score_parts(reading.inputs, reading.tokens, [[len(reading.tokens) - 1]])
-    with borrowed(reading.model), memory_explained(len(reading.positions)):
-        start = time.monotonic()
-        token_probabilities(reading.model, forced, reading.inputs["pixel_values"][None], scored)
-    each = (time.monotonic() - start) * (1 + BACKWARD * parts) * (1 if args.contrast is None else 2)
-    copies = methods * (args.num_samples if args.noise_std else 1)
-    say(f"expected: {copies} noisy copies of {length:,} tokens, {each:.0f} s each: about {copies * each:.0f} seconds")
-
-
-def read_all(args: argparse.Namespace, model, processor, asked: list[Asked]) -> list[Reading]:
-    """A reading of each. Raises ValueError, for a list with the line."""
-    readings = []
-    for one in asked:
-        try:
-            with answering(model, args):
-                readings.append(read(model, processor, one.photo, one.prompt, one.answer, args.max_new_tokens))
+            spans.append(find_target(reading.answer, args.target, args.target_occurrence))
         except ValueError as exc:
-            raise ValueError(f"{one.where}: {exc}" if one.where else str(exc)) from exc
-    return readings
+            raise exc if len(readings) == 1 else ValueError(f"{name}: {exc}") from exc
+    return spans
+
+
+def trace_photos(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
+    """Flow mode."""
+    from studies.flow_figures import trace
+
+    args, spans = request.args, find_targets(request.args, readings, names)
+    options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet}
+    return trace(readings, names, spans, layers, request.settings, **options, **request.copies, **request.drawing)
+
+
+def sever_photos(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
+    """Knockout mode."""
+    from studies.knockout_figures import sever
+
+    args = request.args
+    spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
+    options = {"window": args.window, "keep": args.keep, "quiet": args.quiet, "accuracy": args.answers is not None}
+    options |= {"batch_size": request.runs_at_once, "paper": request.paper}
+    return sever(readings, names, spans, mask=mask, **options)
+
+
+MODES = dict.fromkeys(("single", "grid", "multi", "comparative", "evaluate"), explain_target)
+MODES |= {"words": explain_words, "flow": trace_photos, "knockout": sever_photos}
+
+
+def explain_mode(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
+    """({file name: content}, lines to be said) of the mode, of one photo or of several together."""
+    with recomputed(readings[0].model) if request.args.recompute else nullcontext():
+        return MODES[request.args.mode](request, readings, names, layers, mask)
+
+
+# the run
 
 
 class Done(NamedTuple):
@@ -250,60 +364,44 @@ class Done(NamedTuple):
 
 def run(args: argparse.Namespace) -> Done:
     """Check, load, explain, draw and write."""
+    request = Request.of(args)
     if args.listed:
-        return explain_list(args)
-    asked = asked_by(args)
+        return explain_list(request)
+    asked = questions(args)
     mask = None if args.mask is None else read_mask(args.mask, asked[0].photo.size)
     if args.answer is not None:
         check_answer(args)
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
-    subfolders = layers if args.mode == "comparative" else ()
     photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
     inputs = [args.model_path, args.mask, args.answers, *photos]
-    with output_folder(Path(args.output_dir, FOLDERS[args.mode]), subfolders, "--output_dir", inputs) as write:
+    folder, subfolders = Path(args.output_dir, FOLDERS[args.mode]), layers if args.mode == "comparative" else ()
+    with output_folder(folder, subfolders, "--output_dir", inputs) as write:
         with model_named(args.model_path):
             processor = load_processor(args.model_path, args.max_pixels)
             model = load_model(args.model_path, device, args.dtype)
             with vision_kept(model):
-                readings = read_all(args, model, processor, asked)
-                files, lines = explain_readings(args, readings, [one.name for one in asked], layers, mask)
+                readings = [read_question(one, model, processor, args) for one in asked]
+                files, lines = explain_mode(request, readings, [one.name for one in asked], layers, mask)
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)
 
 
-def explain_readings(args, readings: list[Reading], names: list[str], layers, mask) -> tuple[dict, list[str]]:
-    """({file name: content}, lines to be said) of the mode, of one photo or of several together."""
-    with recomputed(readings[0].model) if args.recompute else nullcontext():
-        return explain_mode(args, readings, names, layers, mask)
+def read_question(question: Question, model, processor, args: argparse.Namespace) -> Reading:
+    """The reading of a question. Raises ValueError, for a list with the line."""
+    try:
+        with answer_progress(model, args.quiet, args.max_new_tokens):
+            return read(model, processor, question.photo, question.prompt, question.answer, args.max_new_tokens)
+    except ValueError as exc:
+        raise ValueError(f"{question.where}: {exc}" if question.where else str(exc)) from exc
 
 
-def explain_mode(args, readings: list[Reading], names: list[str], layers, mask) -> tuple[dict, list[str]]:
-    """The same, with activations kept as they are."""
-    if args.mode == "knockout":
-        return sever_photos(args, readings, names, mask)
-    settings = Settings(**{name: getattr(args, name) for name in SETTINGS})
-    if args.mode == "flow":
-        return trace_photos(args, readings, names, layers, settings)
-    if args.mode == "words":
-        return explain_words(args, readings[0], names[0], layers, settings)
-    return explain_target(args, readings[0], layers, settings, mask)
-
-
-def as_flags(exc: Exception) -> str:
-    """The message in one line, with the names of flags for those of arguments."""
-    message = " ".join(str(exc).split()) or type(exc).__name__
-    flags = "prompt|answer|target|target_occurrence|contrast|words|keep|window"
-    return re.sub(rf"(^|: )({flags})=", r"\1--\2 ", message)
-
-
-def explain_list(args: argparse.Namespace) -> Done:
+def explain_list(request: Request) -> Done:
     """Explain each photo of a list in a folder of its own."""
-    from importlib.metadata import version
-
     from studies.benchmark import benchmark_tables
     from studies.photo_list import run_list
 
+    args = request.args
     layers = choose_layers(args, count_layers(args.model_path))
     chosen = None if args.device == "auto" else resolve_device(args.device)
     about = {"model": model_identity(args.model_path), "versions": {name: version(name) for name in PACKAGES}}
@@ -315,151 +413,26 @@ def explain_list(args: argparse.Namespace) -> Done:
 
     @model_named(args.model_path)
     def explain_photo(asked, item, photo, device):
-        model = loaded(chosen or device)
-        reading = read(*model, photo, asked.prompt, asked.answer, asked.max_new_tokens)
-        wanted = args.mode == "evaluate" or (args.mode == "knockout" and args.window is not None)
-        mask = object_mask(item.object, photo.size) if item.object and wanted else None
-        if args.mode == "evaluate":
-            return reading, *measure_photo(asked, reading, layers, mask)
-        return reading, *explain_readings(asked, [reading], [readable(item.image.name)], layers, mask)
+        model, processor = loaded(chosen or device)
+        own = request._replace(args=asked, settings=replace(request.settings, contrast=asked.contrast))
+        with vision_kept(model):
+            reading = read(model, processor, photo, asked.prompt, asked.answer, asked.max_new_tokens)
+            wanted = args.mode == "evaluate" or (args.mode == "knockout" and args.window is not None)
+            mask = object_mask(item.object, photo.size) if item.object and wanted else None
+            if args.mode == "evaluate":
+                return reading, *measure_photo(own, reading, layers, mask)
+            return reading, *explain_mode(own, [reading], [readable(item.image.name)], layers, mask)
 
     done = run_list(
         args, explain_photo, about, subfolders=layers if args.mode == "comparative" else (),
-        reason_of=lambda exc: as_flags(exc).removeprefix("--image_path: "),
+        reason_of=lambda exc: one_line(exc).removeprefix("--image_path: "),
         summary=benchmark_tables if args.mode == "evaluate" else None,
     )  # fmt: skip
     return Done(*done)
 
 
-def measure_photo(args, reading, layers, mask) -> tuple[dict, list[str]]:
-    """({file name: content}, lines to be said) of evaluate mode, of a photo of a list."""
-    from studies.benchmark import benchmark_photo
-
-    asked = {name: getattr(args, name) for name in SETTINGS}
-    methods = CHOICES["method"] if args.compare else [args.method]
-    methods = {method: Settings(**asked | {"method": method}) for method in methods}
-    options = {name: getattr(args, name) for name in ("steps", "baseline", "seed")} | drawing(args)
-    options |= {"batch_size": runs_at_once(args), "copies": passing(args)}
-    word = (args.target, args.target_occurrence, args.answer is not None)
-    return benchmark_photo(reading, layers, methods, *word, mask, **options)
-
-
-# one photo, or several together
-
-
-def drawing(args: argparse.Namespace) -> dict[str, Look | Paper]:
-    """How maps and figures are to look."""
-    look = Look(**{name: getattr(args, name) for name in LOOK})
-    return {"look": look, "paper": Paper(args.width, tuple(dict.fromkeys(args.format)), args.heatmaps)}
-
-
-def passing(args: argparse.Namespace) -> dict:
-    """How the noisy copies pass the model: keywords of `explain`."""
-    return {"batch_size": args.batch_size or 1, "passes": passes_of(args.contrast)}
-
-
-def runs_at_once(args: argparse.Namespace) -> int:
-    """How many runs of evaluate and knockout mode pass the model at once."""
-    return args.batch_size or RUNS_AT_ONCE
-
-
-def explain_target(args, reading, layers, settings, mask) -> tuple[dict, list[str]]:
-    """({file name: content}, lines to be said) of every mode that explains one part of the answer."""
-    chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
-    span = find_target(reading.answer, args.target, args.target_occurrence)
-    if args.compare:
-        return compare_methods(args, reading, span, chosen, mask)
-    foretell(args, reading)
-    (token_maps,) = explain(reading, [span], chosen, settings, show_progress(args.quiet), **passing(args))
-    what = "the whole answer" if token_maps.target == reading.answer else repr(token_maps.target)
-    if settings.contrast is not None:
-        what += f" rather than {settings.contrast!r}"
-    count = f"{len(token_maps.target_tokens)} of {len(reading.tokens)} tokens"
-    lines = [f"explained: {what} ({count}) at layer {', '.join(map(str, chosen))}"]
-    if args.mode == "single" and args.layer is None:
-        lines[0] += f", the middle one of {get_model_layers(reading.model)[1]}: --layer chooses another"
-    consequence = "it is left out" if args.mode == "evaluate" else "its pictures are grey panels"
-    lines += [f"layer {layer} has no map ({why}): {consequence}" for layer, why in token_maps.blank.items()]
-    if args.mode == "evaluate":
-        from studies.faithfulness_figures import evaluate
-
-        options = {name: getattr(args, name) for name in ("steps", "baseline", "seed", "randomize", "quiet")}
-        options |= {"batch_size": runs_at_once(args), "copies": passing(args)}
-        files, measured = evaluate(reading, token_maps, mask, **drawing(args), **options)
-        lines += measured
-    elif args.mode == "comparative":
-        files = draw_comparative(reading.photo, token_maps, layers, **drawing(args))[1]
-    else:
-        draw = {"single": draw_single, "grid": draw_grid, "multi": draw_multilayer}[args.mode]
-        files = draw(reading.photo, token_maps, **drawing(args))[1]
-    if args.save_raw:
-        files["maps.npz"] = raw_arrays(token_maps, args)
-    return files, lines
-
-
-def compare_methods(args, reading, span, layers, mask) -> tuple[dict, list[str]]:
-    """The same of evaluate mode with --compare: every method with the settings that are given, or its own."""
-    from studies.faithfulness_figures import compare
-
-    asked, maps = {name: getattr(args, name) for name in SETTINGS}, {}
-    foretell(args, reading, methods=len(CHOICES["method"]))
-    for method in CHOICES["method"]:
-        settings = Settings(**asked | {"method": method})
-        (maps[method],) = explain(reading, [span], layers, settings, show_progress(args.quiet), **passing(args))
-    options = {name: getattr(args, name) for name in ("steps", "baseline", "seed", "quiet")}
-    options["batch_size"] = runs_at_once(args)
-    files, lines = compare(reading, maps, mask, **drawing(args), **options)
-    return files, [f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}", *lines]
-
-
-def explain_words(args, reading, name, layers, settings) -> tuple[dict, list[str]]:
-    """The same of words mode."""
-    from studies.words import choose_words, draw_words, map_words, name_words, word_tokens
-
-    foretell(args, reading, len(choose_words(reading.answer, reading.spans, args.words)))
-    word_maps = map_words(reading, args.words, layers, settings, show_progress(args.quiet), **passing(args))
-    measured = word_tokens(reading, word_maps)
-    files = draw_words(reading.photo, name, word_maps, *measured, **drawing(args))[1]
-    lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
-    for layer in layers:
-        if all(layer in word.blank for word in word_maps):
-            why = word_maps[0].blank[layer]
-            lines.append(f"layer {layer} has no map of any word ({why}): its pictures are grey panels")
-    return files, lines
-
-
-def find_targets(args, readings, names) -> list[tuple[int, int]]:
-    """The explained span of each answer. Raises ValueError naming the photo."""
-    spans = []
-    for reading, name in zip(readings, names, strict=True):
-        try:
-            spans.append(find_target(reading.answer, args.target, args.target_occurrence))
-        except ValueError as exc:
-            raise exc if len(readings) == 1 else ValueError(f"{name}: {exc}") from exc
-    return spans
-
-
-def trace_photos(args, readings, names, layers, settings) -> tuple[dict, list[str]]:
-    """The same of flow mode."""
-    from studies.flow_figures import trace
-
-    spans = find_targets(args, readings, names)
-    options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet} | passing(args)
-    return trace(readings, names, spans, layers, settings, **options, **drawing(args))
-
-
-def sever_photos(args, readings, names, mask) -> tuple[dict, list[str]]:
-    """The same of knockout mode."""
-    from studies.knockout_figures import sever
-
-    spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
-    options = {name: getattr(args, name) for name in ("window", "keep", "quiet")}
-    options["batch_size"] = runs_at_once(args)
-    options["paper"] = drawing(args)["paper"]
-    return sever(readings, names, spans, mask=mask, accuracy=args.answers is not None, **options)
-
-
-ANSWERS_SHOWN = 10
+def one_line(exc: Exception) -> str:
+    return " ".join(str(exc).split()) or type(exc).__name__
 
 
 def report(answers: dict[str, str], paths: list[Path], lines: list[str]) -> None:
@@ -516,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.verbose:
             for line in traceback.format_exc().split("\n"):
                 say(line, sys.stderr)
-        say(f"test_gradcam.py: error: {as_flags(exc)}", sys.stderr)
+        say(f"test_gradcam.py: error: {one_line(exc)}", sys.stderr)
         return 2 if isinstance(exc, (ValueError, ExplanationError)) else 1
     try:
         report(*done[:3])

@@ -16,7 +16,6 @@ from dataclasses import replace
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from common.bands import render_heatmap, render_overlay
 from common.files import output_folder
@@ -45,6 +44,7 @@ from common.page import (
 )
 from common.passes import passes_of
 from common.photos import open_photo
+from common.progress import show_progress
 from smooth_gradcam import (
     METHODS,
     PLAIN,
@@ -445,11 +445,6 @@ def draw_comparative(
 
 
 # the documented entry points
-
-
-def show_progress(quiet: bool, what: str = "noisy copies", unit: str = "copy"):
-    """A tqdm bar, silent if `quiet` or where stderr is no terminal."""
-    return functools.partial(tqdm, desc=what, unit=unit, leave=False, disable=True if quiet else None)
 
 
 def create_layer_comparison_grid(

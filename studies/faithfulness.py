@@ -16,6 +16,7 @@ from PIL import Image, ImageFilter
 
 from common.files import decimal
 from common.passes import token_probabilities
+from common.progress import show_progress
 from common.terminal import say
 from smooth_gradcam import (
     ExplanationError,
@@ -28,7 +29,6 @@ from smooth_gradcam import (
     score_parts,
 )
 from studies.localization import localization
-from visualization_utils import show_progress
 
 __all__ = ["Faithfulness", "auc", "insertion_deletion"]
 

@@ -25,6 +25,7 @@ from common.page import (
     small_print,
 )
 from common.photos import open_photo
+from common.progress import show_progress
 from smooth_gradcam import (
     METHODS,
     Look,
@@ -52,7 +53,6 @@ from visualization_utils import (
     made_from,
     method_title,
     settings_text,
-    show_progress,
     spread,
     strength,
     text_rows,

@@ -30,6 +30,7 @@ from common.page import (
     shrink,
     small_print,
 )
+from common.progress import show_progress
 from common.terminal import say
 from smooth_gradcam import Look, Reading, Settings, TokenMaps, explain
 from studies.decoder import token_groups
@@ -54,7 +55,6 @@ from visualization_utils import (
     photo_names,
     photo_rows,
     settings_text,
-    show_progress,
     spread,
     strength,
     strongest_of,

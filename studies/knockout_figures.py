@@ -6,6 +6,7 @@ import numpy as np
 
 from common.files import decimal, to_csv
 from common.page import BAND, GAP, MARGIN, PAGE, SMALL, WIDTHS, Page, Paper, excerpt, header, masthead, small_print
+from common.progress import show_progress
 from common.terminal import say
 from smooth_gradcam import Reading, get_model_layers
 from studies.decoder import sequence_length, token_groups
@@ -28,7 +29,7 @@ from studies.knockout import (
     truncated,
     truncation_finding,
 )
-from visualization_utils import photo_names, photo_rows, show_progress
+from visualization_utils import photo_names, photo_rows
 
 __all__ = ["sever"]
 EDGE_STYLES = (

@@ -21,6 +21,7 @@ from common.files import MARK, decimal, output_folder
 from common.page import GAP, HEAD, MARGIN, PAGE, WIDTHS, Page, Paper, best_columns, header, panel_width, shrink
 from common.passes import passes_of
 from common.photos import open_photo
+from common.progress import show_progress
 from smooth_gradcam import (
     Look,
     Reading,
@@ -46,7 +47,6 @@ from visualization_utils import (
     footer,
     made_from,
     method_title,
-    show_progress,
     strength,
     strongest_of,
     text_rows,

@@ -43,6 +43,7 @@ from common.page import (
 )
 from common.passes import token_probabilities
 from common.photos import open_photo, readable
+from common.progress import show_progress
 from smooth_gradcam import (
     Look,
     Reading,
@@ -69,7 +70,6 @@ from visualization_utils import (
     method_title,
     select_layers,
     settings_text,
-    show_progress,
     strength,
     strongest_of,
     text_rows,
