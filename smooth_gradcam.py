@@ -226,7 +226,7 @@ class TokenMaps:
 
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # for EPS, Pillow would start Ghostscript
-BAND = 2**20  # pixels of a picture that are worked on at once
+BAND = 2**18  # pixels of a picture that are worked on at once
 LARGE = 25_000_000  # pixels from which on a photo is made smaller before the processor gets it
 
 

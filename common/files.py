@@ -140,9 +140,10 @@ def _stage(path: Path, name: str, content) -> None:
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        takes, free = len(data or ()) or (path / name).stat().st_size, shutil.disk_usage(path).free
+        takes = f"{len(data) / 1e6:.1f}" if data is not None else f"more than {(path / name).stat().st_size / 1e6:.1f}"
+        free = shutil.disk_usage(path).free / 1e6
         raise OSError(
-            f"no space left for {name} in {path.parent}: it takes {takes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+            f"no space left for {name} in {path.parent}: it takes {takes} MB, {free:.1f} MB are free"
         ) from exc
     return None
 
