@@ -246,12 +246,12 @@ def load_rgb(image) -> Image.Image:
         raise ValueError(f"the image has grey values of mode {image.mode}: scale them to 8 bits (see common/photos.py)")
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
-    white = Image.new("RGB", image.size)
+    picture = Image.new("RGB", image.size)
     for columns in column_bands(image.height, image.width):
         box = (columns.start, 0, columns.stop, image.height)
         part = image.crop(box).convert("RGBA")
-        white.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), box)
-    return white
+        picture.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), box)
+    return picture
 
 
 def open_image(image) -> Image.Image:
@@ -289,7 +289,8 @@ def _open_file(path: str) -> Image.Image:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # what has become a pipe meanwhile does not block
+    """Opens what has become a pipe meanwhile, too, as an empty file."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def column_bands(height: int, width: int) -> list[slice]:
@@ -1283,7 +1284,7 @@ def compute_token_maps(
 ) -> TokenMaps:
     """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
 
-    image           path, PIL image of any mode, or uint8 RGB array (height, width, 3)
+    image           path, PIL image, or uint8 RGB array (height, width, 3): see `load_rgb`
     layers          decoder layer indices (negative ones from the end), or modules of the model; the maps' keys are
                     the index of a decoder layer, the name in the model of any other module (read at its output)
     answer          explain this text in place of the generated answer

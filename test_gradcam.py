@@ -42,7 +42,7 @@ from PIL import Image
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, resolve_device
 from common.files import other_files, output_folder, text_lines, to_csv, write_files
 from common.page import PAGE, Paper
-from common.photos import load_mask, load_photo, object_mask, open_photo, readable
+from common.photos import load_mask, load_photo, object_mask, open_photos, readable
 from smooth_gradcam import (
     ExplanationError,
     ExplanationWarning,
@@ -96,7 +96,7 @@ def single_layer_visualization(
     check_drawing(look, paper)
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    photo = open_photo(image)
+    photo = open_photos(image)
     with output_folder(save_dir) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
         result, files = draw_single(photo, token_maps, look, paper)

@@ -42,7 +42,7 @@ from common.page import (
     shrink,
     small_print,
 )
-from common.photos import open_photo
+from common.photos import open_photo, open_photos
 from smooth_gradcam import (
     Look,
     Settings,
@@ -455,7 +455,7 @@ def create_layer_comparison_grid(
     check_drawing(look, paper)
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    photo = open_photo(image)
+    photo = open_photos(image)
     with output_folder(save_dir) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         results, files = draw_grid(photo, token_maps, look, paper)
@@ -475,7 +475,7 @@ def visualize_multiple_layers(
     check_drawing(look, paper)
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    photo = open_photo(image)
+    photo = open_photos(image)
     with output_folder(save_dir) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         results, files = draw_multilayer(photo, token_maps, look, paper)
@@ -498,7 +498,7 @@ def create_comparative_analysis(
     thirds = comparative_layers(get_model_layers(model)[1], layers_per_third)
     layers = [layer for part in thirds.values() for layer in part]
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    photo = open_photo(image)
+    photo = open_photos(image)
     with output_folder(save_dir, thirds) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         results, files = draw_comparative(photo, token_maps, thirds, look, paper)

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, features
 
 from common.files import open_regular
-from smooth_gradcam import load_rgb, open_image
+from smooth_gradcam import Video, load_rgb, open_image
 
-__all__ = ["load_mask", "load_photo", "object_mask", "open_photo", "readable"]
+__all__ = ["load_mask", "load_photo", "object_mask", "open_photo", "open_photos", "readable"]
 MAX_ASPECT = 200  # beyond it the processor refuses a photo
 AVIF = {b"avif", b"avis"}  # brands that a file of the HEIF family may name
 HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1", b"miaf"}
@@ -35,8 +35,15 @@ def open_photo(image) -> Image.Image:
     return scale_grey(opened) if opened.mode in "IF" else load_rgb(opened)
 
 
+def open_photos(image):
+    """What `read` takes, opened by `open_photo`: a photo, a list of them, or a Video, whose frames are."""
+    if isinstance(image, (list, tuple)):
+        return [open_photo(each) for each in image]
+    return image if isinstance(image, Video) else open_photo(image)
+
+
 def heif_kind(path: str | os.PathLike) -> str | None:
-    """ "a HEIC" or "an AVIF" of a file whose brands say so, if Pillow does not know them."""
+    """What kind of photo Pillow cannot read, if the brands of the file say so: "a HEIC" or "an AVIF"."""
     try:
         with open_regular(path) as file:
             head = file.read(512)

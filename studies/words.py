@@ -40,7 +40,7 @@ from common.page import (
     text_width,
     wrap,
 )
-from common.photos import open_photo, readable
+from common.photos import open_photo, open_photos, readable
 from smooth_gradcam import (
     COLORMAPS,
     Look,
@@ -166,7 +166,7 @@ def compute_word_maps(
     """
     settings = Settings(**settings)
     check_batch_size(batch_size)
-    reading = read(model, processor, open_photo(image), prompt, answer, max_new_tokens)
+    reading = read(model, processor, open_photos(image), prompt, answer, max_new_tokens)
     return map_words(reading, words, layers, settings, progress, batch_size=batch_size, recompute=recompute)
 
 
@@ -437,7 +437,7 @@ def create_word_maps(
     settings, passes = Settings(num_samples, noise_std, **settings), {"batch_size": batch_size, "recompute": recompute}
     check_batch_size(batch_size)
     with output_folder(save_dir) as write:
-        reading = read(model, processor, open_photo(image), prompt, answer, max_new_tokens)
+        reading = read(model, processor, open_photos(image), prompt, answer, max_new_tokens)
         photo = reading.photo  # there must be but one
         word_maps = map_words(reading, words, layers, settings, show_progress(quiet), **passes)
         file_name = readable(Path(image).name) if isinstance(image, (str, Path)) else ""

@@ -20,6 +20,8 @@ from common.files import open_regular, text_lines, write_files
 from common.photos import load_mask, load_photo, open_photo, readable
 from smooth_gradcam import Look, SmoothQwenGradCAM, load_rgb, render_cam
 from studies.photo_list import digest, read_list
+from studies.words import compute_word_maps
+from visualization_utils import create_layer_comparison_grid, visualize_multiple_layers
 
 ROOT = Path(__file__).parent.parent
 
@@ -425,13 +427,12 @@ def test_large_pictures_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
 
 def test_full_disk_names_the_need_of_a_large_picture(tmp_path, monkeypatch):
     def full(path, picture):
-        path.write_bytes(bytes(300_000))
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common.files, "LARGE", 3)
     monkeypatch.setattr(common.files, "_write_png", full)
-    with pytest.raises(OSError, match=f"^no space left for a.png in {tmp_path}/out: it takes more than 0.3 MB, "):
-        write_files(tmp_path / "out", {"a.png": np.zeros((9, 9, 3), np.uint8)})
+    with pytest.raises(OSError, match=f"^no space left for a.png in {tmp_path}/out: it takes up to 0.3 MB, "):
+        write_files(tmp_path / "out", {"a.png": np.zeros((300, 300, 3), np.uint8)})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -461,3 +462,25 @@ def test_pictures_are_drawn_in_little_more_memory_than_they_take():
         draw(photo, cam)
         assert tracemalloc.get_traced_memory()[1] < 1.6 * 3 * 3000 * 2000
     tracemalloc.stop()
+
+
+def test_documented_functions_take_grey_values_of_any_kind(model, processor, tmp_path):
+    """The core alone refuses them."""
+    grey = np.linspace(0, 1, 112 * 168, dtype=np.float32).reshape(112, 168)
+    eight = np.round(255 * grey).astype(np.uint8)
+    kinds = [
+        Image.fromarray(grey),
+        Image.fromarray(eight.astype(np.int32)),
+        Image.fromarray(eight.astype(np.uint16) * 257),
+    ]
+    expected = load_rgb(Image.fromarray(eight)).tobytes()
+    for i, image in enumerate(kinds):
+        create_layer_comparison_grid(
+            model, processor, image, "What?", [0], tmp_path / str(i), answer="cat", num_samples=1
+        )
+        assert compute_word_maps(model, processor, image, "What?", [0], answer="cat", num_samples=1)
+        visualize_multiple_layers(
+            model, processor, image, "What?", [0], tmp_path / "multi", answer="cat", num_samples=1
+        )
+        with Image.open(tmp_path / "multi/original_image.png") as drawn:
+            assert drawn.tobytes() == expected
