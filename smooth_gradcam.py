@@ -31,7 +31,7 @@ import cv2
 import numpy as np
 import regex
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
@@ -278,7 +278,8 @@ def open_image(image) -> Image.Image:
         raise ValueError(f"image of {what} must be a path, a PIL image with pixels, or a uint8 array")
     if getattr(image, "tile", None) and image.format not in (*FORMATS, "MPO"):  # not loaded yet
         raise ValueError(f"the image is of format {image.format}, not one of {', '.join(FORMATS)}: load it first")
-    return ImageOps.exif_transpose(image)
+    upright = not isinstance(image, ImageFile.ImageFile) and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return image if upright else ImageOps.exif_transpose(image)
 
 
 def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator, still: bool = True) -> Tensor:
@@ -1023,7 +1024,7 @@ def compute_token_maps(
 ) -> TokenMaps:  # fmt: skip
     """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
 
-    image           path, PIL image of any mode, or uint8 RGB array (height, width, 3)
+    image           path, PIL image, or uint8 RGB array (height, width, 3): see `load_rgb`
     layers          decoder layer indices (negative ones from the end), or modules of the model; the maps' keys are
                     the index of a decoder layer, the name in the model of any other module (read at its output)
     answer          explain this text in place of the generated answer

@@ -46,7 +46,7 @@ from common.checkpoint import count_layers, load_model, load_processor, model_id
 from common.files import other_files, output_folder
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
-from common.photos import load_mask, load_photo, object_mask, open_photo, readable
+from common.photos import load_mask, load_photo, object_mask, open_photos, readable
 from common.progress import answer_progress, forecast_copies, show_progress
 from common.terminal import say
 from smooth_gradcam import (
@@ -101,7 +101,7 @@ def single_layer_visualization(
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings.setdefault("passes", passes_of(settings.get("contrast")))
-    photo = open_photo(image)
+    photo = open_photos(image)
     with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
         result, files = draw_single(photo, token_maps, look, paper)

@@ -43,7 +43,7 @@ from common.page import (
     small_print,
 )
 from common.passes import passes_of
-from common.photos import open_photo
+from common.photos import open_photo, open_photos
 from common.progress import show_progress
 from smooth_gradcam import (
     METHODS,
@@ -465,7 +465,7 @@ def create_layer_comparison_grid(
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings["passes"] = passes_of(settings.get("contrast"))
-    photo = open_photo(image)
+    photo = open_photos(image)
     with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         results, files = draw_grid(photo, token_maps, look, paper)
@@ -486,7 +486,7 @@ def visualize_multiple_layers(
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings["passes"] = passes_of(settings.get("contrast"))
-    photo = open_photo(image)
+    photo = open_photos(image)
     with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         results, files = draw_multilayer(photo, token_maps, look, paper)
@@ -510,7 +510,7 @@ def create_comparative_analysis(
     layers = [layer for part in thirds.values() for layer in part]
     settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
     settings["passes"] = passes_of(settings.get("contrast"))
-    photo = open_photo(image)
+    photo = open_photos(image)
     with output_folder(save_dir, thirds, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         results, files = draw_comparative(photo, token_maps, thirds, look, paper)

@@ -9,7 +9,7 @@ from smooth_gradcam import Look, colorize_cam, normalize_cam, opacity_of, overla
 
 __all__ = ["lay_on_white", "render_heatmap", "render_overlay"]
 
-BAND = 2**20  # pixels that are worked on at once
+BAND = 2**18  # pixels that are worked on at once
 
 
 def column_bands(height: int, width: int) -> list[slice]:

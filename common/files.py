@@ -92,10 +92,11 @@ def _encode(content) -> bytes:
     return buffer.getvalue()
 
 
-def _is_large(content) -> bool:
+def _pixels(content) -> int:
+    """Of a picture; 0 of anything else."""
     if isinstance(content, Image.Image):
-        return content.width * content.height > LARGE
-    return isinstance(content, np.ndarray) and content.size > 3 * LARGE
+        return content.width * content.height
+    return content.size // 3 if isinstance(content, np.ndarray) else 0
 
 
 def _write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
@@ -127,18 +128,20 @@ def _stage(path: Path, name: str, content) -> None:
             if hasattr(content, "vector"):
                 suffix = Path(name).suffix[1:]
                 content = np.asarray(content) if suffix == "png" else content.vector(suffix)
-            if _is_large(content):
+            if _pixels(content) > LARGE:
                 return _stage(path, name, content)  # the next is drawn once it is written
-    data = None if _is_large(content) else _encode(content)
+    large = _pixels(content) > LARGE
+    data = None if large else _encode(content)
     try:
         (path / name).parent.mkdir(exist_ok=True)
-        _write_png(path / name, content) if data is None else (path / name).write_bytes(data)
+        _write_png(path / name, content) if large else (path / name).write_bytes(data)
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        takes, free = len(data or ()) or (path / name).stat().st_size, shutil.disk_usage(path).free
+        takes = f"up to {3 * _pixels(content) / 1e6:.1f}" if large else f"{len(data) / 1e6:.1f}"
+        free = shutil.disk_usage(path).free / 1e6
         raise OSError(
-            f"no space left for {name} in {path.parent}: it takes {takes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+            f"no space left for {name} in {path.parent}: it takes {takes} MB, {free:.1f} MB are free"
         ) from exc
     return None
 

@@ -11,7 +11,7 @@ from common.bands import lay_on_white
 from common.files import open_regular
 from smooth_gradcam import load_rgb, open_image
 
-__all__ = ["load_mask", "load_photo", "object_mask", "open_photo", "readable"]
+__all__ = ["load_mask", "load_photo", "object_mask", "open_photo", "open_photos", "readable"]
 MAX_ASPECT = 200  # beyond it the processor refuses a photo
 AVIF = {b"avif", b"avis"}  # brands that a file of the HEIF family may name
 HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1", b"miaf"}
@@ -38,8 +38,13 @@ def open_photo(image) -> Image.Image:
     return lay_on_white(opened) if opened.has_transparency_data else load_rgb(opened)
 
 
+def open_photos(image):
+    """What `read` takes, a photo or a list of them, opened by `open_photo`."""
+    return [open_photo(each) for each in image] if isinstance(image, (list, tuple)) else open_photo(image)
+
+
 def heif_kind(path: str | os.PathLike) -> str | None:
-    """ "a HEIC" or "an AVIF" of a file whose brands say so, if Pillow does not know them."""
+    """What kind of photo Pillow cannot read, if the brands of the file say so: "a HEIC" or "an AVIF"."""
     try:
         with open_regular(path) as file:
             head = file.read(512)

@@ -42,7 +42,7 @@ from common.page import (
     wrap,
 )
 from common.passes import token_probabilities
-from common.photos import open_photo, readable
+from common.photos import open_photo, open_photos, readable
 from common.progress import show_progress
 from smooth_gradcam import (
     Look,
@@ -165,7 +165,7 @@ def compute_word_maps(
     `compute_token_maps`, which says what is raised; ValueError too for words that are not in the answer.
     """
     settings = Settings(**settings)
-    reading = read(model, processor, open_photo(image), prompt, answer, max_new_tokens)
+    reading = read(model, processor, open_photos(image), prompt, answer, max_new_tokens)
     return map_words(reading, words, layers, settings, progress, batch_size=batch_size)
 
 
@@ -435,7 +435,7 @@ def create_word_maps(
     layers = select_layers(layer_range, get_model_layers(model)[1])
     settings = Settings(num_samples, noise_std, **settings)
     with output_folder(save_dir, inputs=[image]) as write:
-        reading = read(model, processor, open_photo(image), prompt, answer, max_new_tokens)
+        reading = read(model, processor, open_photos(image), prompt, answer, max_new_tokens)
         photo = reading.photo  # there must be but one
         word_maps = map_words(reading, words, layers, settings, show_progress(quiet), batch_size=batch_size)
         file_name = readable(Path(image).name) if isinstance(image, (str, Path)) else ""

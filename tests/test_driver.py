@@ -1536,3 +1536,35 @@ def test_pictures_of_the_photos_size_are_not_kept(drive, tmp_path, image, mode):
     tracemalloc.stop()
     assert (code, err) == (0, "")
     assert peak < 26e6
+
+
+@pytest.mark.parametrize("mode", ["single", "grid", "words", "flow", "knockout"])
+def test_photos_whose_names_are_not_text_are_explained(drive, tmp_path, image, mode):
+    names = [os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"caf\xe8.png")]
+    for name in names:
+        image.save(tmp_path / name)
+    paths = [tmp_path / name for name in names[: 2 if mode in ("flow", "knockout") else 1]]
+    code, _, err = drive("--mode", mode, "--answer", ANSWER, "--image_path", *paths)
+    assert (code, err) == (0, "")
+    if mode == "words":
+        assert r'"caf\\xe9.png"' in (tmp_path / "out/words/index.html").read_text(encoding="utf-8")
+    if mode == "single":
+        code, _, err = drive("--layer", 1, "--answer", ANSWER, "--image_path", *paths, "--save_raw")
+        assert (code, err) == (0, "")
+        settings = json.loads(str(np.load(tmp_path / "out/single/maps.npz")["settings"]))
+        assert settings["image_path"] == str(paths[0])
+
+
+def test_answers_and_masks_are_read_from_regular_files_only(drive, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", "/dev/zero"):
+        for flags in (["knockout", "--answers"], ["evaluate", "--answer", ANSWER, "--mask"]):
+            code, _, err = drive("--mode", *flags, path)
+            assert code == 2
+            assert err.count("\n") == 1
+            assert f"{flags[-1]} {path}" in err
+            assert "is a folder, a pipe or a device" in err
+    (tmp_path / "list.jsonl").write_text('{"image": "/dev/zero"}\n{"image": "pipe.jsonl", "mask": "/dev/zero"}\n')
+    code, _, err = drive("--image_path", tmp_path / "list.jsonl")
+    assert code == 1
+    assert err.count("is a folder, a pipe or a device") == 2
