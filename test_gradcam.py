@@ -224,11 +224,13 @@ def answering(model, args: argparse.Namespace):
     with show_progress(args.quiet, "answer", "token")(total=args.max_new_tokens) as bar:
 
         def told(module, given, kwargs):
-            if bar.n == 0 and not args.quiet and (length := kwargs["input_ids"].shape[1]) > LONG:
+            if not args.quiet and (length := kwargs["input_ids"].shape[1]) > LONG:
                 say(f"reading {length:,} tokens of photo and prompt before the answer's first: this takes a while")
 
-        handles = [model.register_forward_pre_hook(told, with_kwargs=True)]
-        handles.append(model.register_forward_hook(lambda *_: bar.update()))
+        def count(*_):  # what a hook returns would take the output's place
+            bar.update()
+
+        handles = [model.register_forward_pre_hook(told, with_kwargs=True), model.register_forward_hook(count)]
         try:
             yield
         finally:
