@@ -30,15 +30,14 @@ def answer_progress(model, quiet: bool, max_new_tokens: int):
     with show_progress(quiet, "answer", "token")(total=max_new_tokens) as bar:
 
         def announce(module, args, kwargs):
-            if bar.n == 0 and not quiet and (length := kwargs["input_ids"].shape[1]) > LONG:
+            if not quiet and (length := kwargs["input_ids"].shape[1]) > LONG:
                 say(f"reading {length:,} tokens of photo and prompt before the answer's first: this takes a while")
 
-        with hooked(
-            [
-                model.register_forward_pre_hook(announce, with_kwargs=True),
-                model.register_forward_hook(lambda *_: bar.update()),
-            ]
-        ):
+        def count(*_):  # what a hook returns would take the place of the output
+            bar.update()
+
+        before = model.register_forward_pre_hook(announce, with_kwargs=True)
+        with hooked([before, model.register_forward_hook(count)]):
             yield
 
 

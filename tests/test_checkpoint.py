@@ -445,8 +445,12 @@ ODD = {  # what is odd: the file, the change, what is said
     "name": (TEMPLATE, "{{ messages.nothing.at.all }}", "the chat template cannot be rendered: UndefinedError"),
     "raises": (TEMPLATE, "{{ raise_exception('no pictures') }}", "cannot be rendered: TemplateError: no pictures"),
     "no prompt": (TEMPLATE, CHAT_TEMPLATE.replace("part['text']", "''"), "the chat template drops the prompt 'What"),
-    "no image": (TEMPLATE, CHAT_TEMPLATE.replace("<|image_pad|>", ""), "the chat template shows 0 images where 1 are"),
-    "two images": (TEMPLATE, CHAT_TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * 2), "shows 2 images where 1"),
+    "no image": (
+        TEMPLATE,
+        CHAT_TEMPLATE.replace("<|image_pad|>", ""),
+        "the chat template shows 0 pictures where 1 are",
+    ),
+    "two images": (TEMPLATE, CHAT_TEMPLATE.replace("<|image_pad|>", "<|image_pad|>" * 2), "shows 2 pictures where 1"),
     "no template": (TEMPLATE, "", ""),
     "escape": (TEMPLATE, "{{ ''.__class__.__mro__ }}", "cannot be rendered: SecurityError"),
 }
@@ -584,7 +588,7 @@ def argmax_tokens(model, inputs, count, ends):
 
 @pytest.mark.parametrize("wishes", WISHES)
 def test_the_answer_is_greedy_whatever_the_generation_config_says(model, processor, image, monkeypatch, wishes):
-    inputs = core.prepare_inputs(model, processor, image, PROMPT)
+    inputs = core.prepare_inputs(model, processor, [image], PROMPT)
     ends = {*model.generation_config.eos_token_id, processor.tokenizer.eos_token_id}
     with torch.no_grad():
         wanted = argmax_tokens(model, inputs, 7, ends)
@@ -613,7 +617,7 @@ def test_settings_of_a_checkpoints_generation_have_no_effect(drive, make):
     [
         (CHAT_TEMPLATE.replace("part['text']", "'Hello'"), "drops the prompt 'What is it\\?': the question was never"),
         (CHAT_TEMPLATE.replace("part['text']", "part['text'] | upper"), "the chat template drops the prompt"),
-        (CHAT_TEMPLATE.replace("<|image_pad|>", ""), "the chat template shows 0 images where 1 are given"),
+        (CHAT_TEMPLATE.replace("<|image_pad|>", ""), "the chat template shows 0 pictures where 1 are given"),
     ],
 )
 def test_a_template_that_drops_what_it_is_given_is_an_error(model, processor, image, monkeypatch, template, said):

@@ -770,7 +770,7 @@ def test_end_of_turn_is_not_explained(model, processor, image, monkeypatch):
 
 def test_model_that_answers_nothing_is_told_of_answer(model, processor, image, monkeypatch):
     answering(monkeypatch, model, [processor.tokenizer.eos_token_id])
-    with pytest.raises(ExplanationError, match="answer is empty: .*answer="):
+    with pytest.raises(ExplanationError, match="answer is empty: give a text to explain as the answer"):
         compute_token_maps(model, processor, image, PROMPT, [0])
 
 
@@ -837,17 +837,17 @@ WHOLE, STD = "must be a whole number, {} or more, and below 2^63", "must be 0 to
         ("method", "cam", "must be one of gradcam, hirescam, product, paper"),
         ("method", ["product"], "must be one of gradcam, hirescam, product, paper"),
         ("rules", "melted", "must be one of attnlrp, detached, plain"),
-        ("contrast", "", "must be a non-empty string"),
-        ("contrast", " \n", "must be a non-empty string"),
-        ("contrast", 5, "must be a non-empty string"),
+        ("contrast", "", "must be a non-empty string without lone surrogates"),
+        ("contrast", " \n", "must be a non-empty string without lone surrogates"),
+        ("contrast", 5, "must be a non-empty string without lone surrogates"),
         ("max_new_tokens", 0, WHOLE.format(1)),
         ("max_new_tokens", 2**63, "must be a whole number, 1 or more, and below 2^63"),
         ("target_occurrence", 2**63, "must be a whole number, 1 or more, and below 2^63"),
-        ("answer", "", "must be a non-empty string"),
-        ("answer", [1, 2], "must be a non-empty string"),
+        ("answer", "", "must be a non-empty string without lone surrogates"),
+        ("answer", [1, 2], "must be a non-empty string without lone surrogates"),
         ("answer", "a<|im_end|>", "must be text without special tokens"),
-        ("prompt", "  ", "must be a non-empty string"),
-        ("prompt", None, "must be a non-empty string"),
+        ("prompt", "  ", "must be a non-empty string without lone surrogates"),
+        ("prompt", None, "must be a non-empty string without lone surrogates"),
         ("prompt", "a <|image_pad|>", "contains <|image_pad|>, which stands for a picture or a turn of the chat"),
         ("prompt", "a<|im_end|>", "contains <|im_end|>, which stands for a picture or a turn of the chat"),
         ("prompt", "a<|vision_pad|>", "contains <|vision_pad|>, which stands for a picture or a turn of the chat"),

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -279,7 +279,7 @@ def test_examples_of_the_help_can_be_parsed(capsys):
 
 
 def test_defaults_stand_in_the_help():
-    text = " ".join(make_parser().format_help().split())
+    text = " ".join(make_parser()[0].format_help().split())
     for default in ("single", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "gradcam"):
         assert f"(default: {default})" in text
 
@@ -1045,14 +1045,14 @@ def test_a_special_token_in_a_list_is_told_with_its_line(drive, answers_list):
     path = answers_list("\ufeff" + json.dumps(record), json.dumps(record | {"prompt": "a\u2028b <|image_pad|>"}))
     code, _, err = drive("--mode", "knockout", "--answers", path)
     assert code == 2
-    assert f"--answers {path}, line 2: --prompt " in err
+    assert f"--answers {path}, line 2: prompt=" in err
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--keep", 24), ("--window", 5)])
 def test_what_a_photo_or_model_does_not_have_is_refused(drive, flag, value):
     code, _, err = drive("--mode", "knockout", "--answer", ANSWER, flag, value)
     assert code == 2
-    assert f"{flag} {value} must be 1 to {value - 1}: the " in err
+    assert f"{flag[2:]}={value} must be 1 to {value - 1}: the " in err
 
 
 # bad input
@@ -1098,8 +1098,8 @@ BAD = {  # flags: what the message says
     "--image_path {bad}/no_config": "no photo (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif) is there",
     "--image_path {bad}/*.jpeg": "no photo",
     "--image_path {bad}/none.jsonl": "none.jsonl cannot be read",
-    "--mode evaluate --image_path {bad} --mask {bad}/black.png": "--mask cannot act beside a list of photos",
-    "--image_path {bad} --mode evaluate --randomize": "--randomize cannot act beside a list of photos",
+    "--mode evaluate --image_path {bad} --mask {bad}/black.png": "--mask cannot be combined with a list of photos",
+    "--image_path {bad} --mode evaluate --randomize": "--randomize cannot be combined with a list of photos",
     "--image_path {bad}/text.png --overwrite": "--overwrite acts on a list of photos only",
     "--image_path {bad}/empty.png": "cannot be read as an image",
     "--image_path {bad}/text.png": "cannot be read as an image",
@@ -1107,7 +1107,7 @@ BAD = {  # flags: what the message says
     "--image_path https://example.org/a.jpg": "a.jpg is an address: download the photo",
     "--image_path {bad}/pipe": "pipe is a folder, a pipe or a device, not an image file",
     "--image_path {bad}/phone.jpg": "phone.jpg is a HEIC photo: convert it to JPEG, e.g. with pillow-heif",
-    "--image_path {long}": "--image_path 'aaa",
+    "--image_path {long}": "argument --image_path: 'aaa",
     "--image_path {bad}/nan.tiff": "grey values nan to nan: they must be finite",
     "--image_path {bad}/long.png": "2010 x 10 pixels: sides up to 1 : 200",
     "--layer 4": "layer 4 does not exist: the model has 0 to 3, or -4 to -1",
@@ -1122,7 +1122,7 @@ BAD = {  # flags: what the message says
     "--mode words --layers 1,,2": "'1,,2' is none of",
     "--mode words --layers 0-99999": "'0-99999' is none of",
     "--mode multi --layers 2-5": "layer 4 does not exist: the model has 0 to 3",
-    "--mode multi --layers 1 --layer_range all": "--layers and --layer_range say the same",
+    "--mode multi --layers 1 --layer_range all": "--layers and --layer_range are the same",
     "--mode multi --layers 0 4": "layer 4 does not exist",
     "--mode single --layers 1 2": "words, evaluate, flow mode only; in single mode use --layer",
     "--mode single --layer_range all": "--layer_range acts in grid, multi, words, evaluate, flow mode only",
@@ -1131,48 +1131,48 @@ BAD = {  # flags: what the message says
     "--mode comparative --layers 1": "mode only; in comparative mode early, middle and late",
     "--mode all": "invalid choice: 'all'",
     "--unknown 1": "unrecognized arguments: --unknown 1",
-    "--num_samples 0": "--num_samples 0 must be 1 or more",
-    "--noise_std -0.1": "--noise_std -0.1 must be 0 to 1",
-    "--noise_std nan": "--noise_std nan must be 0 to 1",
-    "--noise_std inf": "--noise_std inf must be 0 to 1",
-    "--noise_std 15": "--noise_std 15.0 must be 0 to 1 (0.15 is 15 % of the pixel range)",
-    "--num_samples 99999999999999999999": "--num_samples 99999999999999999999 must be 1 or more, and below 2^63",
-    "--max_new_tokens 0": "--max_new_tokens 0 must be 1 or more",
-    "--max_new_tokens 5 --answer cat": "--max_new_tokens cannot act beside --answer",
-    "--max_pixels 0": "--max_pixels 0 must be 1 or more",
-    "--seed -1": "--seed -1 must be 0 to",
-    "--prompt ' '": "--prompt ' ' is empty",
+    "--num_samples 0": "num_samples=0 must be a whole number, 1 or more",
+    "--noise_std -0.1": "noise_std=-0.1 must be 0 to 1",
+    "--noise_std nan": "noise_std=nan must be 0 to 1",
+    "--noise_std inf": "noise_std=inf must be 0 to 1",
+    "--noise_std 15": "noise_std=15.0 must be 0 to 1 (0.15 is 15 % of the pixel range)",
+    "--num_samples 99999999999999999999": "must be a whole number, 1 or more, and below 2^63",
+    "--max_new_tokens 0": "argument --max_new_tokens: '0' must be a whole number, 1 or more",
+    "--max_new_tokens 5 --answer cat": "--max_new_tokens cannot be combined with --answer",
+    "--max_pixels 0": "argument --max_pixels: '0' must be a whole number, 1 or more",
+    "--seed -1": "seed=-1 must be a whole number, 0 or more",
+    "--prompt ' '": "argument --prompt: ' ' is empty",
     "--prompt \udcff": "is not valid text",
-    "--answer ''": "--answer '' is empty",
-    "--target ''": "--target '' is empty",
-    "--answer cat --target dog": "--target 'dog' is not in the answer 'cat'",
-    "--mode evaluate --steps 0": "--steps 0 must be 1 or more",
-    "--mode evaluate --compare --method hirescam": "--method cannot act beside --compare",
-    "--mode evaluate --compare --randomize": "--randomize cannot act beside --compare",
-    "--mode evaluate --compare --save_raw": "--save_raw cannot act beside --compare",
-    "--mode evaluate --batch_size 0": "--batch_size 0 must be 1 or more",
-    "--batch_size -2": "--batch_size -2 must be 1 or more",
-    "--batch_size all": "argument --batch_size: invalid int value: 'all'",
-    "--batch_size 2.5": "argument --batch_size: invalid int value: '2.5'",
+    "--answer ''": "argument --answer: '' is empty",
+    "--target ''": "argument --target: '' is empty",
+    "--answer cat --target dog": "target='dog' is not in the answer 'cat'",
+    "--mode evaluate --steps 0": "argument --steps: '0' must be a whole number, 1 or more",
+    "--mode evaluate --compare --method hirescam": "--method cannot be combined with --compare",
+    "--mode evaluate --compare --randomize": "--randomize cannot be combined with --compare",
+    "--mode evaluate --compare --save_raw": "--save_raw cannot be combined with --compare",
+    "--mode evaluate --batch_size 0": "argument --batch_size: '0' must be a whole number, 1 or more",
+    "--batch_size -2": "argument --batch_size: '-2' must be a whole number, 1 or more",
+    "--batch_size all": "argument --batch_size: 'all' must be a whole number, 1 or more",
+    "--batch_size 2.5": "argument --batch_size: '2.5' must be a whole number, 1 or more",
     "--mode knockout --recompute": "--recompute acts in single, grid, multi, comparative, words, evaluate, flow mode",
     "--mode evaluate --baseline x": "argument --baseline: invalid choice: 'x'",
     "--mode evaluate --mask {bad}/none.png": "none.png does not exist",
     "--mode evaluate --mask {bad}/text.png": "cannot be read as an image",
     "--mode evaluate --mask {bad}/long.png": "the mask has 2010 x 10 pixels, the photo 168 x 112",
     "--mode evaluate --mask {bad}/black.png": "the mask is all object or has none",
-    "--mode evaluate --mask ''": "--mask '' is empty",
+    "--mode evaluate --mask ''": "argument --mask: '' is empty",
     "--mode evaluate --layers 4": "layer 4 does not exist",
     "--mode words --layers 4": "layer 4 does not exist",
-    "--mode words --words ''": "--words '' is empty",
-    "--mode words --words ,": "--words ',' has an empty word",
-    "--mode words --words cat,": "--words 'cat,' has an empty word",
-    "--mode words --words nothere --answer 'the red cat'": "--words 'nothere' is not in the answer 'the red cat'",
+    "--mode words --words ''": "argument --words: '' has an empty word",
+    "--mode words --words ,": "argument --words: ',' has an empty word",
+    "--mode words --words cat,": "argument --words: 'cat,' has an empty word",
+    "--mode words --words nothere --answer 'the red cat'": "words='nothere' is not in the answer 'the red cat'",
     "--rules warm": "argument --rules: invalid choice: 'warm'",
     "--contrast dog": "--contrast 'dog' needs a --target",
-    "--contrast '' --target dog": "--contrast '' is empty",
-    "--target_occurrence 0 --target cat": "--target_occurrence 0 must be 1 or more",
+    "--contrast '' --target dog": "argument --contrast: '' is empty",
+    "--target_occurrence 0 --target cat": "argument --target_occurrence: '0' must be a whole number, 1 or more",
     "--target_occurrence 2": "--target_occurrence 2 needs a --target",
-    "--answer 'red cat' --target cat --target_occurrence 3": "--target_occurrence 3: 'cat' is once in the answer",
+    "--answer 'red cat' --target cat --target_occurrence 3": "target_occurrence=3 is more than the 1 of 'cat' in",
     "--device gpu": "--device gpu is not there: choose auto, map, cpu",
     "--model_path {bad}/none": "none does not exist",
     "--model_path {bad}/no_config": "has no config.json",
@@ -1183,12 +1183,12 @@ BAD = {  # flags: what the message says
     "--mode knockout --mask {bad}/black.png": "--mask needs --window in knockout mode",
     "--mode knockout --window 3 --mask m.png --image_path a.png b.png": "--mask is of one photo",
     "--mode knockout --answers {bad}/none.jsonl": "none.jsonl cannot be read",
-    "--mode knockout --answers list.jsonl --image_path a.png": "--image_path cannot act beside --answers",
-    "--mode knockout --answers list.jsonl --target cat": "--target cannot act beside --answers",
+    "--mode knockout --answers list.jsonl --image_path a.png": "--image_path cannot be combined with --answers",
+    "--mode knockout --answers list.jsonl --target cat": "--target cannot be combined with --answers",
     "--mode knockout --image_path a.png b.png a.png": "--image_path has a photo twice: a.png",
     "--mode knockout --layers 3": "in knockout mode every layer is tried",
-    "--mode knockout --window 0": "--window 0 must be 1 or more",
-    "--mode knockout --keep -1": "--keep -1 must be 1 or more",
+    "--mode knockout --window 0": "argument --window: '0' must be a whole number, 1 or more",
+    "--mode knockout --keep -1": "argument --keep: '-1' must be a whole number, 1 or more",
     "--mode flow --image_path {bad}/whole.png {bad}/cut.png": "truncated",
     "--model_path {bad}/null": "null is unreadable",
     "--model_path {bad}/deep": "deep is unreadable",
@@ -1198,8 +1198,8 @@ BAD = {  # flags: what the message says
     "--model_path {bad}/minus": "num_hidden_layers -3: it must be 1 or more",
     "--model_path {bad}/text": "num_hidden_layers '28': it must be 1 or more",
     "--model_path {bad}/none_at_all": "none_at_all does not exist",
-    "--model_path {long}": "--model_path 'aaa",
-    "--output_dir {long}": "--output_dir 'aaa",
+    "--model_path {long}": "argument --model_path: 'aaa",
+    "--output_dir {long}": "argument --output_dir: 'aaa",
     "--output_dir {bad}/dangling": "dangling is a symbolic link that leads nowhere: choose another folder",
     "--output_dir {bad}/loop/deep": "--output_dir",
     "--output_dir {bad}/text.png": "text.png/single cannot be written (Not a directory)",
@@ -1221,14 +1221,14 @@ BAD_MODEL = {
     "--model_path {bad}/no_tokenizer": "no_tokenizer lacks",
     "--model_path {bad}/no_weights": "lacks its weights",
     "--max_pixels 700": "less than one image token: give 784 or more",
-    "--target zebra --max_new_tokens 3": "--target 'zebra' is not in the answer",
+    "--target zebra --max_new_tokens 3": "target='zebra' is not in the answer",
     "--answer <|image_pad|>": "must be text",
-    "--mode words --words zebra --max_new_tokens 3": "--words 'zebra' is not in the answer",
-    "--mode words --answer ...": "--words 'content': there is none in the answer '...'",
+    "--mode words --words zebra --max_new_tokens 3": "words='zebra' is not in the answer",
+    "--mode words --answer ...": "words='content': there is none in the answer '...'",
     "--mode evaluate --tap output --layers 3 --answer cat": "no layer has a map (no gradient, or zero",
     "--prompt a<|im_end|>b": "'a<|im_end|>b' contains <|im_end|>, which stands for a picture or a turn",
     "--answer 'red cat' --target zebra": "its words: red, cat",
-    "--mode evaluate --target cat --contrast <|im_end|> --answer cat": "--contrast '<|im_end|>' must be text",
+    "--mode evaluate --target cat --contrast <|im_end|> --answer cat": "contrast='<|im_end|>' must be text",
 }
 
 
@@ -1253,7 +1253,7 @@ def test_a_folder_without_room_for_a_third_is_refused(drive, tmp_path):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ExplanationError("the model's answer is empty: give a text to explain with answer= (--answer)"), 2),
+        (ExplanationError("the model's answer is empty: give a text to explain as the answer"), 2),
         (ExplanationError("the gradient at layer 3 is not finite: load the model as bfloat16 or float32"), 2),
         (RuntimeError("out of memory with 16000 image tokens: (--max_pixels)"), 1),
         (MemoryError(), 1),
@@ -1398,7 +1398,7 @@ def test_choices_of_the_flags_are_those_of_the_modules():
     assert CHOICES["tap"] == core.TAPS
     assert CHOICES["baseline"] == faithfulness.BASELINES
     assert visualization_utils.LAYER_RANGES == common.flags.LAYER_NAMES
-    assert set(test_gradcam.SETTINGS) == {field.name for field in fields(core.Settings)}
+    assert vars(test_gradcam.Request.of(parse_args([])).settings) == vars(core.Settings(noise_std=0.15))
 
 
 def test_flags_are_those_of_the_command_line_unless_given(monkeypatch):

@@ -28,7 +28,16 @@ from smooth_gradcam import (
     upsample_cam,
 )
 from studies import faithfulness, randomization
-from studies.faithfulness import BASELINES, SHARE, Faithfulness, auc, baseline_image, insertion_deletion, score_rows
+from studies.faithfulness import (
+    BASELINES,
+    SHARE,
+    Faithfulness,
+    auc,
+    baseline_image,
+    bends,
+    insertion_deletion,
+    score_rows,
+)
 from studies.localization import localization
 from studies.randomization import cascading_randomization, randomize_weights, spearman, ssim
 
@@ -496,6 +505,73 @@ def test_what_no_map_can_tell_is_said_beyond_its_bounds_only(probability, left, 
     lines = faithfulness.caveats({"probability": probability, "baseline_picture": left})
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines, strict=True))
+
+
+def test_stretches_whose_area_is_uncertain_are_halved():
+    """Half the difference of the ends times their distance is what may be missing."""
+    shares, nan = np.linspace(0, 1, 9), np.nan
+    values = np.array([1, nan, nan, nan, 0.5, 0.1, 0.1, nan, 0.0])  # 0.125, 0.025, 0 and 0.0125
+    assert bends(shares, values, 0.124).tolist() == [2]
+    assert bends(shares, values, 0.125).tolist() == []
+    assert bends(shares, values, 0.0124).tolist() == [2, 7]  # nothing lies between the fourth and the fifth
+    assert bends(shares, values, 0.0126).tolist() == [2]
+
+
+def rows_by_hand(*differences, without=0.4):
+    """Rows of scores of layers 0, 1, ..., two methods in turn, and of the random orders."""
+    row = {"insertion": 0.9, "deletion": 0.5, "probability": 0.8, "without_hottest_10_percent": without}
+    row["baseline_picture"] = 0.1
+    methods = ("gradcam", "paper")
+    rows = [row | {"method": methods[i % 2], "layer": i, "difference": d} for i, d in enumerate(differences)]
+    return [*rows, row | {"method": "random", "layer": "random", "difference": 0.05}]
+
+
+def random_orders(*differences):
+    """What was measured, of random orders whose insertion lies so far above deletion."""
+    flat = np.array(differences)[:, None] * np.ones(4)
+    return Faithfulness(np.linspace(0, 1, 4), {}, {}, flat, np.zeros_like(flat), "blur", 2)
+
+
+def test_verdict_by_hand_at_its_bounds():
+    chance = random_orders(0.0, 0.1)
+    lines = faithfulness.verdict(rows_by_hand(0.3, 0.281, 0.279, 0.1), chance)
+    assert lines[1].startswith("layer 0: removing the hottest 10 % of the image costs the answer 50 %")
+    assert lines[5].endswith("2 random orders: 0.00 to 0.10")
+    assert lines[6] == "as good, within 0.02: layer 1"
+    assert lines[7] == "3 of 4 maps beat every random order: do not rely on the others"  # as much as one is not more
+    assert len(lines) == 8
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        (0.4, "costs the answer 50 %"),
+        (0.8, "costs the answer 0 %"),
+        (0.8003, "costs the answer 0 %"),
+        (0.8005, "gives the answer 0.1 % more"),
+        (0.9, "gives the answer 12 % more"),
+    ],
+)
+def test_what_the_hottest_tenth_is_worth_in_words(without, said):
+    lines = faithfulness.verdict(rows_by_hand(0.3, without=without), random_orders(0.0))
+    assert lines[1] == (
+        f"layer 0: removing the hottest 10 % of the image {said} of its probability; a random 10 % {said}"
+    )
+
+
+def test_a_map_leads_only_if_it_beats_chance_by_more_than_a_tie():
+    chance = random_orders(0.0, 0.1)
+    none = ["none leads: no map beats the random orders, and none is to be believed"]
+    assert faithfulness.reservations(rows_by_hand(0.119, 0.1), chance) == none
+    assert faithfulness.reservations(rows_by_hand(0.121, 0.1), chance) == []
+    lines = faithfulness.comparison_verdict(rows_by_hand(0.119, 0.1), chance)
+    assert [line.split(";")[1] for line in lines[1:3]] == [" 0 of 1 maps beat every random order"] * 2
+    assert lines[3:] == none
+    lines = faithfulness.comparison_verdict(rows_by_hand(0.3, 0.25, 0.115, 0.29), chance)
+    assert lines[1].endswith("at layer 0, mean over the layers 0.21; 1 of 2 maps beat every random order")
+    assert lines[3] == "leads: gradcam at layer 0; tied with it, within 0.02: paper at layer 3"
+    lines = faithfulness.comparison_verdict(rows_by_hand(0.3, 0.25), chance)
+    assert lines[3] == "leads: gradcam at layer 0, 0.05 above the best of paper"
 
 
 def test_ties_are_broken_at_random_by_the_seed(reading, given):
