@@ -5,18 +5,13 @@ inputs                      check_inputs: none lies where the run writes
   -> their places           _move: all of them or none; what a kill interrupts here, the next run finishes
 """
 
-import csv
 import errno
 import functools
-import io
 import os
 import secrets
 import shutil
 import signal
-import stat
-import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,17 +19,12 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM
 
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-__all__ = [
-    *("MARK", "check_inputs", "decimal", "disk_full", "is_ours", "open_regular", "other_files", "output_folder"),
-    *("to_csv", "write_files"),
-]
+from common.encoding import LARGE, encode, pixel_count, write_large_png
+from common.inputs import check_inputs
 
-DPI, LEVEL = 200, 4  # of pictures
-LARGE = 25_000_000  # pixels of a picture that is written row by row
-MARK = "Smooth Grad-CAM"  # stands in every picture, so that none is taken for a photo
+__all__ = ["disk_full", "other_files", "output_folder", "write_files"]
+
 STAGING = ".smooth-gradcam-"  # with the process' number and a random one, the folder for files that are not finished
 SIGN = ".sign"  # in a staging folder: it is ours
 MOVING = ".moving"  # in a staging folder: its files are complete, and being moved into place
@@ -42,83 +32,7 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-
-# what is read
-
-
-def open_regular(path) -> io.BufferedReader:
-    """Open a file to read its bytes. Raises ValueError for a folder, a device, and a pipe, which could block."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  (a path may be text)
-        raise ValueError("it is a folder, a pipe or a device")
-    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
-
-
-# what is written
-
-
-def decimal(value: float, digits: int = 2) -> str:
-    """The value with so many digits, and no minus before a zero."""
-    return f"{round(value, digits) + 0.0:.{digits}f}"
-
-
-def to_csv(rows: list[dict]) -> str:
-    """Rows as comma-separated text with a head; what a row lacks is empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: decimal(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
-
-
 _DRAWING = threading.Lock()  # matplotlib draws in one thread at a time
-
-
-def _encode(content) -> bytes:
-    if isinstance(content, bytes):
-        return content
-    if isinstance(content, str):
-        return content.encode(errors="backslashreplace")  # in JSON an escape, of a path that is not UTF-8
-    buffer = io.BytesIO()
-    if isinstance(content, dict):
-        np.savez_compressed(buffer, **content)
-    else:  # as small as level 6, in half the time
-        content = np.asarray(content) if isinstance(content, Image.Image) else content
-        mark = PngInfo()
-        mark.add_text("Software", MARK)
-        Image.fromarray(content).save(buffer, "PNG", dpi=(DPI, DPI), compress_level=LEVEL, pnginfo=mark)
-    return buffer.getvalue()
-
-
-def _pixels(content) -> int:
-    """Of a picture; 0 of anything else."""
-    if isinstance(content, Image.Image):
-        return content.width * content.height
-    return content.size // 3 if isinstance(content, np.ndarray) else 0
-
-
-def _write_png(path: Path, picture: np.ndarray | Image.Image) -> None:
-    """A large RGB picture, some rows at a time: Pillow would copy all of it first."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    whole = isinstance(picture, Image.Image)
-    width, height = picture.size if whole else picture.shape[1::-1]
-    packer, above, step = zlib.compressobj(LEVEL), np.zeros((1, 3 * width), np.uint8), 2**20 // width + 1
-    with path.open("wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)))
-        file.write(chunk(b"tEXt", b"Software\0" + MARK.encode()))
-        file.write(chunk(b"pHYs", struct.pack(">IIB", round(DPI / 0.0254), round(DPI / 0.0254), 1)))
-        for top in range(0, height, step):
-            rows = picture.crop((0, top, width, min(top + step, height))) if whole else picture[top : top + step]
-            rows = np.vstack([above, np.asarray(rows).reshape(-1, 3 * width)])
-            above = rows[-1:]
-            filtered = np.insert(rows[1:] - rows[:-1], 0, 2, axis=1)  # 2: less the row above
-            file.write(chunk(b"IDAT", packer.compress(filtered.tobytes())))
-        file.write(chunk(b"IDAT", packer.flush()) + chunk(b"IEND", b""))
 
 
 def _stage(path: Path, name: str, content) -> None:
@@ -128,17 +42,17 @@ def _stage(path: Path, name: str, content) -> None:
             if hasattr(content, "vector"):
                 suffix = Path(name).suffix[1:]
                 content = np.asarray(content) if suffix == "png" else content.vector(suffix)
-            if _pixels(content) > LARGE:
+            if pixel_count(content) > LARGE:
                 return _stage(path, name, content)  # the next is drawn once it is written
-    large = _pixels(content) > LARGE
-    data = None if large else _encode(content)
+    large = pixel_count(content) > LARGE
+    data = None if large else encode(content)
     try:
         (path / name).parent.mkdir(exist_ok=True)
-        _write_png(path / name, content) if large else (path / name).write_bytes(data)
+        write_large_png(path / name, content) if large else (path / name).write_bytes(data)
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        takes = f"up to {3 * _pixels(content) / 1e6:.1f}" if large else f"{len(data) / 1e6:.1f}"
+        takes = f"up to {3 * pixel_count(content) / 1e6:.1f}" if large else f"{len(data) / 1e6:.1f}"
         free = shutil.disk_usage(path).free / 1e6
         raise OSError(
             f"no space left for {name} in {path.parent}: it takes {takes} MB, {free:.1f} MB are free"
@@ -222,29 +136,6 @@ def _signals_wait():
             signal.signal(number, handler)
     for number, _ in caught:
         signal.raise_signal(number)
-
-
-def check_inputs(folders: Iterable[Path], inputs: Iterable, name: str = "save_dir") -> None:
-    """Raises ValueError if an input, or a link that leads to it, lies in one of the folders that a run writes to.
-
-    Folders are compared by what they are on the disk, since a name is not all that leads to them. What is no path of
-    something that is there (an array, None, a name on the hub) is passed over.
-    """
-    above = {}  # each folder above an input: the input
-    for given in inputs:
-        if isinstance(given, (str, os.PathLike)) and os.path.lexists(given):
-            path = Path(given)
-            for place in (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name)):
-                above |= dict.fromkeys((place, *place.parents), given)
-    inputs_of = {}
-    for path, given in above.items():
-        with suppress(OSError):
-            inputs_of[path.stat().st_dev, path.stat().st_ino] = given
-    for folder in folders:
-        if folder.is_dir() and (given := inputs_of.get((folder.stat().st_dev, folder.stat().st_ino))) is not None:
-            raise ValueError(
-                f"the input {given} lies in {folder}, the folder that this run writes to: choose another {name}"
-            )
 
 
 @contextmanager
@@ -370,17 +261,6 @@ def disk_full(exc: BaseException | None) -> bool:
     while exc is not None and not (isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)):
         exc = exc.__cause__
     return exc is not None
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file is a picture that this tool wrote: it says so near its beginning or its end."""
-    with suppress(OSError):
-        if path.is_file():
-            with path.open("rb") as file:
-                head = file.read(512)
-                file.seek(max(0, path.stat().st_size - 512))
-                return MARK.encode() in head + file.read(512)
-    return False
 
 
 def other_files(paths: list[Path]) -> list[Path]:

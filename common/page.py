@@ -21,7 +21,7 @@ from matplotlib.ticker import AutoLocator
 from matplotlib.transforms import Affine2D
 from PIL import Image
 
-from common.files import DPI
+from common.encoding import DPI
 
 __all__ = ["PAGE", "Page", "Paper"]
 

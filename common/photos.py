@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, features
 
 from common.bands import lay_on_white
-from common.files import open_regular
+from common.inputs import open_regular
 from smooth_gradcam import load_rgb, open_image
 
 __all__ = ["load_mask", "load_photo", "object_mask", "open_photo", "open_photos", "readable"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common.files import decimal, to_csv
+from common.encoding import decimal, to_csv
 from common.page import Paper
 from common.passes import token_probabilities
 from smooth_gradcam import (

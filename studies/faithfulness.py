@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from common.files import decimal
+from common.encoding import decimal
 from common.passes import token_probabilities
 from common.progress import show_progress
 from common.terminal import say

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
-from common.files import decimal, to_csv
+from common.encoding import decimal, to_csv
 from common.page import (
     BAND,
     GAP,

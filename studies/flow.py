@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import decimal
+from common.encoding import decimal
 from common.passes import watched_passes
 from smooth_gradcam import (
     ExplanationError,

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
-from common.files import to_csv
+from common.encoding import to_csv
 from common.page import (
     BAND,
     GAP,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import decimal
+from common.encoding import decimal
 from smooth_gradcam import (
     Reading,
     at_least_float32,

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from common.files import decimal, to_csv
+from common.encoding import decimal, to_csv
 from common.page import BAND, GAP, MARGIN, PAGE, SMALL, WIDTHS, Page, Paper, excerpt, header, masthead, small_print
 from common.progress import show_progress
 from common.terminal import say

@@ -29,17 +29,10 @@ from pathlib import Path
 
 import torch
 
-from common.files import (
-    STAGING,
-    check_inputs,
-    disk_full,
-    is_ours,
-    open_regular,
-    other_files,
-    output_folder,
-    write_files,
-)
+from common.encoding import is_ours
+from common.files import STAGING, disk_full, other_files, output_folder, write_files
 from common.flags import FOLDERS, MODES_OF_FLAG
+from common.inputs import check_inputs, open_regular
 from common.photos import load_photo
 from common.processes import Processes, prefetched, progress_bar
 from common.terminal import say

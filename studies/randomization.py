@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.files import decimal
+from common.encoding import decimal
 from smooth_gradcam import Reading, TokenMaps, check_whole, explain, get_model_layers, normalize_cam
 from studies.faithfulness import _check_same
 

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from common.files import MARK, decimal, output_folder
+from common.encoding import MARK, decimal
+from common.files import output_folder
 from common.page import GAP, HEAD, MARGIN, PAGE, WIDTHS, Page, Paper, best_columns, header, panel_width, shrink
 from common.passes import passes_of
 from common.photos import open_photo

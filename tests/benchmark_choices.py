@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import smooth_gradcam as core
-from common.files import DPI
+from common.encoding import DPI
 from common.page import BAND, GAP, MARGIN, TITLE, WIDTHS, Page, small_print
 from studies.faithfulness import auc, insertion_deletion
 from studies.faithfulness_figures import STYLES

@@ -46,7 +46,7 @@ from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
 from common.checkpoint import count_layers, load_model, load_processor  # noqa: E402
-from common.files import DPI  # noqa: E402
+from common.encoding import DPI  # noqa: E402
 from common.page import BAND, GAP, MARGIN, TITLE, WIDTHS, Page, small_print  # noqa: E402
 from smooth_gradcam import paper  # noqa: E402
 from studies.faithfulness import auc, insertion_deletion  # noqa: E402

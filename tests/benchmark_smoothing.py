@@ -32,7 +32,7 @@ from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
 from common.checkpoint import load_model, load_processor  # noqa: E402
-from common.files import DPI  # noqa: E402
+from common.encoding import DPI  # noqa: E402
 from common.page import BAND, GAP, MARGIN, TITLE, WIDTHS, Page  # noqa: E402
 from studies.faithfulness import auc, insertion_deletion  # noqa: E402
 from studies.faithfulness_figures import STYLES  # noqa: E402

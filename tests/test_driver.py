@@ -1486,7 +1486,7 @@ def test_files_are_written_whatever_becomes_of_the_report(tmp_path, photo_path, 
 def test_working_directory_survives_a_failing_run(drive, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis.txt").write_text("years of work")
-    monkeypatch.setattr(common.files, "_encode", lambda content: fail_with(OSError(28, "No space left")))
+    monkeypatch.setattr(common.files, "encode", lambda content: fail_with(OSError(28, "No space left")))
     assert drive("--answer", ANSWER, "--output_dir", "results/../out")[0] == 1
     assert written(tmp_path) == {"thesis.txt"}
 

@@ -14,17 +14,9 @@ import pytest
 from PIL import Image
 
 import common.files
-from common.files import (
-    MOVING,
-    SIGN,
-    STAGING,
-    check_inputs,
-    disk_full,
-    is_ours,
-    other_files,
-    output_folder,
-    write_files,
-)
+from common.encoding import is_ours
+from common.files import MOVING, SIGN, STAGING, disk_full, other_files, output_folder, write_files
+from common.inputs import check_inputs
 from studies.video import animate
 
 ROOT = Path(__file__).parent.parent

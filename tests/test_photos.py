@@ -16,7 +16,8 @@ from PIL import EpsImagePlugin, Image, features
 import common.files
 import common.photos
 import smooth_gradcam as core
-from common.files import open_regular, text_lines, write_files
+from common.files import text_lines, write_files
+from common.inputs import open_regular
 from common.photos import load_mask, load_photo, open_photo, readable
 from smooth_gradcam import Look, SmoothQwenGradCAM, load_rgb, render_cam
 from studies.photo_list import digest, read_list
@@ -409,7 +410,7 @@ def test_large_pictures_are_written_as_small_ones_are(tmp_path, monkeypatch, siz
 def test_large_pictures_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
     """The next is drawn once the one before is written."""
     monkeypatch.setattr(common.files, "LARGE", 3)
-    alive, most, write_png = [], [], common.files._write_png
+    alive, most, write_png = [], [], common.files.write_large_png
 
     def draw():
         alive.append(None)
@@ -420,7 +421,7 @@ def test_large_pictures_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
         write_png(path, picture)
         alive.pop()
 
-    monkeypatch.setattr(common.files, "_write_png", write)
+    monkeypatch.setattr(common.files, "write_large_png", write)
     write_files(tmp_path, {f"{i}.png": draw for i in range(9)})
     assert most == [1] * 9
 
@@ -430,7 +431,7 @@ def test_full_disk_names_the_need_of_a_large_picture(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common.files, "LARGE", 3)
-    monkeypatch.setattr(common.files, "_write_png", full)
+    monkeypatch.setattr(common.files, "write_large_png", full)
     with pytest.raises(OSError, match=f"^no space left for a.png in {tmp_path}/out: it takes up to 0.3 MB, "):
         write_files(tmp_path / "out", {"a.png": np.zeros((300, 300, 3), np.uint8)})
     assert list(tmp_path.iterdir()) == []
