@@ -467,17 +467,12 @@ def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -
 
     Greedy whatever the model's generation config says: of that, only the end and padding tokens are used.
     """
-    usual = model.generation_config
+    usual, config = model.generation_config, model.config
     ends = {*np.atleast_1d(usual.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
+    ids = {"eos_token_id": sorted(ends) or None, "pad_token_id": usual.pad_token_id}
     names = ("image_token_id", "video_token_id", "vision_start_token_id")  # what would be counted as a picture
-    greedy = type(usual)(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=usual.pad_token_id,
-        suppress_tokens=[getattr(model.config, name) for name in names if hasattr(model.config, name)],
-    )
+    ids["suppress_tokens"] = [getattr(config, name) for name in names if hasattr(config, name)]
+    greedy = type(usual)(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **ids)
     model.generation_config = greedy  # what one leaves open is filled in from here
     try:
         output = model.generate(**inputs, generation_config=greedy)
