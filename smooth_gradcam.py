@@ -415,12 +415,10 @@ def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, 
     shown = text.count(processor.video_token if video else processor.image_token)
     if shown != len(kinds):
         raise ValueError(f"the chat template shows {shown} pictures where {len(kinds)} are given")
-    given = video or {"images": [_reduced(photo, processor.image_processor) for photo in photos]}
+    given = video or {"images": [reduced(photo, processor.image_processor) for photo in photos]}
     inputs = dict(processor(text=[text], **given, return_tensors="pt"))
-    if (
-        "mm_token_type_ids" in inspect.signature(model.forward).parameters
-    ):  # without them transformers >= 5.3 uses 1-D positions, with no error
-        ids = inputs["input_ids"]
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        ids = inputs["input_ids"]  # without their types transformers >= 5.3 uses 1-D positions, with no error
         types = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
         inputs.setdefault("mm_token_type_ids", types)
     device = model.get_input_embeddings().weight.device
@@ -428,7 +426,7 @@ def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, 
     return {name: value.to(device) for name, value in inputs.items() if torch.is_tensor(value)}
 
 
-def _reduced(photo: Image.Image, image_processor) -> Image.Image:
+def reduced(photo: Image.Image, image_processor) -> Image.Image:
     """A photo of up to LARGE pixels as it is; a larger one at four times the processor's cap or more.
 
     The processor makes several copies of what it gets before it makes it smaller itself.
