@@ -195,8 +195,10 @@ def check_whole(name: str, value, least: int) -> None:
 
 def check_text(name: str, value) -> None:
     """Raises ValueError unless `value` is a text that says something and that can be written."""
-    if not isinstance(value, str) or not value.strip() or regex.search(r"\p{Cs}", value):
-        raise ValueError(f"{name}={value!r} must be a text that is not empty, and without lone surrogates")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name}={value!r} must be a text that is not empty")
+    if regex.search(r"\p{Cs}", value):
+        raise ValueError(f"{name}={value!r} must be a text without lone surrogates, which are no characters")
 
 
 def check_batch_size(value) -> None:
