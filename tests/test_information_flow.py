@@ -46,9 +46,9 @@ from studies.knockout import (
     find_onset,
     image_hidden,
     knockout,
+    largest_change,
     mean_change,
     sever_photo,
-    strongest,
     tokens_that_need_the_photo,
     truncation_finding,
 )
@@ -774,7 +774,7 @@ def test_a_token_needs_the_photo_if_it_falls_by_more_than_a_fifth():
     ],
 )
 def test_largest_change_in_words(changes, window, said):
-    assert strongest(np.array(changes, float), window) == said
+    assert largest_change(np.array(changes, float), window) == said
 
 
 def test_accuracy_of_the_kept_tokens_is_that_of_their_runs(reading, monkeypatch):
