@@ -781,7 +781,7 @@ def test_accuracy_of_the_kept_tokens_is_that_of_their_runs(reading, monkeypatch)
     right, kept = np.array([False, False, False, True]), np.array([False, True, True, True])
     values = np.full((4, len(reading.tokens)), 0.5)
     severed = Severed(reading, [0], values, right, values, kept, {})
-    monkeypatch.setattr("studies.flow_figures.sever_photo", lambda *_, **__: severed)
+    monkeypatch.setattr("studies.knockout_figures.sever_photo", lambda *_, **__: severed)
     files, lines = sever([reading], ["a"], [None], keep=3, accuracy=True, quiet=True)
     assert "the image is needed to the last layer: accuracy 0.000 without it, 1.000 with it" in lines[0]
     assert lines[1].endswith("in the layer before: cliff 1, 1.000")
