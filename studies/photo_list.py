@@ -42,7 +42,8 @@ __all__ = ["Item", "plan", "read_answers", "read_list", "run_list", "work_off"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # what counts as a photo in a folder
 TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")
-LONGEST, DEEPEST, LONGEST_NAME = 2**24, 20, 200  # line of a list and nesting in it; name of a folder; in bytes
+LARGEST, LONGEST = 2**30, 2**24  # bytes of a list, and of a line in it
+DEEPEST, LONGEST_NAME = 20, 200  # nesting in a line; bytes of a folder's name
 EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
 ANSWER = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
 RECORD, RESULTS = "result.json", "results.jsonl"
@@ -119,7 +120,7 @@ def unusable(path: Path) -> str:
         return ""
     except (OSError, ValueError) as exc:  # too long, say, not permitted, or with a NUL in it
         return f"{shown(path)} is not a usable path: {getattr(exc, 'strerror', None) or exc}"
-    return "" if regular else f"{shown(path)} is no regular file"
+    return "" if regular else f"{shown(path)} is a folder, a pipe or a device"
 
 
 def read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str = EXAMPLE) -> list[Item]:
@@ -132,6 +133,8 @@ def read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str = 
         raise ValueError(why)
     try:
         with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > LARGEST:
+                raise ValueError(f"{path} has {size >> 20} MB: lists of up to {LARGEST >> 20} MB are read")
             while line := file.readline(LONGEST):
                 rest, number = line, number + 1
                 while len(rest) == LONGEST and not rest.endswith(b"\n"):
