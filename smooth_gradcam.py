@@ -394,7 +394,7 @@ def answered(
 
 
 def warn(message: str) -> None:
-    """An ExplanationWarning where the function was called that our caller was called by."""
+    """Issue an ExplanationWarning at the line that called `read`."""
     warnings.warn(message, ExplanationWarning, stacklevel=4)
 
 
@@ -415,12 +415,10 @@ def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, 
     shown = text.count(processor.video_token if video else processor.image_token)
     if shown != len(kinds):
         raise ValueError(f"the chat template shows {shown} pictures where {len(kinds)} are given")
-    given = video or {"images": [_reduced(photo, processor.image_processor) for photo in photos]}
+    given = video or {"images": [reduced(photo, processor.image_processor) for photo in photos]}
     inputs = dict(processor(text=[text], **given, return_tensors="pt"))
-    if (
-        "mm_token_type_ids" in inspect.signature(model.forward).parameters
-    ):  # without them transformers >= 5.3 uses 1-D positions, with no error
-        ids = inputs["input_ids"]
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        ids = inputs["input_ids"]  # without their types transformers >= 5.3 uses 1-D positions, with no error
         types = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
         inputs.setdefault("mm_token_type_ids", types)
     device = model.get_input_embeddings().weight.device
@@ -428,7 +426,7 @@ def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, 
     return {name: value.to(device) for name, value in inputs.items() if torch.is_tensor(value)}
 
 
-def _reduced(photo: Image.Image, image_processor) -> Image.Image:
+def reduced(photo: Image.Image, image_processor) -> Image.Image:
     """A photo of up to LARGE pixels as it is; a larger one at four times the processor's cap or more.
 
     The processor makes several copies of what it gets before it makes it smaller itself.
@@ -467,17 +465,12 @@ def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -
 
     Greedy whatever the model's generation config says: of that, only the end and padding tokens are used.
     """
-    usual = model.generation_config
+    usual, config = model.generation_config, model.config
     ends = {*np.atleast_1d(usual.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
+    ids = {"eos_token_id": sorted(ends) or None, "pad_token_id": usual.pad_token_id}
     names = ("image_token_id", "video_token_id", "vision_start_token_id")  # what would be counted as a picture
-    greedy = type(usual)(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=usual.pad_token_id,
-        suppress_tokens=[getattr(model.config, name) for name in names if hasattr(model.config, name)],
-    )
+    ids["suppress_tokens"] = [getattr(config, name) for name in names if hasattr(config, name)]
+    greedy = type(usual)(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **ids)
     model.generation_config = greedy  # what one leaves open is filled in from here
     try:
         output = model.generate(**inputs, generation_config=greedy)
@@ -703,43 +696,50 @@ def captured(taps: list[Tap]):
         yield features
 
 
+def identity_rule(module, args, output):
+    """Hook: y = f(x) taken as x [f(x) / x] with the ratio held constant; of an RMSNorm, y = w x / rms(x), with rms(x).
+
+    Such a norm does not change with the length of x, so the gradient that comes back through it is orthogonal to x:
+    what a token contributes through it, sum_k g_k x_k, is zero but for eps. With the ratio held it is what y
+    contributes, and contributions add up over the tokens: the rule of Ali et al. ("XAI for Transformers: Better
+    Explanations through Conservative Propagation", ICML 2022), and the identity rule of AttnLRP.
+    """
+    if not output.requires_grad:  # below the first tap
+        return output
+    linear = args[0] * (output / args[0]).detach().nan_to_num(0, 0, 0)
+    return output.detach() + (linear - linear.detach())
+
+
+def layer_norm_rule(module, args, output):
+    """Hook: the same for w (x - mean(x)) / std(x) + b with std(x) held constant; the mean is linear in x and stays."""
+    if not output.requires_grad:
+        return output
+    with torch.no_grad():
+        centred = args[0] - args[0].mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True) + module.eps
+        shown = output - module.forward(torch.zeros_like(args[0][:1]))  # w (x - mean(x)) / std(x), without b
+    growth = (centred * args[0]).mean(-1, keepdim=True) / variance  # of std(x), relative: what the gradient lacks
+    return output + shown * (growth - growth.detach())
+
+
+def uniform_rule(share: float):
+    """Hook: only this share of the gradient passes, as each factor of a product gets half of its relevance."""
+    return lambda module, args, output: share * output + (1 - share) * output.detach()
+
+
 @contextmanager
 def detached_norms(model):
-    """Inside, gradients pass every RMSNorm and LayerNorm as if its denominator were a constant; values stay the same.
+    """Inside, gradients pass every norm as if its denominator were a constant; values stay the same.
 
-    y = w x / rms(x) does not change with the length of x, so the gradient that comes back through it is orthogonal to
-    x: what a token contributes through a norm, sum_k g_k x_k, is zero but for eps. With a stop-gradient on rms(x) it is
-    what y contributes, and contributions add up over the tokens: the rule of Ali et al. ("XAI for Transformers: Better
-    Explanations through Conservative Propagation", ICML 2022) and of AttnLRP (Achtibat et al., ICML 2024) for norms.
-
-    Qwen3-VL has such norms on the queries and keys of each head as well: without the rule, which passes on all that
-    reaches them, nothing would be left of what queries and keys contribute. A LayerNorm, as the vision towers of
-    Qwen2-VL and Qwen3-VL have them, is w (x - mean(x)) / std(x) + b: the mean is linear in x and stays.
+    That includes the norms on the queries and keys of Qwen3-VL, and the LayerNorms of vision towers.
     """
-
-    def rms_norm(module, args, output):
-        if not output.requires_grad:  # below the first tap
-            return output
-        scale = (output / args[0]).detach().nan_to_num(0, 0, 0)  # w / rms(x)
-        linear = args[0] * scale
-        return output.detach() + (linear - linear.detach())
-
-    def layer_norm(module, args, output):
-        if not output.requires_grad:
-            return output
-        with torch.no_grad():
-            centred = args[0] - args[0].mean(-1, keepdim=True)
-            variance = centred.square().mean(-1, keepdim=True) + module.eps
-            shown = output - module.forward(torch.zeros_like(args[0][:1]))  # w (x - mean(x)) / std(x), without b
-        growth = (centred * args[0]).mean(-1, keepdim=True) / variance  # of std(x), relative: what the gradient lacks
-        return output + shown * (growth - growth.detach())
 
     def register():
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
-                yield module.register_forward_hook(rms_norm)
+                yield module.register_forward_hook(identity_rule)
             elif isinstance(module, nn.LayerNorm):
-                yield module.register_forward_hook(layer_norm)
+                yield module.register_forward_hook(layer_norm_rule)
 
     with hooked(register()):
         yield
@@ -749,24 +749,16 @@ def detached_norms(model):
 def attnlrp(model):
     """Inside, gradients follow AttnLRP's rules (Achtibat et al., ICML 2024): gradient x input is relevance then.
 
-    Beside `detached_norms`: an activation f(x) is taken as x * [f(x) / x] with the ratio held constant (the identity
-    rule); each factor of a product gets half of its relevance (the uniform rule, eq. 14), so gradients are halved
-    towards the two sides of the gated MLP, towards attention weights and values, and once more, since the weights come
-    from a product, towards queries and keys.
+    Beside `detached_norms`: the identity rule for activations; the uniform rule (eq. 14) for products, so gradients are
+    halved towards the two sides of the gated MLP, towards attention weights and values, and once more, since the
+    weights come from a product, towards queries and keys.
     """
-
-    def share(part):
-        return lambda module, args, output: part * output + (1 - part) * output.detach()
-
-    def activation(module, args, output):
-        linear = args[0] * (output / args[0]).detach().nan_to_num(0, 0, 0) / 2
-        return output.detach() + (linear - linear.detach())
-
+    half, quarter = uniform_rule(0.5), uniform_rule(0.25)
     hooks = {}  # by module: layers may have an activation in common
     for layer in get_model_layers(model)[0]:
         attention, mlp = layer.self_attn, layer.mlp
-        hooks |= {attention.q_proj: share(0.25), attention.k_proj: share(0.25), attention.v_proj: share(0.5)}
-        hooks |= {mlp.up_proj: share(0.5), mlp.act_fn: activation}
+        hooks |= {attention.q_proj: quarter, attention.k_proj: quarter, attention.v_proj: half, mlp.up_proj: half}
+        hooks[mlp.act_fn] = lambda module, args, output: half(module, args, identity_rule(module, args, output))
     with hooked(module.register_forward_hook(hook) for module, hook in hooks.items()), detached_norms(model):
         yield
 

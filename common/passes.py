@@ -28,6 +28,8 @@ from smooth_gradcam import (
     batch_of,
     compute_logits,
     get_model_layers,
+    identity_rule,
+    layer_norm_rule,
     noisy_passes,
     tokenise,
 )
@@ -153,8 +155,8 @@ def vision_kept(model):
 def _run_once(tower, run: Callable, stored: dict, pixels: Tensor, *args, **kwargs):
     modules = tower.modules()
     registries = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
-    names = [getattr(hook, "__qualname__", "") for hooks in registries for hook in hooks.values()]
-    if not all(name.startswith("detached_norms") for name in names):  # those of this rule change no value
+    rules = {identity_rule, layer_norm_rule}  # which change no value
+    if not {hook for hooks in registries for hook in hooks.values()} <= rules:
         return run(pixels, *args, **kwargs)
     state = id(tower), [parameter._version for parameter in tower.parameters()]
     if stored and stored["state"] == state and torch.equal(stored["pixels"], pixels):

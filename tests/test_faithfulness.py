@@ -38,7 +38,7 @@ from studies.faithfulness import (
     insertion_deletion,
     score_rows,
 )
-from studies.localization import localization
+from studies.localization import at_border, centre_map, fit_of, localization
 from studies.randomization import cascading_randomization, randomize_weights, spearman, ssim
 
 PROMPT = "What is it?"
@@ -241,6 +241,43 @@ def test_area_under_a_curve_by_hand():
     shares = np.array([0, 0.25, 1])
     assert auc(np.array([0, 1, 0.5]), shares) == pytest.approx(0.125 + 0.75 * 0.75)
     assert auc(np.array([1, 1, 1]), shares) == pytest.approx(1)
+
+
+OFF = {"near": 0.0, "pointing": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "fit", "sink"),
+    [
+        *[(row, column, OFF, 1.0) for row, column in ((0, 2), (3, 2), (1, 0), (1, 4), (0, 0), (3, 4))],
+        *[(row, column, OFF, 0.0) for row, column in ((1, 1), (2, 3), (1, 3), (2, 1))],
+        (0, 0, {"near": 1.0, "pointing": 0.0}, 0.0),
+        (0, 0, {"near": 1.0, "pointing": 1.0}, 0.0),
+    ],
+)
+def test_a_sink_is_a_maximum_at_the_border_and_off_the_object(row, column, fit, sink):
+    assert at_border(spot((4, 5), row, column), fit) == sink
+    assert at_border(np.zeros((4, 5), np.float32), OFF) == 0
+
+
+def test_the_map_that_knows_nothing_is_a_gaussian_in_the_middle():
+    cam = centre_map((3, 5))
+    assert cam.shape == (3, 5)
+    assert cam.dtype == np.float32
+    assert cam[1, 2] == cam.max() == 1
+    assert cam[1, 3] == pytest.approx(np.exp(-0.5))  # half a half side off
+    assert cam[0, 2] == cam[2, 2] == pytest.approx(np.exp(-2))
+
+
+def test_a_word_of_several_tokens_is_graded_as_its_best_token_and_located_as_a_whole():
+    mask = np.zeros((8, 8), bool)
+    mask[:4, :4] = True
+    on, off = spot((2, 2), 0, 0), spot((2, 2), 1, 1)
+    whole = fit_of([off, on, off], mask)
+    assert (whole["pointing"], whole["border"]) == (0, float(not whole["near"]))
+    assert whole["obj_iou"] == localization(on, mask)["obj_iou"] > localization(off, mask)["obj_iou"]
+    assert fit_of([on, off], mask)["obj_iou"] == localization(off, mask)["obj_iou"]  # the tokens', not the word's
+    assert fit_of([on], mask)["obj_iou"] == localization(on, mask)["obj_iou"]
 
 
 # insertion and deletion

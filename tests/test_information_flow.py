@@ -40,12 +40,16 @@ from studies.flow_figures import trace
 from studies.knockout import (
     Edge,
     Severed,
+    change,
     cliff_interval,
     find_cliff,
     find_onset,
     image_hidden,
     knockout,
+    largest_change,
+    mean_change,
     sever_photo,
+    tokens_that_need_the_photo,
     truncation_finding,
 )
 from studies.knockout_figures import sever
@@ -704,11 +708,80 @@ def test_each_run_of_a_sweep_lands_in_its_own_curve(reading, monkeypatch):
     np.testing.assert_array_equal(alone.windows["image → user"], runs[4:7])
 
 
+@pytest.mark.parametrize(
+    ("window", "layers"),
+    [(1, [[0], [1], [2]]), (2, [[0], [0, 1], [1, 2]]), (3, [[0, 1], [0, 1, 2], [1, 2]])],
+)
+def test_windows_are_so_many_layers_around_each(reading, monkeypatch, window, layers):
+    asked = []
+
+    def note(reading, edges, **_):
+        asked.extend(edges)
+        values = np.zeros((len(edges), len(reading.tokens)))
+        return values, values > 0
+
+    monkeypatch.setattr("studies.knockout.knockout", note)
+    sever_photo(reading, window=window)
+    assert [list(edge.layers) for edge in asked[:4]] == [[0, 1, 2], [1, 2], [2], []]  # the truncation
+    assert [list(edge.layers) for edge in asked[4:]] == 3 * layers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0}, "keep=0 must be 1 to 23: the photo has 24 image tokens"),
+        ({"keep": 24}, "keep=24 must be 1 to 23"),
+        ({"window": 0}, "window=0 must be 1 to 3: the model has 3 layers"),
+        ({"window": 4}, "window=4 must be 1 to 3"),
+    ],
+)
+def test_more_than_there_is_cannot_be_kept_or_blocked(reading, options, message):
+    with pytest.raises(ValueError, match=message):
+        sever_photo(reading, **options)
+
+
+def severed_by_hand(reading, full, window, hidden=0.0):
+    """Probabilities of the first tokens with the whole image, in each of two windows, and without the image."""
+    removed = np.array([[hidden] * len(full), full, full])
+    return Severed(reading, list(range(len(full))), removed, None, None, None, {"image → user": np.array(window)})
+
+
+def test_change_is_that_of_the_likely_tokens_in_percent(reading):
+    found = severed_by_hand(reading, [0.5, 0.01, 0.009], [[0.25, 0.01, 0.9], [0.6, 0.02, 0.0]])
+    assert change(found, "image → user") == pytest.approx([-25, 60])  # the third is too unlikely to count
+    unlikely = severed_by_hand(reading, [0.009], [[0.1], [0.1]])
+    assert np.isnan(change(unlikely, "image → user")).all()
+    assert mean_change([unlikely, found], "image → user") == pytest.approx([-25, 60])
+    assert np.isnan(mean_change([unlikely], "image → user")).all()
+
+
+def test_a_token_needs_the_photo_if_it_falls_by_more_than_a_fifth():
+    removed = np.array([[0.5, 0.29, 0.31, 0.9], [0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5]])
+    assert tokens_that_need_the_photo(removed) == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "window", "said"),
+    [
+        ([0, -3, 2, 0], 1, "-3.0 % at most, blocked in layer 1"),
+        ([0, -3, 2, 0], 2, "-3.0 % at most, blocked in layers 0-1"),
+        ([0, -3, 2, 0], 3, "-3.0 % at most, blocked in layers 0-2"),
+        ([0, 1, 0, 4], 3, "+4.0 % at most, blocked in layers 2-3"),
+        ([5, 1, 0, 4], 4, "+5.0 % at most, blocked in layers 0-1"),
+        ([0, 0.06, 0, 0], 1, "+0.1 % at most, blocked in layer 1"),
+        ([0, 0.04, 0, 0], 1, "no change in any window"),
+        ([np.nan] * 4, 1, "nothing to lose, the probability is below 0.01"),
+    ],
+)
+def test_largest_change_in_words(changes, window, said):
+    assert largest_change(np.array(changes, float), window) == said
+
+
 def test_accuracy_of_the_kept_tokens_is_that_of_their_runs(reading, monkeypatch):
     right, kept = np.array([False, False, False, True]), np.array([False, True, True, True])
     values = np.full((4, len(reading.tokens)), 0.5)
     severed = Severed(reading, [0], values, right, values, kept, {})
-    monkeypatch.setattr("studies.flow_figures.sever_photo", lambda *_, **__: severed)
+    monkeypatch.setattr("studies.knockout_figures.sever_photo", lambda *_, **__: severed)
     files, lines = sever([reading], ["a"], [None], keep=3, accuracy=True, quiet=True)
     assert "the image is needed to the last layer: accuracy 0.000 without it, 1.000 with it" in lines[0]
     assert lines[1].endswith("in the layer before: cliff 1, 1.000")
