@@ -175,8 +175,8 @@ def questions(args: argparse.Namespace) -> list[Question]:
             try:
                 photo = load_photo(str(item.image))
             except ValueError as exc:
-                raise ValueError(f"{item.where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
-            found.append(Question(item.name, photo, item.prompt, item.answer, f"--answers {item.where}"))
+                raise ValueError(f"{item.source}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
+            found.append(Question(item.name, photo, item.prompt, item.answer, f"--answers {item.source}"))
     except ValueError as exc:
         raise ValueError(f"--answers {exc}") from exc
     return found
@@ -238,7 +238,7 @@ def explain_target(request: Request, readings: list[Reading], names, layers, mas
     if args.mode == "evaluate":
         from studies.faithfulness_figures import evaluate
 
-        options = measuring(request) | {"randomize": args.randomize, "quiet": args.quiet, "copies": request.copies}
+        options = measuring(request) | request.copies | {"randomize": args.randomize, "quiet": args.quiet}
         files, measured = evaluate(reading, token_maps, mask, **options)
         lines += measured
     elif args.mode == "comparative":
@@ -269,7 +269,7 @@ def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.
 def measuring(request: Request) -> dict:
     """How evaluate mode measures and draws."""
     options = {name: getattr(request.args, name) for name in ("steps", "baseline", "seed")}
-    return options | {"batch_size": request.runs_at_once} | request.drawing
+    return options | {"runs_at_once": request.runs_at_once} | request.drawing
 
 
 def compare_methods(request: Request, reading: Reading, span, layers, mask) -> tuple[dict, list[str]]:
@@ -290,7 +290,7 @@ def measure_photo(request: Request, reading: Reading, layers, mask) -> tuple[dic
     args, methods = request.args, METHODS if request.args.compare else [request.settings.method]
     methods = {method: replace(request.settings, method=method) for method in methods}
     word = (args.target, args.target_occurrence, args.answer is not None)
-    return benchmark_photo(reading, layers, methods, *word, mask, **measuring(request), copies=request.copies)
+    return benchmark_photo(reading, layers, methods, *word, mask, **measuring(request), **request.copies)
 
 
 def explain_words(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
@@ -336,7 +336,7 @@ def sever_photos(request: Request, readings: list[Reading], names, layers, mask)
     args = request.args
     spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
     options = {"window": args.window, "keep": args.keep, "quiet": args.quiet, "accuracy": args.answers is not None}
-    options |= {"batch_size": request.runs_at_once, "paper": request.paper}
+    options |= {"runs_at_once": request.runs_at_once, "paper": request.paper}
     return sever(readings, names, spans, mask=mask, **options)
 
 

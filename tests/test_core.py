@@ -968,7 +968,7 @@ def test_reading_is_what_the_model_reads(model, processor, image):
 
 def test_several_parts_take_no_contrast(model, processor, image):
     reading = read(model, processor, image, PROMPT, ANSWER)
-    with pytest.raises(ValueError, match="contrast='a' needs one part to take the place of, not 2"):
+    with pytest.raises(ValueError, match="contrast='a' takes the place of one part of the answer, not 2"):
         explain(reading, [(0, 3), (4, 7)], [0], Settings(contrast="a"), passes=contrasted_passes)
     with pytest.raises(ValueError, match="^contrast='a' needs passes=contrasted_passes of common/passes.py$"):
         explain(reading, [(0, 3)], [0], Settings(contrast="a"))

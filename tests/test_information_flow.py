@@ -164,7 +164,7 @@ def test_answers_group_begins_where_its_first_token_is_predicted(model, own):
 
 def test_pictures_that_stand_apart_are_refused(reading):
     apart = dataclasses.replace(reading, positions=reading.positions[[0, 1, 3]])
-    with pytest.raises(ValueError, match="do not stand side by side"):
+    with pytest.raises(ValueError, match="are not contiguous"):
         token_groups(apart)
 
 

@@ -61,7 +61,7 @@ def test_photos_of_one_name_have_folders_of_their_own(tmp_path):
     assert [item.name for item in named([asked, c, b, a])] == names[3:1:-1] + names[1::-1]  # whatever the order
     first, other, again = named([a, c, a])
     assert (first.error, other.error, again.name) == ("", "", "")
-    assert again.error == f"{a.image} is there twice: the same photo, asked the same, as {a.image}"
+    assert again.error == f"{a.image} repeats {a.image}: the same photo with the same question"
 
 
 def test_names_are_folders_on_any_disk(tmp_path):
@@ -94,20 +94,20 @@ def test_what_is_not_named_has_to_be_a_photo(photos, tmp_path):
 
 
 BAD_LINES = {  # line: what is told
-    "{": " is no JSON (Expecting",
-    "[1]": " is no record: give {",
-    "[" * 100_000: " is no JSON (",
-    '{"image": "a.png", "x": %s}' % ("[" * 30 + "]" * 30): " is no JSON (nested deeper than 20)",
-    '{"image": "a.png", "x": %s}' % ("9" * 5000): " is no JSON (",
-    '{"image": "a.png", "image": "b.png"}': " is no JSON (a name is there twice)",
-    '{"image": "%s.png"}' % ("a" * 2**24): " is no JSON (longer than 16777216 bytes)",
-    b'{"image": "\xff.png"}': " is no JSON ('utf-8' codec can't decode",
+    "{": " is not valid JSON (Expecting",
+    "[1]": " is not a JSON object: give {",
+    "[" * 100_000: " is not valid JSON (",
+    '{"image": "a.png", "x": %s}' % ("[" * 30 + "]" * 30): " is not valid JSON (nested deeper than 20)",
+    '{"image": "a.png", "x": %s}' % ("9" * 5000): " is not valid JSON (",
+    '{"image": "a.png", "image": "b.png"}': " is not valid JSON (a name is there twice)",
+    '{"image": "%s.png"}' % ("a" * 2**24): " is not valid JSON (longer than 16777216 bytes)",
+    b'{"image": "\xff.png"}': " is not valid JSON ('utf-8' codec can't decode",
     '{"prompt": "Why?"}': " has no text for 'image'",
     '{"image": 3}': " has no text for 'image'",
     '{"image": NaN}': " has no text for 'image'",
     '{"image": "a.png", "target": ""}': " has no text for 'target'",
-    '{"image": "a.png", "prompt": "a\\u0000b"}': " has characters for 'prompt' that are no text",
-    '{"image": "a.png", "prompt": "\\ud800"}': " has characters for 'prompt' that are no text",
+    '{"image": "a.png", "prompt": "a\\u0000b"}': " has characters for 'prompt' that are not text",
+    '{"image": "a.png", "prompt": "\\ud800"}': " has characters for 'prompt' that are not text",
     '{"image": "a.png", "box": [1], "mask": "m.png"}': " has mask and box where one of mask, box, segmentation can be",
     '{"image": "a.png", "mask": 3}': " has a mask that is no path",
     '{"image": "a\\u0000b.png"}': "b.png is not a usable path: embedded null byte",
@@ -128,7 +128,7 @@ def test_a_wrong_line_is_told_with_its_number_and_the_others_are_read(tmp_path, 
     path.write_bytes(b"\r\n".join(lines))
     one, wrong, other = read_list([str(path)])
     assert (one.image, other.image, one.error, other.error) == (tmp_path / "b.png", tmp_path / "c.png", "", "")
-    assert other.where == f"{path}, line 4"
+    assert other.source == f"{path}, line 4"
     assert wrong.error.startswith(f"{path}, line 3")
     assert reason in wrong.error
     assert len(wrong.error) < 1000
@@ -190,8 +190,8 @@ def test_objects_of_coco_are_their_pixels():
         ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "far out of the photo"),
         ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "far out of the photo"),
         ({"mask": "no.png"}, "the mask no.png: .*does not exist"),
-        ({"box": [9, 9, 2, 2]}, "the box holds nothing"),
-        ({"box": [0, 0, 8, 6]}, "the box holds all"),
+        ({"box": [9, 9, 2, 2]}, "the box covers none"),
+        ({"box": [0, 0, 8, 6]}, "the box covers all"),
         ({"segmentation": [[1, 2, 3]]}, "the segmentation cannot be read"),
         ({"segmentation": 3}, "the segmentation cannot be read"),
     ):
@@ -224,7 +224,7 @@ class Work:
 
     def __init__(self, folder, failing=(), error=None):
         self.folder, self.failing, self.error = folder, failing, error or ValueError("no good")
-        self.done, self.told = [], []
+        self.done, self.reported = [], []
 
     def load(self, item):
         return item.image.read_bytes()
@@ -240,7 +240,7 @@ class Work:
         }
 
     def run(self, items, settings=None, **options):
-        options = {"quiet": True, "tell": self.told.append} | options
+        options = {"quiet": True, "report": self.reported.append} | options
         self.done.clear()
         return work_off(items, self.folder, settings or {}, ALONE, self.load, self.explain, reason_of=str, **options)
 
@@ -350,7 +350,7 @@ def test_paths_may_be_relative(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     work = Work(Path("out"))
     records, _ = work.run(read_list(["photos"]))
-    assert work.told == []
+    assert work.reported == []
     assert [record["files"] for record in records] == [["a.txt", "b.txt"]] * 5
     assert work.run(read_list(["photos"]))[1] == 5
 
@@ -375,7 +375,7 @@ def test_a_bad_photo_is_told_and_the_others_go_on(photos, tmp_path):
     records, before = work.run(items)
     assert before == 0
     assert work.done == ["p0", "p2", "p3", "p4"]
-    assert work.told == [f"{photos / 'p1.png'}: no good"]
+    assert work.reported == [f"{photos / 'p1.png'}: no good"]
     assert records[1] == {"name": "p1", "image": str(photos / "p1.png"), "error": "no good"}
     assert not (tmp_path / "out/p1").exists()
     work.failing = ()
@@ -384,7 +384,7 @@ def test_a_bad_photo_is_told_and_the_others_go_on(photos, tmp_path):
     (photos / "p3.png").unlink()
     records, _ = work.run(items)
     assert "No such file" in records[3]["error"]
-    assert work.told[-1].endswith(f"(beware: {tmp_path / 'out/p3'} holds what was asked of it earlier)")
+    assert work.reported[-1].endswith(f"(note: {tmp_path / 'out/p3'} has the result of an earlier run)")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -405,7 +405,7 @@ def test_a_list_stops_at_the_first_photo_that_does_not_fit(photos, tmp_path, mon
     with pytest.raises(OSError, match="(?i)no space left"):
         work.run(items, overwrite=overwrite)
     assert work.done in (["p0", "p1", "p2"], ["p0", "p1"])
-    assert work.told == []
+    assert work.reported == []
     records = records_in(tmp_path / "out")
     assert [record["name"] for record in records] == [f"p{i}" for i in range(5 if overwrite else 2)]
     there = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -430,7 +430,7 @@ def test_a_name_that_is_not_utf8_gets_its_result_and_its_record(photos, tmp_path
         assert (work.folder / record["name"] / "a.txt").exists()
     work.failing, work.error = [record["name"]], ValueError("a\nb \udcff")
     work.run(read_list([str(tmp_path / "list.jsonl")]), overwrite=True)
-    assert "\n" not in work.told[0]
+    assert "\n" not in work.reported[0]
     assert records_in(work.folder)[0]["error"] == "a\nb \udcff"
 
 
@@ -550,11 +550,11 @@ def test_converter_joins_the_objects_of_a_category_and_leaves_crowds_and_crumbs_
     assert len(read_list([str(tmp_path / "one.jsonl")])) == 1
     (photos / "one.jpg").unlink()
     other = [{"image_id": 9, "category_id": 17, "area": 900, "segmentation": [[9, 9, 39, 9, 39, 39]]}]
-    wrong = {json.dumps(COCO | {"annotations": other}): "of the image 9, which is not there"}
+    wrong = {json.dumps(COCO | {"annotations": other}): "of the image 9, which does not exist"}
     other[0] |= {"image_id": 1, "category_id": 5}
-    wrong[json.dumps(COCO | {"annotations": other})] = "of the category 5, which is not there"
+    wrong[json.dumps(COCO | {"annotations": other})] = "of the category 5, which does not exist"
     wrong[json.dumps(COCO | {"annotations": []})] = "nothing is left"
-    wrong |= {json.dumps(COCO): "one.jpg", "{}": "images, annotations, categories is lacking", "[": "json"}
+    wrong |= {json.dumps(COCO): "one.jpg", "{}": "images, annotations, categories is missing", "[": "json"}
     for content, reason in wrong.items():
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(SystemExit):

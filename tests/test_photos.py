@@ -391,7 +391,7 @@ def test_large_pictures_are_written_as_small_ones_are(tmp_path, monkeypatch, siz
     picture = np.random.default_rng(3).integers(0, 256, (*size, 3), np.uint8)
     kinds = {"a.png": picture, "b.png": Image.fromarray(picture), "c.png": lambda: picture}
     small = write_files(tmp_path / "small", kinds)
-    monkeypatch.setattr(common.files, "LARGE", 3)
+    monkeypatch.setattr(common.files, "LARGE_PICTURE", 3)
     large = write_files(tmp_path / "large", kinds)
     for path, other in zip(small, large, strict=True):
         with Image.open(path) as one, Image.open(other) as another:
@@ -401,7 +401,7 @@ def test_large_pictures_are_written_as_small_ones_are(tmp_path, monkeypatch, siz
 
 def test_large_pictures_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
     """The next is drawn once the one before is written."""
-    monkeypatch.setattr(common.files, "LARGE", 3)
+    monkeypatch.setattr(common.files, "LARGE_PICTURE", 3)
     alive, most, write_png = [], [], common.files.write_large_png
 
     def draw():
@@ -422,7 +422,7 @@ def test_full_disk_names_the_need_of_a_large_picture(tmp_path, monkeypatch):
     def full(path, picture):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(common.files, "LARGE", 3)
+    monkeypatch.setattr(common.files, "LARGE_PICTURE", 3)
     monkeypatch.setattr(common.files, "write_large_png", full)
     with pytest.raises(OSError, match=f"^no space left for a.png in {tmp_path}/out: it takes up to 0.3 MB, "):
         write_files(tmp_path / "out", {"a.png": np.zeros((300, 300, 3), np.uint8)})
