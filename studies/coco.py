@@ -13,6 +13,8 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
+__all__ = ["main"]
+
 NEEDED = ("images", "annotations", "categories")
 
 
