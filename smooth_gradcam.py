@@ -263,8 +263,8 @@ def open_image(image) -> Image.Image:
         if os.path.exists(image) and not os.path.isfile(image):  # noqa: PTH110, PTH113  (Path's raise for a long name)
             raise ValueError(f"{image} is a folder, a pipe or a device, not an image file")
         try:
-            with Image.open(image, formats=FORMATS) as file:
-                return ImageOps.exif_transpose(file)
+            with open(image, "rb", opener=_without_waiting) as file, Image.open(file, formats=FORMATS) as picture:
+                return ImageOps.exif_transpose(picture)
         except Exception as exc:  # Pillow raises anything for a damaged file
             missing = isinstance(exc, FileNotFoundError)
             why = "does not exist" if missing else f"cannot be read as an image (damaged, or none?): {exc}"
@@ -280,6 +280,10 @@ def open_image(image) -> Image.Image:
         raise ValueError(f"the image is of format {image.format}, not one of {', '.join(FORMATS)}: load it first")
     upright = not isinstance(image, ImageFile.ImageFile) and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     return image if upright else ImageOps.exif_transpose(image)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a file that has become a pipe does not block
 
 
 def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator, still: bool = True) -> Tensor:
@@ -818,7 +822,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def not_finite(what: str, model) -> ExplanationError:
     """The error for values that are not finite, with what to do about them."""
-    return ExplanationError(f"{what} in {model.dtype}: load the model as float32, or check its weights")
+    advice = "load it as float32" if model.dtype.itemsize < 4 else "its weights may be damaged, or hold such values"
+    return ExplanationError(f"{what} in {model.dtype}: {advice}")
 
 
 def compute_logits(model, inputs: dict[str, Tensor], first: int) -> Tensor:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from common.terminal import plain
@@ -89,9 +90,10 @@ def _type(check: Callable) -> Callable:
 
 @_type
 def _count(text: str) -> int:
-    if not re.fullmatch(r"\s*[+-]?\d{1,19}\s*", text) or not 1 <= int(text) < 2**63:
-        raise ValueError(f"{text!r} must be a whole number, 1 or more, and below 2^63")
-    return int(text)
+    with suppress(ValueError):
+        if 1 <= (number := int(text)) < 2**63:
+            return number
+    raise ValueError(f"{text[:100]!r} must be a whole number, 1 or more, and below 2^63")
 
 
 @_type

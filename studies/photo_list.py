@@ -46,8 +46,8 @@ __all__ = [
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of photos in a folder
 TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")
-MAX_LINE, MAX_NAME, MAX_DEPTH = 2**24, 200, 20  # bytes of a line and of a folder's name; nesting of a line's JSON
-READABLE = 400  # characters of a message
+MAX_LIST, MAX_LINE, MAX_NAME = 2**30, 2**24, 200  # bytes of a list, of a line in it, and of a folder's name
+MAX_DEPTH, READABLE = 20, 400  # levels of nesting in a line, characters of a message
 EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
 ANSWER = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
 RECORD, RESULTS = "result.json", "results.jsonl"
@@ -118,7 +118,7 @@ def _unusable(path: Path) -> str:
         return ""
     except (OSError, ValueError) as exc:  # such as a path that is too long, not permitted, or has a NUL in it
         return f"{plain(path, READABLE)} is not a usable path: {getattr(exc, 'strerror', None) or exc}"
-    return "" if regular else f"{plain(path, READABLE)} is not a regular file"
+    return "" if regular else f"{plain(path, READABLE)} is a folder, a pipe or a device"
 
 
 def _read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str = EXAMPLE) -> list[Item]:
@@ -131,6 +131,8 @@ def _read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str =
         raise ValueError(reason)
     try:
         with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_LIST:
+                raise ValueError(f"{path} has {size >> 20} MB: lists of up to {MAX_LIST >> 20} MB are read")
             while line := file.readline(MAX_LINE):
                 rest, number = line, number + 1
                 while len(rest) == MAX_LINE and not rest.endswith(b"\n"):
@@ -351,8 +353,8 @@ def work_off(
                     try:
                         with output_folder(folder / item.name, subfolders, "--output_dir") as write_item:
                             record, files = explain(item, loaded())
-                            record |= {"settings": settings, "asked": _texts_of(item)}
-                            record |= {"key": keys[item.name], "files": list(files)}
+                            record |= {"settings": settings, "asked": _texts_of(item), "key": keys[item.name]}
+                            record |= {"files": list(files)}
                             last = RECORD, lambda sizes, own=record: _to_json(own | {"sizes": sizes}, 1)
                             write_item(files, last=last)
                     except Exception as exc:
@@ -375,9 +377,6 @@ def _to_json(record: dict, indent: int | None = None) -> str:
 
 def _failed_record(item: Item, reason: str) -> dict:
     return {"name": item.name, "image": str(item.image) if item.image.name else "", "error": reason}
-
-
-# the command line
 
 
 def _flags_for(args: argparse.Namespace, item: Item) -> argparse.Namespace:

@@ -113,10 +113,10 @@ BAD_LINES = {  # line: what is told
     '{"image": "a\\u0000b.png"}': "b.png is not a usable path: embedded null byte",
     '{"image": "\\ud800.png"}': "\\ud800.png is not a usable path: 'utf-8' codec can't encode",
     '{"image": "%s.png"}' % ("a" * 300): "aaa.png is not a usable path: File name too long",
-    '{"image": "."}': " is not a regular file",
-    '{"image": "fifo"}': "fifo is not a regular file",
-    '{"image": "/dev/zero"}': ": /dev/zero is not a regular file",
-    '{"image": "a.png", "mask": "/dev/zero"}': ": /dev/zero is not a regular file",
+    '{"image": "."}': " is a folder, a pipe or a device",
+    '{"image": "fifo"}': "fifo is a folder, a pipe or a device",
+    '{"image": "/dev/zero"}': ": /dev/zero is a folder, a pipe or a device",
+    '{"image": "a.png", "mask": "/dev/zero"}': ": /dev/zero is a folder, a pipe or a device",
 }
 
 
@@ -142,7 +142,7 @@ def test_only_a_regular_file_is_read_as_a_list(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "folder.jsonl/deep.jsonl").symlink_to("/dev/zero")
     for name in ("fifo.jsonl", "folder.jsonl/deep.jsonl"):
-        with pytest.raises(ValueError, match="is not a regular file"):
+        with pytest.raises(ValueError, match="is a folder, a pipe or a device"):
             read_list([str(tmp_path / name)])
 
 
