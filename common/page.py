@@ -25,7 +25,18 @@ from common.encoding import DPI
 
 __all__ = [
     *("PAGE", "Page", "Paper", "WIDTHS", "BODY_HEIGHTS", "MARGIN", "GAP", "BAND", "HEAD", "LINE"),
-    *("TEXT", "SMALL", "TINY", "TITLE", "excerpt", "font_families", "text_width", "wrap", "split_at_span"),
+    *(
+        "TEXT",
+        "SMALL",
+        "TINY",
+        "TITLE",
+        "add_new_fonts",
+        "excerpt",
+        "font_families",
+        "text_width",
+        "wrap",
+        "split_at_span",
+    ),
     *("figure_to_array", "grey_panel", "fit_box", "panel_width", "best_columns", "shrink"),
     *("header", "masthead", "small_print"),
 ]
@@ -75,7 +86,7 @@ def _characters_of(path: str) -> frozenset:
 
 
 @functools.cache
-def _add_new_fonts() -> None:
+def add_new_fonts() -> None:
     """Add the fonts to matplotlib's list that were installed after it was made."""
     known = {font.fname for font in font_manager.fontManager.ttflist}
     for path in set(font_manager.findSystemFonts()) - known:
@@ -111,7 +122,7 @@ def font_families(text: str) -> tuple[list[str], bool]:
     families = ["DejaVu Sans"]
     missing -= _characters_of(font_manager.findfont("DejaVu Sans"))
     if missing:
-        _add_new_fonts()
+        add_new_fonts()
         fonts = [font for font in font_manager.fontManager.ttflist if font.style == "normal"]
         bold = {font.name for font in fonts if _weight_of(font) >= WEIGHTS["bold"]}
         for font in sorted(fonts, key=lambda font: font.name not in bold):

@@ -27,8 +27,15 @@ from smooth_gradcam import (
     prepare_inputs,
     score_parts,
 )
-from studies.faithfulness import ORDERS, TOLERANCE, baseline_image, insertion_deletion, score_rows
-from studies.faithfulness_figures import map_key, side_by_side
+from studies.faithfulness import (
+    ORDERS,
+    TOLERANCE,
+    baseline_image,
+    insertion_deletion,
+    map_key,
+    score_rows,
+    side_by_side,
+)
 from studies.localization import centre_map, fit_of
 from visualization_utils import draw_grid
 

@@ -32,7 +32,17 @@ from studies.decoder import attention_hooked, covered_tokens, embed, empty_cache
 from studies.flow import attention_flow
 
 __all__ = [
-    *("Edge", "Severed", "KEPT", "cliff_interval", "explained_lines", "explained_text", "find_cliff", "find_onset"),
+    *(
+        "Edge",
+        "Severed",
+        "KEPT",
+        "change",
+        "cliff_interval",
+        "explained_lines",
+        "explained_text",
+        "find_cliff",
+        "find_onset",
+    ),
     *("image_hidden", "knockout", "knockout_arrays", "knockout_rows", "largest_change", "mean_change", "said_instead"),
     *("sever_photo", "tokens_that_need_the_photo", "truncated", "truncation_finding"),
 ]
@@ -233,7 +243,7 @@ def sever_photo(
     )
 
 
-def _change(severed: Severed, edge: str) -> np.ndarray:
+def change(severed: Severed, edge: str) -> np.ndarray:
     """The change in percent, 100 (p' - p) / p, by layer: (K,), mean over the explained tokens whose p is 0.01 or more.
 
     nan if there is none.
@@ -248,8 +258,8 @@ def _change(severed: Severed, edge: str) -> np.ndarray:
 
 def mean_change(severed: list[Severed], edge: str) -> np.ndarray:
     """The mean `_change`, (K,), over the photos that have one; nan if none has."""
-    changes = [values for values in (_change(one, edge) for one in severed) if np.isfinite(values).all()]
-    return np.mean(changes, axis=0) if changes else _change(severed[0], edge)
+    changes = [values for values in (change(one, edge) for one in severed) if np.isfinite(values).all()]
+    return np.mean(changes, axis=0) if changes else change(severed[0], edge)
 
 
 def truncated(severed: Severed, values: np.ndarray) -> np.ndarray:
@@ -366,7 +376,7 @@ def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
                 row = {"blocked": kind, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
                 rows.append(row | {"answer_right": int(right[layer])})
         for edge, values in one.windows.items():
-            pairs = zip(truncated(one, values), _change(one, edge), strict=True)
+            pairs = zip(truncated(one, values), change(one, edge), strict=True)
             for layer, (value, percent) in enumerate(pairs):
                 row = {"blocked": edge, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
                 rows.append(row | {"change_percent": f"{percent:.4g}"})

@@ -46,9 +46,8 @@ __all__ = [
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of photos in a folder
 TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")
-MAX_LIST, MAX_LINE = 2**30, 2**24  # bytes of a list, and of a line in it
-MAX_NAME, MAX_DEPTH = 200, 20  # bytes of a folder's name; nesting of a line's JSON
-READABLE = 400  # characters of a message
+MAX_LIST, MAX_LINE, MAX_NAME = 2**30, 2**24, 200  # bytes of a list, of a line in it, and of a folder's name
+MAX_DEPTH, READABLE = 20, 400  # levels of nesting in a line, characters of a message
 EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
 ANSWER = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
 RECORD, RESULTS = "result.json", "results.jsonl"
@@ -354,8 +353,8 @@ def work_off(
                     try:
                         with output_folder(folder / item.name, subfolders, "--output_dir") as write_item:
                             record, files = explain(item, loaded())
-                            record |= {"settings": settings, "asked": _texts_of(item)}
-                            record |= {"key": keys[item.name], "files": list(files)}
+                            record |= {"settings": settings, "asked": _texts_of(item), "key": keys[item.name]}
+                            record |= {"files": list(files)}
                             last = RECORD, lambda sizes, own=record: _to_json(own | {"sizes": sizes}, 1)
                             write_item(files, last=last)
                     except Exception as exc:
@@ -378,9 +377,6 @@ def _to_json(record: dict, indent: int | None = None) -> str:
 
 def _failed_record(item: Item, reason: str) -> dict:
     return {"name": item.name, "image": str(item.image) if item.image.name else "", "error": reason}
-
-
-# the command line
 
 
 def _flags_for(args: argparse.Namespace, item: Item) -> argparse.Namespace:

@@ -108,8 +108,8 @@ BAD_LINES = {  # line: what is told
     '{"image": "a.png", "target": ""}': " has no text for 'target'",
     '{"image": "a.png", "prompt": "a\\u0000b"}': " has characters for 'prompt' that are not text",
     '{"image": "a.png", "prompt": "\\ud800"}': " has characters for 'prompt' that are not text",
-    '{"image": "a.png", "box": [1], "mask": "m.png"}': " has mask and box where one of mask, box, segmentation can be",
-    '{"image": "a.png", "mask": 3}': " has a mask that is no path",
+    '{"image": "a.png", "box": [1], "mask": "m.png"}': " has mask and box where only one of mask, box, segmentation is",
+    '{"image": "a.png", "mask": 3}': " has a mask that is not a path",
     '{"image": "a\\u0000b.png"}': "b.png is not a usable path: embedded null byte",
     '{"image": "\\ud800.png"}': "\\ud800.png is not a usable path: 'utf-8' codec can't encode",
     '{"image": "%s.png"}' % ("a" * 300): "aaa.png is not a usable path: File name too long",
@@ -154,14 +154,19 @@ def test_what_the_tool_wrote_is_left_out_of_folders_and_globs_and_told(photos):
     for pattern, left_out in (("", "1 files"), ("**/*.png", "2 files"), ("**/*", "2 files")):
         with pytest.warns(ExplanationWarning, match=f"{left_out} that this tool wrote are left out of the list"):
             assert [item.name for item in read_list([str(photos / pattern)])] == names
-    with pytest.warns(ExplanationWarning), pytest.raises(ValueError, match="no photo"):
+    with pytest.warns(ExplanationWarning), pytest.raises(ValueError, match="there is no photo"):
         read_list([str(photos / "**/*.jsonl")])
     assert [item.name for item in read_list([str(photos / "p9.png")])] == ["p9"]
 
 
 def test_lists_of_nothing_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    reasons = {"empty.jsonl": "is empty", "no.jsonl": "cannot be read", ".": "no photo", "*.png": "no photo"}
+    reasons = {
+        "empty.jsonl": "is empty",
+        "no.jsonl": "cannot be read",
+        ".": "there is no photo",
+        "*.png": "there is no photo",
+    }
     for path, reason in reasons.items():
         with pytest.raises(ValueError, match=reason):
             read_list([str(tmp_path / path)])
@@ -187,8 +192,8 @@ def test_objects_of_coco_are_their_pixels():
         ({"box": [1e308, 1, 1e308, 3]}, "the box cannot be read"),
         ({"box": ["a", "b", "c", "d"]}, "the box cannot be read"),
         ({"box": [10**400, 1, 2, 3]}, "the box cannot be read"),
-        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "far out of the photo"),
-        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "far out of the photo"),
+        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "far beyond the photo"),
+        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "far beyond the photo"),
         ({"mask": "no.png"}, "the mask no.png: .*does not exist"),
         ({"box": [9, 9, 2, 2]}, "the box covers none"),
         ({"box": [0, 0, 8, 6]}, "the box covers all"),
