@@ -317,6 +317,13 @@ def check_family(model) -> None:
         raise ValueError(f"{type(model).__name__} cannot answer: load it with AutoModelForImageTextToText")
 
 
+def check_processor(processor, pictures: str) -> None:
+    """Raises ValueError for what is no processor with `pictures`, "image_processor" or "video_processor"."""
+    for part in ("tokenizer", pictures, "apply_chat_template"):
+        if not hasattr(processor, part):
+            raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """Photos, a prompt and an answer as a model reads them: made once by `read`, explained as often as you like."""
@@ -363,9 +370,7 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     """
     check_family(model)
     check_text("prompt", prompt)
-    for part in ("tokenizer", "image_processor", "apply_chat_template"):
-        if not hasattr(processor, part):
-            raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
+    check_processor(processor, "image_processor")
     photos = tuple(map(load_rgb, image if isinstance(image, (list, tuple)) else [image]))
     if not photos:
         raise ValueError(f"image={image!r} has no photo: give one or more")
@@ -983,12 +988,13 @@ def explain(
     check_type("reading", reading, Reading)
     check_type("settings", settings, Settings)
     check_whole("batch_size", batch_size, 1)
-    if not spans:
-        raise ValueError("spans=[] has no part of the answer: give one or more, (start, end) in characters")
-    for start, end in spans:
-        if not 0 <= start < end <= len(reading.answer) or not reading.tokens_of((start, end)):
+    if not isinstance(spans, (list, tuple)) or not spans:
+        raise ValueError(f"spans={spans!r} has no part of the answer: give one or more, (start, end) in characters")
+    for span in spans:
+        pair = isinstance(span, (list, tuple)) and len(span) == 2 and all(hasattr(edge, "__index__") for edge in span)
+        if not pair or not 0 <= span[0] < span[1] <= len(reading.answer) or not reading.tokens_of(span):
             valid = f"(start, end) in the {len(reading.answer)} characters of the answer, with a token in it"
-            raise ValueError(f"spans={spans!r}: ({start!r}, {end!r}) must be {valid}")
+            raise ValueError(f"spans={spans!r}: {span!r} must be {valid}")
     if settings.contrast is not None and passes is noisy_passes:
         raise ValueError(f"contrast={settings.contrast!r} needs passes=contrasted_passes of common/passes.py")
     settings = settings.settled()
