@@ -33,7 +33,7 @@ MAX_SETTINGS, MAX_BYTES = 2**22, 2**26  # bytes of a file of settings, and of an
 CODE = "wants to run code of its own ({key}), which this tool never does: use a checkpoint of transformers' own classes"
 PICKLES = "only safetensors of its own folder are opened, as pickles (.bin, .pt) can run code"
 CLASSES = r"Qwen(2|2_5_|3)(VL)?(Image|Video)?(Processor|Tokenizer)(Fast|Pil)?|PreTrainedTokenizerFast|TokenizersBackend"
-SIZES = r"depth|(num_|num_attention_|num_key_value_)heads|(in_channels|in_chans|max_position_embeddings)"
+SIZES = r"depth|(num_|num_attention_|num_key_value_)heads|(in_channels|in_chans|max_position_embeddings|num_labels)"
 SIZES += (
     r"|num_labels|(hidden|out_hidden|intermediate|window|vocab|patch|temporal_patch|merge|spatial_merge)_size|head_dim"
 )
