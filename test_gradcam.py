@@ -57,7 +57,7 @@ from smooth_gradcam import (
     Look,
     Reading,
     Settings,
-    SmoothQwenGradCAM,  # noqa: F401  (users import it from here)
+    SmoothQwenGradCAM,
     TokenMaps,
     compute_token_maps,
     explain,
@@ -69,15 +69,25 @@ from smooth_gradcam import (
 from visualization_utils import (
     check_drawing,
     comparative_layers,
-    create_comparative_analysis,  # noqa: F401  (users import it from here)
-    create_layer_comparison_grid,  # noqa: F401
+    create_comparative_analysis,
+    create_layer_comparison_grid,
     draw_comparative,
     draw_grid,
     draw_multilayer,
     draw_single,
     select_layers,
-    visualize_multiple_layers,  # noqa: F401
+    visualize_multiple_layers,
 )
+
+__all__ = [  # users import the modules' own from here, too
+    "SmoothQwenGradCAM",
+    "create_comparative_analysis",
+    "create_layer_comparison_grid",
+    "get_model_layers",
+    "main",
+    "single_layer_visualization",
+    "visualize_multiple_layers",
+]
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
 RUNS_AT_ONCE = 8  # of evaluate and knockout mode

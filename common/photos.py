@@ -1,5 +1,6 @@
 """Photos and masks of the kinds that people have, beyond what `load_rgb` of the core opens."""
 
+import functools
 import os
 import re
 
@@ -13,6 +14,8 @@ from smooth_gradcam import load_rgb, open_image
 
 __all__ = ["load_mask", "load_photo", "object_mask", "open_photo", "open_photos", "readable"]
 
+MOST_POLYGONS = 1000  # of a segmentation: each costs the time of a picture
+BEYOND = 2  # pixels that an outline may reach beyond the photo, as rounded ones do
 MAX_ASPECT = 200  # the processor refuses longer photos
 AVIF = {b"avif", b"avis"}  # brands that a file of the HEIF family may have
 HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1", b"miaf"}
@@ -120,31 +123,62 @@ def object_mask(record: dict, size: tuple[int, int]) -> np.ndarray:
             return load_mask(value, size)
         except ValueError as exc:
             raise ValueError(f"the mask {value}: {exc}") from exc
-    pixels = np.zeros(size[::-1], np.uint8)
     try:
         if kind == "box":
-            if isinstance(value, (str, dict)) or not np.isfinite(value).all():
-                raise ValueError(f"it is {value!r}")
-            x, y, width, height = (float(number) for number in value)
-            left, top, right, bottom = (max(round(edge), 0) for edge in (x, y, x + width, y + height))
-            pixels[top:bottom, left:right] = 1
+            pixels = _box_pixels(value, size)
         else:
-            for shape in [value] if isinstance(value, dict) else value:
-                if isinstance(shape, dict):
-                    pixels |= _run_lengths(shape, size)
-                else:  # drawn twice as large: a pixel is inside if its middle is
-                    large, corners = np.zeros((2 * size[1], 2 * size[0]), np.uint8), np.array(shape, float)
-                    if not (np.abs(corners) < 2**20).all():
-                        raise ValueError("a polygon reaches far beyond the photo")
-                    cv2.fillPoly(large, [np.round(2 * corners.reshape(-1, 2)).astype(np.int32)], 1)
-                    pixels |= large[1::2, 1::2]
+            pixels = _segmentation_pixels([value] if isinstance(value, dict) else value, size)
     except (TypeError, ValueError, KeyError, OverflowError) as exc:
         valid = "[x, y, width, height]" if kind == "box" else "polygons [[x, y, x, y, x, y, ...], ...], or run lengths"
-        raise ValueError(f"the {kind} cannot be read ({exc}): give {valid}") from exc
+        raise ValueError(f"the {kind} cannot be read ({exc}): give {valid} in the photo's pixels") from exc
     if pixels.all() or not pixels.any():
         covered = "all" if pixels.all() else "none"
         raise ValueError(f"the {kind} covers {covered} of the photo's {size[0]} x {size[1]} pixels")
     return pixels.astype(bool)
+
+
+def _box_pixels(box, size: tuple[int, int]) -> np.ndarray:
+    x, y, width, height = _numbers(box, "the box")
+    _check_inside([x, x + width], [y, y + height], size)
+    pixels = np.zeros(size[::-1], np.uint8)
+    left, top, right, bottom = (max(round(edge), 0) for edge in (x, y, x + width, y + height))
+    pixels[top:bottom, left:right] = 1
+    return pixels
+
+
+def _segmentation_pixels(shapes: list, size: tuple[int, int]) -> np.ndarray:
+    """The union of polygons and run-length masks, uint8 (height, width)."""
+    if not isinstance(shapes, list) or len(shapes) > MOST_POLYGONS:
+        count = len(shapes) if isinstance(shapes, list) else type(shapes).__name__
+        raise ValueError(f"{count} polygons, where up to {MOST_POLYGONS} are drawn")
+    large = np.zeros((2 * size[1], 2 * size[0]), np.uint8)  # twice as large: a pixel is inside if its middle is
+    masks = [_run_lengths(shape, size) for shape in shapes if isinstance(shape, dict)]
+    for shape in shapes:
+        if not isinstance(shape, dict):
+            corners = np.array(_numbers(shape, "a polygon"))
+            if len(corners) < 6 or len(corners) % 2:
+                raise ValueError(f"a polygon of {len(corners)} numbers: three corners or more have two each")
+            corners = corners.reshape(-1, 2)
+            _check_inside(*corners.T, size)
+            cv2.fillPoly(large, [np.round(2 * corners).astype(np.int32)], 1)
+    return functools.reduce(np.bitwise_or, masks, large[1::2, 1::2])
+
+
+def _numbers(values, name: str) -> list[float]:
+    """Finite numbers. Raises ValueError."""
+    if not isinstance(values, (list, tuple)) or not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"{name} must be a list of numbers")
+    numbers = [float(value) for value in values]
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} has a number that is not finite")
+    return numbers
+
+
+def _check_inside(xs, ys, size: tuple[int, int]) -> None:
+    """Raises ValueError for what reaches beyond the photo: it may be of another one, or of the photo before turning."""
+    for values, limit in ((xs, size[0]), (ys, size[1])):
+        if min(values) < -BEYOND or max(values) > limit + BEYOND:
+            raise ValueError(f"it reaches beyond the photo, which has {size[0]} x {size[1]} pixels the right way up")
 
 
 def _run_lengths(record: dict, size: tuple[int, int]) -> np.ndarray:

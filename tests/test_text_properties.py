@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from test_driver import drive, model_folder, photo_path  # noqa: F401  (fixtures)
 from tqdm.auto import tqdm
@@ -305,6 +305,7 @@ NUMBERS = st.one_of(
 
 
 @QUICK
+@example(flag="seed", text="--")
 @given(flag=st.sampled_from([*COUNTS, "seed", "layer"]), text=NUMBERS)
 def test_whole_numbers_are_what_python_reads_within_their_range_or_refused(capsys, flag, text):
     try:
