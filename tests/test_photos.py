@@ -22,7 +22,7 @@ from common.bands import lay_on_white, render_heatmap, render_overlay
 from common.files import write_files
 from common.inputs import open_regular
 from common.photos import load_mask, load_photo, open_photo, readable
-from smooth_gradcam import Look, SmoothQwenGradCAM, load_rgb, render_cam
+from smooth_gradcam import Look, SmoothQwenGradCAM, load_rgb
 from studies.photo_list import digest, read_list
 from studies.words import compute_word_maps
 from visualization_utils import create_layer_comparison_grid, visualize_multiple_layers
