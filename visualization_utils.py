@@ -139,7 +139,7 @@ def _peak_of(token_maps: TokenMaps, layer, look: Look, strongest: float | None =
 
 
 def strength(token_maps: TokenMaps, layer, strongest: float | None = None) -> str:
-    """The label of a map: its maximum, with ", weak" if it is beside the strongest map, or why there is no map."""
+    """The label of a map: its maximum, and ", weak" if that is small beside the strongest map's; or why it is blank."""
     if layer in token_maps.blank:
         return token_maps.blank[layer]
     own, strongest = (_peak_of(token_maps, layer, Look(scale=scale), strongest) for scale in ("map", "all"))

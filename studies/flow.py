@@ -44,7 +44,15 @@ from studies.decoder import (
 
 __all__ = [
     *("PLACE_NAMES", "Traced", "attention_flow", "attention_maps", "curves_by_layer", "flow_arrays", "flow_findings"),
-    *("flow_rows", "forecast_forwards", "gradient_flow", "group_size", "group_sums", "maps_and_gradients"),
+    *(
+        "flow_rows",
+        "forecast_forwards",
+        "gradient_flow",
+        "group_size",
+        "group_sums",
+        "maps_and_gradients",
+        "pooled_edges",
+    ),
     *("tap_modules", "trace_photo"),
 ]
 
@@ -107,7 +115,7 @@ def attention_maps(reading: Reading, layers: Iterable[int], pool: int | None = N
     A bin has at most `pool` positions of one group; None is 10 to 20, depending on the length. The mean is over the
     pairs of a query and a key that it may see, nan where there is none. Figure 2B of "From Redundancy to Relevance".
     """
-    edges = _pooled_edges(reading, pool)
+    edges = pooled_edges(reading, pool)
     bin_of = torch.as_tensor(np.repeat(np.arange(len(edges) - 1), np.diff(edges)))
     bins = len(edges) - 1
     maps = {layer: torch.zeros(bins, bins) for layer in resolve_layers(layers, get_model_layers(reading.model)[1])}
@@ -126,7 +134,7 @@ def attention_maps(reading: Reading, layers: Iterable[int], pool: int | None = N
     return {layer: torch.where(pairs > 0, sums / pairs, torch.nan).numpy() for layer, sums in maps.items()}, edges
 
 
-def _pooled_edges(reading: Reading, pool: int | None = None) -> np.ndarray:
+def pooled_edges(reading: Reading, pool: int | None = None) -> np.ndarray:
     """Edges (bins + 1,) of bins of at most `pool` positions, each within one group."""
     length = sequence_length(reading) - 1  # the answer's last token predicts nothing that is explained
     pool = pool or int(np.clip(length // 60, 10, 20))

@@ -257,7 +257,7 @@ def change(severed: Severed, edge: str) -> np.ndarray:
 
 
 def mean_change(severed: list[Severed], edge: str) -> np.ndarray:
-    """The mean `_change`, (K,), over the photos that have one; nan if none has."""
+    """The mean `change`, (K,), over the photos that have one; nan if none has."""
     changes = [values for values in (change(one, edge) for one in severed) if np.isfinite(values).all()]
     return np.mean(changes, axis=0) if changes else change(severed[0], edge)
 
