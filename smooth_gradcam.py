@@ -274,7 +274,7 @@ def open_image(image) -> Image.Image:
             raise ValueError(f"an image array of {image.dtype} {image.shape} must be uint8 (height, width, 3), RGB")
         return Image.fromarray(image)
     if not isinstance(image, Image.Image) or not all(image.size):
-        what = image.size if isinstance(image, Image.Image) else type(image).__name__
+        what = f"size {image.size}" if isinstance(image, Image.Image) else f"type {type(image).__name__}"
         raise ValueError(f"image of {what} must be a path, a PIL image with pixels, or a uint8 array")
     if getattr(image, "tile", None) and image.format not in (*FORMATS, "MPO"):  # not loaded yet
         raise ValueError(f"the image is of format {image.format}, not one of {', '.join(FORMATS)}: load it first")

@@ -124,12 +124,11 @@ def _check_fit(processor, config: dict, name: str) -> None:
     for setting, (value, expected) in pairs.items():
         if expected is not None and value != expected:
             raise ValueError(f"{name} has a processor with {setting} {value!r}: this model takes {expected!r}")
-    if not min(np.atleast_1d(getattr(images, "image_std", None) or 1.0)) > 0:
-        raise ValueError(f"{name} has a processor with image_std {images.image_std}: they must be above 0")
-    if (longest := max(map(len, tokens))) > LONGEST_TOKEN:
-        raise ValueError(
-            f"{name} has a tokenizer with a token of {longest} characters: {LONGEST_TOKEN} at most are read"
-        )
+    deviations = np.atleast_1d(getattr(images, "image_std", None) or 1.0).tolist()
+    if not all(type(value) in (int, float) and value > 0 for value in deviations):
+        raise ValueError(f"{name} has a processor with image_std {images.image_std}: numbers above 0 are needed")
+    if (length := max(map(len, tokens))) > LONGEST_TOKEN:
+        raise ValueError(f"{name} has a tokenizer with a token of {length} characters: up to {LONGEST_TOKEN} are read")
     largest, vocabulary = max(tokens.values()), decoder.get("vocab_size")
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(

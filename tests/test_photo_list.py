@@ -189,7 +189,7 @@ def test_objects_of_coco_are_their_pixels():
         ({"box": "1234"}, "the box cannot be read"),
         (
             {"box": [1, 1, float("inf"), 3]},
-            r"the box cannot be read \(the box has a number that is not finite\): give \[x, y,",
+            r"cannot be read \(the box has a number that is not finite\): give \[x",
         ),
         ({"box": [1, 1, float("nan"), 3]}, "the box cannot be read"),
         ({"box": [1e308, 1, 1e308, 3]}, "the box cannot be read"),
