@@ -919,7 +919,7 @@ def noisy_passes(
             for part, pairs in enumerate(features_and_gradients(reading.model, copies, taps, targets, settings)):
                 for own in copy_by_copy(pairs, len(batch)):
                     yield part, own
-            batch = []
+            batch, pairs, own = [], None, None  # nothing of a batch outlives it
     if count != settings.num_samples:
         what = f"yields {count} copies in place of {settings.num_samples}: it must yield each of them once"
         raise ValueError(f"progress={progress!r} {what}")
@@ -1008,6 +1008,7 @@ def explain(
                 if heat is not None:
                     maps[part][key] += heat / settings.num_samples
                     alive[part].add(key)
+            del pairs, features, gradient  # before the next copy
     ends = np.cumsum([math.prod(grid) for grid in reading.grids])
     results = []
     for span, cams, live in zip(spans, maps, alive, strict=True):
