@@ -14,7 +14,8 @@ from transformers import dynamic_module_utils
 from transformers.utils import cached_file
 
 __all__ = [
-    *("MAX_BYTES", "check_tokenizer", "checkpoint_folder", "fetch_weights", "read_record", "settings", "wrong_with"),
+    *("MAX_BYTES", "check_tokenizer", "checkpoint_folder", "fetch_weights", "hub_folder", "read_record", "settings"),
+    "wrong_with",
 ]
 
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # the library must refuse foreign code without asking
@@ -137,7 +138,7 @@ def check_tokenizer(folder: Path, name: str) -> None:
 
 
 @functools.lru_cache
-def _hub_folder(model_path: str) -> Path:
+def hub_folder(model_path: str) -> Path:
     """The folder in the hub's cache with the checkpoint's files of one revision, without weights. Raises OSError."""
     folder = Path(cached_file(model_path, "config.json")).parent
     missing = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), False)
@@ -159,7 +160,7 @@ def checkpoint_folder(model_path: str) -> Path:
         if not folder.exists():
             if folder.is_absolute() or len(folder.parts) > 2 or model_path.startswith("."):
                 raise ValueError(f"{name} does not exist: give a model folder or a name on the hub")
-            folder = _hub_folder(model_path)
+            folder = hub_folder(model_path)
         files = [path for path in sorted(folder.iterdir()) if path.name in FETCHED or re.fullmatch(OPENED, path.name)]
         files += sorted(folder.glob("*_templates/*.jinja"))
         for path in files:

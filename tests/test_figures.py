@@ -14,7 +14,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-import common.encoding
 import common.page
 import test_gradcam
 import visualization_utils
@@ -138,7 +137,7 @@ def test_every_layer_is_in_the_figure_and_has_its_files():
     names = {f"layer_{i}_{kind}.png" for i in range(28) for kind in ("heatmap", "superimposed")}
     assert set(files) == names | {"original_image.png", "all_layers_comparison.png"}
     few = draw_multilayer(make_photo(grid), make_maps({0: maps[0]}))[1]
-    assert len(drawn(files["all_layers_comparison.png"])) < 11 * common.encoding.DPI  # a page
+    assert len(drawn(files["all_layers_comparison.png"])) < 11 * common.page.DPI  # a page
     assert share_of(drawn(few["all_layers_comparison.png"]), blueish) > 0.05
 
 
@@ -199,8 +198,8 @@ def test_any_text_can_be_drawn(text):
     grid = FORMATS["landscape"]
     maps = make_maps({0: hot_spot(grid, (0, 0))}, answer=text, prompt=text)
     figure = drawn(draw_single(make_photo(grid), maps)[1]["visualization.png"])
-    assert figure.shape[1] == round(7.2 * common.encoding.DPI)
-    assert len(figure) < 8 * common.encoding.DPI
+    assert figure.shape[1] == round(7.2 * common.page.DPI)
+    assert len(figure) < 8 * common.page.DPI
     assert (figure[:, -4:] == 255).all()  # nothing runs out of the page
 
 
@@ -331,8 +330,8 @@ def test_explained_part_changes_the_figure_and_is_yellow():
 def test_colour_scales_run_from_cold_to_hot_one_above_the_other():
     page, share = Page(2, ""), np.linspace(0, 1, 256)
     page.colour_scale(0.5, 0.2, 1, 0.2, [colorize_cam(share, "jet"), colorize_cam(share)[::-1]], (0, 1), 7)
-    rows = np.asarray(page.finish(1))[[round(y * common.encoding.DPI) for y in (0.25, 0.35)]].astype(int)
-    (cold, hot), (yellow, blue) = rows[:, [round(x * common.encoding.DPI) for x in (0.51, 1.49)]]
+    rows = np.asarray(page.finish(1))[[round(y * common.page.DPI) for y in (0.25, 0.35)]].astype(int)
+    (cold, hot), (yellow, blue) = rows[:, [round(x * common.page.DPI) for x in (0.51, 1.49)]]
     assert is_blue(cold)
     assert is_red(hot)
     assert is_hot(yellow)
@@ -348,7 +347,7 @@ def test_extreme_photos_can_be_drawn(size):
     figures = ("layer_comparison_grid.png", "visualization.png", "words_by_layer.png")
     for name, content in files.items():
         if name in figures:
-            assert drawn(content).shape[1] == round(7.2 * common.encoding.DPI)
+            assert drawn(content).shape[1] == round(7.2 * common.page.DPI)
         elif name.endswith(".png"):
             assert drawn(content).shape == (size[1], size[0], 3)
 
@@ -544,7 +543,7 @@ def test_figure_of_curves_has_room_for_all(pages, layers, shape, mask, orders, b
     photo, result = make_photo(maps.grid), measured(maps, orders)
     pixels = np.tri(photo.height, photo.width, dtype=bool) if mask else None
     rows = score_rows(maps, result, pixels)
-    assert drawn(draw_faithfulness(photo, maps, result, rows)).shape[1] == round(7.2 * common.encoding.DPI)
+    assert drawn(draw_faithfulness(photo, maps, result, rows)).shape[1] == round(7.2 * common.page.DPI)
     (figure,) = pages
     check_layout(figure)
     plots = [axes for axes in figure.axes if axes.get_xlabel()]
@@ -621,7 +620,7 @@ def test_figure_of_redrawn_weights_has_room_for_all(pages, layers, numbers, shap
         staged[number] = dataclasses.replace(given, maps=maps)
     rows = randomization_rows(staged)
     picture = drawn(draw_randomization(make_photo(given.grid), staged, rows))
-    assert len(picture) < 8 * common.encoding.DPI
+    assert len(picture) < 8 * common.page.DPI
     (figure,) = pages
     check_layout(figure)
     assert {"the model", *(f"{number} re-drawn" for number in numbers[1:])} <= set(texts_of(figure))
@@ -688,7 +687,7 @@ def test_figure_of_words_has_room_for_all(pages, words, answer, shape, layers, b
         cells += len([axes for axes in figure.axes if axes.images]) - 2  # but the photo and the colour scale
         found += "".join(texts_of(figure)).replace(" ", "")
         rows += [text for text in texts_of(figure) if text.startswith("layer ")]
-        assert len(page) < 10.5 * common.encoding.DPI
+        assert len(page) < 10.5 * common.page.DPI
     assert cells == len(words) * len(layers)
     assert all(word in found for word in words)
     assert set(rows) == {f"layer {layer}" for layer in layers}
@@ -872,7 +871,7 @@ def test_long_answers_take_several_pages_and_each_word_stands_once(pages, count,
     found = []
     for i, name in enumerate(names):
         page = drawn(files[name])
-        assert len(page) < 10.5 * common.encoding.DPI  # on a page of a paper
+        assert len(page) < 10.5 * common.page.DPI  # on a page of a paper
         check_layout(pages[i])
         cells = check_words(pages[i], page, maps, results)
         words, rows = sorted({int(word[1:]) for word, _ in cells}), sorted({layer for _, layer in cells})

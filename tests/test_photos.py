@@ -176,7 +176,7 @@ def test_what_is_no_image_is_named(tmp_path, monkeypatch):
     make_image(64, 64).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     for name in ("empty.png", "words.png", "half.png"):
-        message = f"^the image {tmp_path / name} cannot be read as an image .empty, truncated or not one..: "
+        message = f"^the image {tmp_path / name} cannot be read as an image .damaged, or none..: "
         with pytest.raises(ValueError, match=message):
             load_rgb(tmp_path / name)
     for path in (tmp_path, os.devnull):
