@@ -266,8 +266,8 @@ def open_image(image) -> Image.Image:
             with open(image, "rb", opener=_without_waiting) as file, Image.open(file, formats=FORMATS) as picture:
                 return ImageOps.exif_transpose(picture)
         except Exception as exc:  # Pillow raises anything for a damaged file
-            missing = isinstance(exc, FileNotFoundError)
-            why = "does not exist" if missing else f"cannot be read as an image (damaged, or none?): {exc}"
+            reasons = {FileNotFoundError: "does not exist", Image.DecompressionBombError: f"is too large: {exc}"}
+            why = reasons.get(type(exc), f"cannot be read as an image (damaged, or none?): {exc}")
             raise ValueError(f"the image {image} {' '.join(why.split())}") from exc
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:

@@ -126,7 +126,7 @@ def test_array_of_another_kind_is_named(shape):
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "F"])
 def test_picture_without_pixels_is_named(mode, size):
-    message = re.escape(f"image of {size} must be a path, a PIL image with pixels, or a uint8 array")
+    message = re.escape(f"image of size {size} must be a path, a PIL image with pixels, or a uint8 array")
     with pytest.raises(ValueError, match=message):
         load_rgb(Image.new(mode, size))
 
@@ -188,7 +188,7 @@ def test_what_is_no_image_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="whole.png is too large: .*4096 pixels.* exceeds limit of 2000 pixels"):
         load_rgb(tmp_path / "whole.png")
     for other in (None, 5, b"photo.png", [[0, 1]]):
-        message = f"^image of type {type(other).__name__} must be a path, a PIL image or a uint8 array$"
+        message = f"^image of type {type(other).__name__} must be a path, a PIL image with pixels, or a uint8 array$"
         with pytest.raises(ValueError, match=message):
             load_rgb(other)
 
