@@ -1018,8 +1018,8 @@ def test_accuracy_over_a_list_is_what_the_model_would_answer(drive, tmp_path):
 
 LISTS = {
     "": " is empty: give lines such as {",
-    "nonsense": ", line 1 is no JSON (Expecting value",
-    "[1, 2]": ", line 1 is no record: give {",
+    "nonsense": ", line 1 is not valid JSON (Expecting value",
+    "[1, 2]": ", line 1 is not a JSON object: give {",
     '{"image": "one.png", "prompt": "red?"}': ", line 1 has no text for 'answer': give {",
     '{"image": "one.png", "prompt": "red?", "answer": " "}': ", line 1 has no text for 'answer': give {",
     '{"image": "one.png", "prompt": 3, "answer": "red"}': ", line 1 has no text for 'prompt': give {",
@@ -1093,7 +1093,7 @@ def bad(tmp_path_factory, image, model_folder):
 
 BAD = {  # flags: what the message says
     "--image_path {bad}/none.png": "none.png does not exist",
-    "--image_path {bad}/no_config": "no photo (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif) is there",
+    "--image_path {bad}/no_config": "there is no photo (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif)",
     "--image_path {bad}/*.jpeg": "no photo",
     "--image_path {bad}/none.jsonl": "none.jsonl cannot be read",
     "--mode evaluate --image_path {bad} --mask {bad}/black.png": "--mask cannot be combined with a list of photos",
