@@ -109,8 +109,8 @@ def single_layer_visualization(
     """
     check_drawing(look, paper)
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
-    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    settings.setdefault("passes", passes_of(settings.get("contrast")))
+    settings |= {"num_samples": num_samples, "noise_std": noise_std}
+    settings = {"progress": show_progress(quiet), "passes": passes_of(settings.get("contrast"))} | settings
     photo = open_photos(image)
     with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
@@ -400,10 +400,12 @@ def run(args: argparse.Namespace) -> Done:
 def read_question(question: Question, model, processor, args: argparse.Namespace) -> Reading:
     """The reading of a question. Raises ValueError, for a list with the line."""
     try:
-        with answer_progress(model, args.quiet, args.max_new_tokens):
+        with answer_progress(model, args.quiet, args.max_new_tokens), model_named(args.model_path):
             return read(model, processor, question.photo, question.prompt, question.answer, args.max_new_tokens)
     except ValueError as exc:
-        raise ValueError(f"{question.where}: {exc}" if question.where else str(exc)) from exc
+        if not question.where:
+            raise
+        raise ValueError(f"{question.where}: {exc}") from exc
 
 
 def explain_list(request: Request) -> Done:
@@ -468,7 +470,7 @@ def quietly(verbose: bool):
         if not verbose:
             transformers.logging.set_verbosity_error()
             transformers.logging.disable_progress_bar()
-            for library in ("huggingface_hub", "matplotlib"):
+            for library in ("huggingface_hub", "matplotlib", "PIL"):
                 logging.getLogger(library).setLevel(logging.ERROR)
             warnings.simplefilter("ignore")
         warnings.simplefilter("always", ExplanationWarning)

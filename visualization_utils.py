@@ -459,7 +459,7 @@ def _create(
 ):  # fmt: skip
     """Explain the layers and write the files of `draw(photo, token maps, look=, paper=)`; returns its pictures."""
     photo, passes = open_photos(image), passes_of(settings.get("contrast"))
-    settings |= {"progress": show_progress(quiet), "passes": passes}
+    settings = {"progress": show_progress(quiet), "passes": passes} | settings
     with output_folder(save_dir, subfolders, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         pictures, files = draw(photo, token_maps, look=look, paper=paper)

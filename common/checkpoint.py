@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -24,6 +25,9 @@ from smooth_gradcam import FAMILIES, SUPPORTED, ExplanationWarning, get_model_la
 __all__ = [
     *("cap_pixels", "count_layers", "load_model", "load_processor", "model_identity", "model_named", "resolve_device"),
 ]
+
+
+LONGEST_TOKEN = 1000  # characters: an answer of longer ones could fill the memory
 
 
 def resolve_device(name: str) -> str:
@@ -69,6 +73,8 @@ def cap_pixels(image_processor, max_pixels: int) -> None:
     if max_pixels < side * side:
         raise ValueError(f"--max_pixels {max_pixels} is less than one image token: give {side * side} or more")
     size = dict(image_processor.size)
+    if not all(type(size[edge]) is int and 1 <= size[edge] < 2**63 for edge in ("longest_edge", "shortest_edge")):
+        raise TypeError(f"{size}")
     longest = min(size["longest_edge"], max_pixels)  # in pixels, whatever the names say
     shortest = min(size["shortest_edge"], longest)
     image_processor.size = type(image_processor.size)(shortest_edge=shortest, longest_edge=longest)
@@ -102,7 +108,7 @@ def load_processor(model_path: str, max_pixels: int):
     try:
         cap_pixels(processor.image_processor, max_pixels)
     except (TypeError, KeyError) as exc:
-        raise ValueError(f"{name} has a preprocessor_config.json without a valid size: {exc}") from exc
+        raise ValueError(f"{name} has a preprocessor_config.json without a valid size, in whole pixels: {exc}") from exc
     return processor
 
 
@@ -110,13 +116,19 @@ def _check_fit(processor, config: dict, name: str) -> None:
     """Raises ValueError if processor and model, each of which may be sound, are not made for each other."""
     images, vision, decoder = processor.image_processor, config.get("vision_config") or {}, _decoder_settings(config)
     tokens = processor.tokenizer.get_vocab()
-    pairs = {"image token": (tokens[processor.image_token], config.get("image_token_id"))}
+    pairs = {"image token": (tokens[processor.image_token], config.get("image_token_id", 151655))}  # the class' default
     pairs["do_resize"] = getattr(images, "do_resize", True), True  # or --max_pixels would have no effect
     for own, models in (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
         pairs[own] = getattr(images, own, None), vision.get(models)
+    pairs["do_center_crop"] = bool(getattr(images, "do_center_crop", False)), False
     for setting, (value, expected) in pairs.items():
         if expected is not None and value != expected:
             raise ValueError(f"{name} has a processor with {setting} {value!r}: this model takes {expected!r}")
+    deviations = np.atleast_1d(getattr(images, "image_std", None) or 1.0).tolist()
+    if not all(type(value) in (int, float) and value > 0 for value in deviations):
+        raise ValueError(f"{name} has a processor with image_std {images.image_std}: numbers above 0 are needed")
+    if (length := max(map(len, tokens))) > LONGEST_TOKEN:
+        raise ValueError(f"{name} has a tokenizer with a token of {length} characters: up to {LONGEST_TOKEN} are read")
     largest, vocabulary = max(tokens.values()), decoder.get("vocab_size")
     if vocabulary is not None and largest >= vocabulary:
         raise ValueError(
@@ -151,7 +163,7 @@ def _own_generation(folder: Path, name: str) -> GenerationConfig:
     tokens = {key: config.get(key) for key in ("eos_token_id", "pad_token_id")}
     for key, value in tokens.items():
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if value is not None and not all(type(token) is int and token >= 0 for token in ids):
+        if value is not None and not all(type(token) is int and 0 <= token < 2**31 for token in ids):
             raise ValueError(f"{name} has {key} {value!r}: it must be a token id")
     return GenerationConfig(**tokens)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.terminal import plain
 
-__all__ = ["CHOICES", "FOLDERS", "MODES_OF_FLAG", "parse_args"]
+__all__ = ["CHOICES", "FOLDERS", "MODES_OF_FLAG", "OneLineParser", "parse_args"]
 
 HERE = Path(__file__).resolve().parents[1]
 FOLDERS = {  # of each mode
@@ -160,14 +160,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, as for every other bad input
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of all other bad input, that cannot steer the terminal."""
+
+    def error(self, message):
         self.exit(2, plain(f"{self.prog}: error: {message}") + "\n")
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     """The parser, and {flag: the modes in which it acts} of flags that do not act in all of them."""
-    parser, modes_of = _Parser(
+    parser, modes_of = OneLineParser(
         prog="test_gradcam.py",
         description="Show where in a photo the answer of a Qwen2.5-VL comes from (Smooth Grad-CAM).",
         epilog=EXAMPLES,

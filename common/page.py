@@ -235,7 +235,7 @@ class Paper:
     def __post_init__(self):
         if self.width not in WIDTHS:
             raise ValueError(f"width={self.width!r} must be one of {', '.join(WIDTHS)}")
-        if isinstance(self.formats, str) or not set(self.formats) <= set(VECTOR_FORMATS):
+        if not isinstance(self.formats, (tuple, list)) or not set(self.formats) <= set(VECTOR_FORMATS):
             raise ValueError(f"formats={self.formats!r} must be a tuple of {', '.join(VECTOR_FORMATS)}")
         if not isinstance(self.heatmaps, bool):
             raise ValueError(f"heatmaps={self.heatmaps!r} must be True or False")

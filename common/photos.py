@@ -38,7 +38,7 @@ def open_photo(image) -> Image.Image:
             raise
         raise ValueError(f"{image} is {kind} photo: convert it to JPEG, e.g. with pillow-heif") from exc
     if photo.mode in "IF":
-        return _scale_grey(photo)
+        return _scale_grey(photo, f"the image {image}" if isinstance(image, (str, os.PathLike)) else "the image")
     return lay_on_white(photo) if photo.has_transparency_data else load_rgb(photo)
 
 
@@ -61,17 +61,17 @@ def _heif_kind(path: str | os.PathLike) -> str | None:
     return "a HEIC" if brands & HEIC else None
 
 
-def _scale_grey(image: Image.Image) -> Image.Image:
+def _scale_grey(image: Image.Image, name: str) -> Image.Image:
     """A picture of one channel of 32 bits, in mode I or F, as RGB: see `open_photo`."""
     values = np.asarray(image, dtype=np.float32)
     scales = [1.0, 255.0, 65535.0] if image.mode == "F" else [255.0, 65535.0]  # values of white
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= scales[-1]):  # false for nan, too
-        raise ValueError(f"the image has grey values {low:g} to {high:g}: they must be finite, 0 to {scales[-1]:g}")
+        raise ValueError(f"{name} has grey values {low:g} to {high:g}: they must be finite, 0 to {scales[-1]:g}")
     white = next(scale for scale in scales if high <= scale)
     for scale in scales[: scales.index(white)]:
         if np.mean(values <= scale) > 0.99:  # the few others would make it nearly black
-            raise ValueError(f"the image has a few grey values up to {high:g}, nearly all up to {scale:g}: clip them")
+            raise ValueError(f"{name} has a few grey values up to {high:g}, nearly all up to {scale:g}: clip them")
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 

@@ -34,9 +34,12 @@ MAX_SETTINGS, MAX_BYTES = 2**22, 2**26  # bytes of a file of settings, and of an
 CODE = "wants to run code of its own ({key}), which this tool never does: use a checkpoint of transformers' own classes"
 PICKLES = "only safetensors of its own folder are opened, as pickles (.bin, .pt) can run code"
 CLASSES = r"Qwen(2|2_5_|3)(VL)?(Image|Video)?(Processor|Tokenizer)(Fast|Pil)?|PreTrainedTokenizerFast|TokenizersBackend"
-SIZES = r"depth|(num_|num_attention_|num_key_value_)heads|(in_channels|in_chans|max_position_embeddings)"
-SIZES += r"|(hidden|out_hidden|intermediate|window|vocab|patch|temporal_patch|merge|spatial_merge)_size|head_dim"
-LIMITS = {"depth": 1000, "patch_size": 1024, "temporal_patch_size": 64, "merge_size": 64, "spatial_merge_size": 64}
+SIZES = r"depth|(num_|num_attention_|num_key_value_)heads|(in_channels|in_chans|max_position_embeddings|num_labels)"
+SIZES += (
+    r"|num_labels|(hidden|out_hidden|intermediate|window|vocab|patch|temporal_patch|merge|spatial_merge)_size|head_dim"
+)
+LIMITS = {"depth": 1000, "patch_size": 1024, "num_labels": 10_000}
+LIMITS |= dict.fromkeys(("temporal_patch_size", "merge_size", "spatial_merge_size"), 64)
 QUANTISED = (None, "bitsandbytes", "awq", "gptq", "compressed-tensors")  # run by packages, without kernels from a hub
 
 
@@ -63,6 +66,8 @@ def wrong_with(key: str, value) -> str | None:
         method = value.get("quant_method") if isinstance(value, dict) else value
         if method not in QUANTISED:
             return f"is quantised by {method!r}: of those, {', '.join(QUANTISED[1:])} are run, without code from a hub"
+    elif key == "device":
+        return f"wants its photos on the device {value!r}: take that out, --device says where the model is"
     elif re.fullmatch(SIZES, key):
         most = LIMITS.get(key, 2**24)
         if type(value) is not int or not 1 <= value <= most:
@@ -82,10 +87,14 @@ def settings(record) -> Iterator[tuple[str, object]]:
             nodes.extend(node)
 
 
+def _no_number(constant: str):
+    raise ValueError(f"{constant} is not a number")
+
+
 def read_record(path: Path, name: str) -> dict:
     """The object in a JSON file. Raises ValueError that begins with `name`, the flag and its value."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except PermissionError as exc:
         raise ValueError(f"{name} cannot be read: {exc.strerror}") from exc
     except (OSError, ValueError, RecursionError) as exc:

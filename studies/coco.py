@@ -10,8 +10,16 @@ import argparse
 import json
 import os
 import random
+import sys
 from collections import defaultdict
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from common.flags import OneLineParser  # noqa: E402
+from common.inputs import open_regular  # noqa: E402
+from common.terminal import say  # noqa: E402
+from smooth_gradcam import open_image  # noqa: E402
 
 __all__ = ["main"]
 
@@ -53,6 +61,10 @@ def _make_lines(data: dict, photos: Path, output: Path, count: int | None, seed:
     paths = {image: photos / Path(files[image]).name for image in chosen}
     if lost := [path for path in paths.values() if not path.is_file()]:
         raise ValueError(f"{len(lost)} of {len(paths)} photos are not in {photos}, such as {lost[0].name}")
+    sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+    for image, path in paths.items():
+        if (size := open_image(path).size) != sizes[image]:
+            raise ValueError(f"{path.name} has {size} pixels the right way up, its annotations {sizes[image]}")
     return [
         {"image": os.path.relpath(paths[image], output.parent), "target": name, "segmentation": polygons}
         for image in chosen
@@ -62,8 +74,10 @@ def _make_lines(data: dict, photos: Path, output: Path, count: int | None, seed:
 
 def main(arguments=None) -> None:
     """The command line; `arguments` None are those of the process."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = OneLineParser(
+        prog="coco.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("annotations", type=Path, help="instances_....json of COCO")
     parser.add_argument("photos", type=Path, help="folder of the photos")
@@ -72,22 +86,27 @@ def main(arguments=None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smallest", type=float, default=0.01, help="object, as a share of the photo")
     args = parser.parse_args(arguments)
+    if not 0 <= args.smallest <= 1:
+        parser.error(f"--smallest {args.smallest}: give a share, 0 to 1")
     if args.count is not None and args.count < 1:
         parser.error(f"--count {args.count}: give 1 or more")
     try:
-        data = json.loads(args.annotations.read_text(encoding="utf-8"))
+        with open_regular(args.annotations) as file:
+            data = json.load(file)
         selection = (args.photos, args.output, args.count, args.seed, args.smallest)
         lines = _make_lines(data if isinstance(data, dict) else {}, *selection)
         for path in (args.annotations, *(args.photos / Path(image["file_name"]).name for image in data["images"])):
             if args.output.exists() and path.exists() and path.samefile(args.output):
                 raise ValueError(f"--output {args.output} is {path}: it would be replaced, choose another")
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        parser.error(f"{args.annotations}: {f'{exc} is missing' if isinstance(exc, KeyError) else exc}")
+    except (OSError, ValueError) as exc:
+        parser.error(f"{args.annotations}: {exc}")
+    except (KeyError, TypeError, AttributeError, RecursionError) as exc:
+        parser.error(f"{args.annotations} is not in COCO's format: {type(exc).__name__}: {exc}")
     try:
         args.output.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     except OSError as exc:
         parser.error(f"--output {args.output} cannot be written: {exc.strerror}")
-    print(f"{len(lines)} words in {len({line['image'] for line in lines})} photos: {args.output}")
+    say(f"{len(lines)} words in {len({line['image'] for line in lines})} photos: {args.output}")
 
 
 if __name__ == "__main__":

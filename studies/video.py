@@ -9,7 +9,6 @@ Shapes:  H, W  rows and columns of image tokens of a frame     height, width  pi
 
 import functools
 import io
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -31,11 +30,11 @@ from smooth_gradcam import (
     TokenMaps,
     answered,
     check_family,
+    check_processor,
     check_text,
     explain,
     find_target,
     get_model_layers,
-    load_rgb,
     prepare_inputs,
     render_cam,
     resolve_layers,
@@ -70,9 +69,11 @@ class Video:
     fps: float = 2.0
 
     def __post_init__(self):
-        if not (isinstance(self.fps, (int, float)) and 0 < self.fps < math.inf):
-            raise ValueError(f"fps={self.fps!r} must be frames per second, above 0")
-        frames = tuple(map(load_rgb, self.frames))
+        if type(self.fps) not in (int, float) or not 0.01 <= self.fps <= 1000:
+            raise ValueError(f"fps={self.fps!r} must be frames per second, 0.01 to 1000")
+        if not isinstance(self.frames, Iterable) or isinstance(self.frames, (str, Image.Image)):
+            raise ValueError(f"frames of type {type(self.frames).__name__} must be a list of photos")
+        frames = tuple(map(open_photo, self.frames))
         if len(frames) < 2 or len({frame.size for frame in frames}) > 1:
             sizes = ", ".join(f"{width} x {height}" for width, height in dict.fromkeys(frame.size for frame in frames))
             raise ValueError(f"a video of {len(frames)} frames ({sizes}): give two or more, all of one size")
@@ -85,6 +86,7 @@ def read_video(model, processor, video: Video, prompt: str, answer=None, max_new
     The photos of the reading are the first frames of the temporal patches. Arguments and errors are those of `read`.
     """
     check_family(model)
+    check_processor(processor, "video_processor")
     check_text("prompt", prompt)
     count = len(video.frames)
     metadata = VideoMetadata(total_num_frames=count, fps=video.fps, frames_indices=list(range(count)))
@@ -171,7 +173,7 @@ def create_video_maps(
     check_drawing(look, paper)
     total = get_model_layers(model)[1]
     (layer,) = resolve_layers([total // 2 if layer_idx is None else layer_idx], total)
-    video, settings = Video(map(open_photo, frames), fps), Settings(num_samples, noise_std, **settings)
+    video, settings = Video(frames, fps), Settings(num_samples, noise_std, **settings)
     with output_folder(save_dir, inputs=frames) as write:
         reading = read_video(model, processor, video, prompt, answer, max_new_tokens)
         span = find_target(reading.answer, target, target_occurrence)

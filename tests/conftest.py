@@ -21,6 +21,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from common.page import Paper
 from smooth_gradcam import METHODS, read
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
@@ -149,6 +150,13 @@ def make_image(width, height):
     """Smooth random colours, the same for the same size."""
     coarse = np.random.default_rng(width * height).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """Every figure has its names and no content: laying one out takes longer than a pass of the tiny model."""
+    usual, blank = Paper.figure, np.zeros((2, 2, 3), np.uint8)
+    monkeypatch.setattr(Paper, "figure", lambda *given: dict.fromkeys(usual(*given), blank))
 
 
 @pytest.fixture

@@ -978,7 +978,7 @@ def test_parts_that_name_no_token_are_errors(model, processor, image):
     reading = read(model, processor, image, PROMPT, ANSWER)
     with pytest.raises(ValueError, match=r"^spans=\[\] has no part of the answer"):
         explain(reading, [], [0])
-    for span in ((3, 3), (30, 33), (5, 4), (-3, 3), (0, 14)):
+    for span in ((3, 3), (30, 33), (5, 4), (-3, 3), (0, 14), 5, None, ("a", "b"), (0.5, 1)):
         message = f": {span} must be (start, end) in the 13 characters of the answer, with a token in it"
         with pytest.raises(ValueError, match=f"^spans=.*{re.escape(message)}$"):
             explain(reading, [(0, 3), span], [0])

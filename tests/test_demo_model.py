@@ -8,19 +8,18 @@ import torch
 import train
 from evaluate import UNSEEN, answers, evaluate, read_description
 from PIL import Image
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor
 
-from smooth_gradcam import compute_token_maps, get_model_layers, upsample_cam
+from smooth_gradcam import Settings, explain, find_target, get_model_layers, read, upsample_cam
 
 DEMO_MODEL = scenes.OBJECTS.parent
 DOCUMENTED = "Describe the main content in this image in detail."
-CORNERS = {"top left": 0, "top right": 2, "bottom left": 6, "bottom right": 8}
+DEMO_KINDS = ("plane", "house", "dog", "bicycle")
 
 
 @pytest.fixture(scope="module")
-def demo():
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO_MODEL, local_files_only=True).eval()
-    return model, AutoProcessor.from_pretrained(DEMO_MODEL, local_files_only=True)
+def demo(demo):
+    return demo.model, demo.processor
 
 
 def test_folder_is_small_enough_to_live_in_the_repository():
@@ -58,7 +57,8 @@ def test_growing_the_model_changes_no_logit():
         torch.testing.assert_close(core(input_ids=ids).logits, grown(input_ids=ids).logits)
 
 
-def test_unseen_scenes_are_described(demo):
+def test_unseen_scenes_are_described(demo, monkeypatch):
+    monkeypatch.setattr("evaluate.TOPICS", ("there",))  # the figures below are those of the descriptions
     figures = evaluate(*demo, count=8)
     for name in ("objects named", "scenes with nothing invented", "named objects placed right"):
         right, total = figures[name]
@@ -71,15 +71,16 @@ def test_documented_prompt_names_and_places_every_object_of_the_demo_picture(dem
     assert answers(*demo, [image], [DOCUMENTED]) == [scenes.describe(scene)]
 
 
-@pytest.mark.parametrize("kind", ["plane", "house", "dog", "bicycle"])
-def test_each_word_of_the_demo_picture_points_at_its_object(demo, kind):
-    image, settings = Image.open(DEMO_MODEL.parent / "demo.jpeg"), {"score": "logprob", "method": "hirescam"}
-    result = compute_token_maps(*demo, image, DOCUMENTED, [6], target=kind, noise_std=0.15, num_samples=3, **settings)
-    mask = scenes.demo_scene().object(kind).mask
-    assert mask.flat[upsample_cam(result.maps[6], mask.shape).argmax()]
+def test_each_word_of_the_demo_picture_points_at_its_object_under_noise(demo):
+    reading, kinds = read(*demo, Image.open(DEMO_MODEL.parent / "demo.jpeg"), DOCUMENTED), DEMO_KINDS
+    spans = [find_target(reading.answer, kind) for kind in kinds]
+    settings = Settings(3, 0.15, score="logprob", method="hirescam")
+    for kind, result in zip(kinds, explain(reading, spans, [6], settings), strict=True):
+        mask = scenes.demo_scene().object(kind).mask
+        assert mask.flat[upsample_cam(result.maps[6], mask.shape).argmax()], kind
 
 
-@pytest.mark.parametrize("number", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize("number", [0, 4])
 def test_each_word_of_an_unseen_scene_lights_its_own_object_and_no_other(demo, number):
     rows = benchmark_words.measure(*demo, number, layer=16)
     assert len(rows) == len(scenes.make_scene(UNSEEN + number).objects) > 1
@@ -89,26 +90,6 @@ def test_each_word_of_an_unseen_scene_lights_its_own_object_and_no_other(demo, n
 @pytest.mark.parametrize("prompt", ["Beschreibe das Bild.", "这张图片里有什么?", "ما هذا؟", "?!", "🙂", "x" * 300])
 def test_any_prompt_in_any_script_is_answered_with_something(demo, prompt):
     assert answers(*demo, [Image.fromarray(scenes.make_scene(UNSEEN).image)], [prompt])[0].strip()
-
-
-@pytest.mark.parametrize("size", [(252, 336), (336, 252)], ids=["landscape", "portrait"])
-@pytest.mark.parametrize("corner", CORNERS)
-def test_an_object_in_a_corner_lights_up_that_corner(demo, corner, size):
-    scene = scenes.make_scene(UNSEEN, size=size, kinds=["frog", "car"], places=[CORNERS[corner], 4], background="plain")
-    result = compute_token_maps(
-        *demo,
-        Image.fromarray(scene.image),
-        DOCUMENTED,
-        [6],
-        answer=scenes.describe(scene),
-        target="frog",
-        score="logprob",
-        method="hirescam",
-        num_samples=3,
-    )
-    heat = upsample_cam(result.maps[6], size)
-    row, column = np.unravel_index(heat.argmax(), size)
-    assert (row < size[0] / 2, column < size[1] / 2) == (corner.startswith("top"), corner.endswith("left"))
 
 
 def test_same_seed_gives_the_same_scene_and_another_seed_another():

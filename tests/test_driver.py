@@ -16,6 +16,7 @@ import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
+import driver_process
 import numpy as np
 import pytest
 import torch
@@ -62,14 +63,23 @@ def photo_path(tmp_path_factory, image):
 
 
 load_once = functools.cache(load_model)  # tests that only want a run share the model
+read_once = functools.cache(load_processor)
 
 
 @pytest.fixture
-def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch):
+def drawn(monkeypatch):
+    """Figures are drawn, if coarsely; for tests without this fixture `drive` writes blank ones, which is quicker."""
+    monkeypatch.setattr(common.page, "DPI", 40)
+
+
+@pytest.fixture
+def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch, request):
     """Run the driver on the tiny model; returns (exit code, stdout, stderr). Later flags win over the usual ones."""
 
     monkeypatch.setattr(test_gradcam, "load_model", load_once)
-    monkeypatch.setattr(common.page, "DPI", 40)  # quicker
+    monkeypatch.setattr(test_gradcam, "load_processor", read_once)
+    if "drawn" not in request.fixturenames:
+        request.getfixturevalue("blank_figures")
 
     def drive(*flags):
         usual = ["--model_path", model_folder, "--output_dir", tmp_path / "out", "--device", "cpu"]
@@ -82,12 +92,6 @@ def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch):
         return code, *capsys.readouterr()
 
     return drive
-
-
-@pytest.fixture
-def no_figures(drive, monkeypatch):
-    """Blank pages, which are quicker."""
-    monkeypatch.setattr(common.page, "figure_to_array", lambda figure: np.zeros((2, 2, 3), np.uint8))
 
 
 @pytest.fixture
@@ -140,7 +144,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, mode):
+def test_each_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, mode, image):
     flags, folder, names = MODES[mode]
     code, out, err = drive("--mode", mode, *flags, "--answer", ANSWER)
     assert (code, err) == (0, "")
@@ -151,12 +155,6 @@ def test_each_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, mode
     assert {line.removeprefix("wrote ") for line in lines[2:]} == {
         str(tmp_path / "out" / folder / name) for name in names
     }
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_pictures_have_the_size_of_the_photo(drive, tmp_path, mode, image):
-    flags, folder, names = MODES[mode]
-    drive("--mode", mode, *flags, "--answer", ANSWER)
     for name in names:
         if "layer_" in name and "comparison" not in name:
             assert Image.open(tmp_path / "out" / folder / name).size == image.size
@@ -197,26 +195,18 @@ def plain():
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--noise_std", "0.3"],
         ["--noise_std", "0", "--num_samples", "1"],
-        ["--num_samples", "3"],
-        ["--seed", "1"],
-        ["--layer", "2"],
         ["--prompt", "cat"],
         ["--answer", "cat red"],
-        ["--target", "red"],
-        ["--score", "logprob"],
-        ["--method", "hirescam"],
         ["--method", "product"],
         ["--method", "paper"],
-        ["--rules", "plain"],
-        ["--tap", "output"],
         ["--dtype", "bfloat16"],
         ["--max_pixels", str(8 * 28 * 28)],
     ],
     ids=" ".join,
 )
 def test_a_flag_changes_the_map(raw, plain, flags):
+    """Of all others `test_flag_changes_what_is_written_where_it_is_accepted` knows."""
     maps, changed = raw(*plain)["maps"], raw(*plain, *flags)["maps"]
     assert maps.shape != changed.shape or not np.array_equal(maps, changed)
 
@@ -467,7 +457,6 @@ def test_an_earlier_randomization_is_told_of_and_stays(drive, tmp_path):
     assert (tmp_path / "out/evaluate/randomization.png").exists()
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_answer_that_cannot_be_has_a_verdict(drive, monkeypatch):
     """Probabilities that are zero in float32."""
     monkeypatch.setattr(
@@ -520,7 +509,6 @@ COPIES = {
 
 
 @pytest.mark.parametrize("mode", COPIES)
-@pytest.mark.usefixtures("no_figures")
 def test_noisy_copies_are_run_at_once_in_every_mode_that_has_them(drive, pictures, mode):
     def passes(*flags):
         pictures.clear()
@@ -534,7 +522,6 @@ def test_noisy_copies_are_run_at_once_in_every_mode_that_has_them(drive, picture
     assert max(found)[0] == 2
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_runs_of_evaluate_and_knockout_mode_are_eight_at_once_unless_told(drive, monkeypatch):
     seen = []
     for module, name in ((faithfulness, "insertion_deletion"), (knockout, "knockout")):
@@ -551,7 +538,6 @@ def test_runs_of_evaluate_and_knockout_mode_are_eight_at_once_unless_told(drive,
     assert seen == [8, 8, 3, 3]
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_batch_size_is_how_many_pictures_are_run_at_once(drive, tmp_path, model_folder):
     batches, table = {}, {}
     for size in (1, 2, 8):
@@ -567,7 +553,6 @@ def test_batch_size_is_how_many_pictures_are_run_at_once(drive, tmp_path, model_
     assert table[1] == table[2] == table[8]
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_mask_is_turned_with_the_photo(drive, tmp_path, image, mask_path):
     """Both may come from a camera that was held upright; what counts is how they are seen."""
     exif = Image.Exif()
@@ -626,7 +611,6 @@ def test_chinese_answer_is_cut_into_words(drive, tmp_path):
     assert [word["tokens"] for word in about["words"]] == [["左"] * 3, ["边"] * 3, ["猫"] * 3]  # a token is a byte here
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_words_and_evaluate_mode_agree_on_the_probability(drive, tmp_path):
     drive(*EVALUATE)
     drive(*WORDS, "--answer", ANSWER, "--words", "cat")
@@ -636,7 +620,6 @@ def test_words_and_evaluate_mode_agree_on_the_probability(drive, tmp_path):
     assert float(score) > 1e-3
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_words_maps_are_those_of_single_mode(drive, tmp_path):
     drive("--answer", ANSWER, "--target", "cat", "--layer", 2, "--save_raw")
     drive(*WORDS, "--answer", ANSWER)
@@ -699,13 +682,12 @@ def usual():
 
 ACTING = [(flag, mode) for flag, mode in PAIRS if mode in MODES_OF_FLAG[flag]]
 ACTING = [pair for pair in ACTING if pair[0] != "--recompute"]  # the same maps, for less memory: see above
-LOOKS = ("--colormap", "--opacity", "--upsample", "--scale", "--heatmaps", "--width")  # act on pictures: see below
-ACTING = [pair for pair in ACTING if pair[0] not in LOOKS]
+COLOURS = ("--colormap", "--opacity", "--upsample", "--scale")  # act on pictures: see below
+ACTING = [pair for pair in ACTING if pair[0] not in (*COLOURS, "--heatmaps", "--width")]
 ACTING.remove(("--answers", "knockout"))  # stands in the place of the others: see below
 
 
 @pytest.mark.parametrize(("flag", "mode"), ACTING)
-@pytest.mark.usefixtures("no_figures")
 def test_flag_changes_what_is_written_where_it_is_accepted(drive, tmp_path, mask_path, usual, flag, mode):
     def outcome(*flags):
         code, _, err = drive("--mode", mode, *IN_MODE[mode], *flags)
@@ -733,31 +715,48 @@ def test_flag_changes_what_is_written_where_it_is_accepted(drive, tmp_path, mask
         assert all(files.get(name) != before[name] for name in watched)
 
 
-@pytest.mark.parametrize("mode", FOLDERS)
-def test_flags_of_the_look_change_pictures_and_nothing_else(drive, tmp_path, mode):
+def check_look(drive, tmp_path, mode, flags):
+    """Each flag of the colours changes pictures, the page of words, and nothing else."""
+
     def outcome(*flags):
         code, _, err = drive("--mode", mode, *IN_MODE[mode], *flags)
         assert code == 0, err
         return {name: (tmp_path / "out" / name).read_bytes() for name in written(tmp_path / "out")}
 
-    before = outcome()
-    for flag in LOOKS:
+    before = outcome(*flags)
+    for flag in COLOURS:
         if mode in MODES_OF_FLAG.get(flag, FOLDERS):
-            files = outcome(flag, *filter(None, [OUTSIDE[flag]]))
+            files = outcome(*flags, flag, OUTSIDE[flag])
             changed = {name for name in before if files[name] != before[name]}
             assert changed
             assert all(name.endswith((".png", "index.html")) for name in changed if not name.endswith(".npz"))
 
 
+@pytest.mark.parametrize("mode", ["single", "grid", "multi", "comparative"])
+def test_flags_of_the_colours_change_pictures_and_nothing_else(drive, tmp_path, mode):
+    check_look(drive, tmp_path, mode, [])
+
+
+@pytest.mark.parametrize("mode", ["words", "evaluate", "flow"])
+def test_flags_of_the_colours_change_figures_and_nothing_else(drive, drawn, tmp_path, mode):
+    check_look(drive, tmp_path, mode, ["--layers", "1"])
+
+
 @pytest.mark.parametrize("mode", FOLDERS)
-def test_every_figure_of_a_mode_is_written_in_the_formats_that_are_asked_for(drive, tmp_path, mode):
-    extra = {"flow": ["--attention_maps", "--taps"], "evaluate": ["--randomize"]}.get(mode, [])
-    code, _, err = drive("--mode", mode, *IN_MODE[mode], *extra, "--format", "svg", "pdf", "svg")
+def test_every_figure_of_a_mode_is_made_for_the_paper_that_is_asked_for(drive, tmp_path, monkeypatch, mode):
+    """Its files are written in the formats, its width and heatmaps are those of the flags."""
+    papers, usual = [], common.page.Paper.figure
+    monkeypatch.setattr(common.page.Paper, "figure", lambda *given: papers.append(given[0]) or usual(*given))
+    flags = {"flow": ["--attention_maps", "--taps"], "evaluate": ["--randomize"]}.get(mode, [])
+    flags += ["--heatmaps"] if mode in MODES_OF_FLAG["--heatmaps"] else []
+    code, _, err = drive("--mode", mode, *IN_MODE[mode], *flags, "--format", "svg", "pdf", "svg", "--width", "column")
     assert code == 0, err
+    assert {(paper.width, paper.heatmaps) for paper in papers} == {("column", mode == "multi" or "--heatmaps" in flags)}
     files = written(tmp_path / "out")
     pdf, svg, png = ({name[:-4] for name in files if name.endswith(suffix)} for suffix in (".pdf", ".svg", ".png"))
     pictures = {name for name in png if name.endswith(("heatmap", "superimposed", "superimposed_result", "image"))}
     assert pdf == svg == png - pictures
+    assert len(papers) == len(pdf) > 0
 
 
 @pytest.mark.parametrize("value", ["half", "fixed:1.5", "fixed:", "0.5", "fixed:-1"])
@@ -787,7 +786,6 @@ def listed(tmp_path):
 
 
 @pytest.mark.parametrize("mode", FOLDERS)
-@pytest.mark.usefixtures("no_figures")
 def test_every_mode_explains_a_list_as_each_photo_alone(drive, tmp_path, listed, mode):
     few = ["--steps", 4] if mode == "evaluate" else []
     code, out, err = drive("--mode", mode, "--image_path", listed, *few)
@@ -815,7 +813,6 @@ def test_every_mode_explains_a_list_as_each_photo_alone(drive, tmp_path, listed,
     assert {name: (folder / "p2" / name).stat().st_mtime_ns for name in files} == before
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_a_list_into_its_own_folder_takes_no_picture_of_its_own(drive, tmp_path):
     """The first time two photos, and again; also where a name is not UTF-8."""
     for name in (b"a", b"b\xff"):
@@ -828,7 +825,6 @@ def test_a_list_into_its_own_folder_takes_no_picture_of_its_own(drive, tmp_path)
         assert ("files that this tool wrote are left out of the list, such as" in err) == (i > 0)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_pictures_of_other_layers_beside_those_of_a_list_are_told(drive, tmp_path, listed):
     usual = ("--mode", "grid", "--image_path", tmp_path / "photos")
     assert "note: " not in drive(*usual, "--layers", 1, 2)[1]
@@ -887,7 +883,6 @@ def test_no_input_lies_where_the_builders_write(model, processor, image, tmp_pat
             build(*given, save_dir=tmp_path)
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_benchmark_of_a_list_has_methods_layers_centre_and_random_rows(drive, tmp_path, listed):
     code, out, _ = drive("--mode", "evaluate", "--image_path", listed, "--compare", "--layers", 1, 2, "--steps", 4)
     assert code == 1
@@ -902,7 +897,6 @@ def test_benchmark_of_a_list_has_methods_layers_centre_and_random_rows(drive, tm
     assert "\\toprule" in (tmp_path / "out/evaluate/benchmark.tex").read_text()
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_target_that_the_models_own_answer_lacks_is_left_out_of_a_benchmark(drive, tmp_path, listed):
     listed.write_text('{"image": "photos/p0.png", "target": "xylophone"}\n')
     code, out, err = drive("--mode", "evaluate", "--image_path", listed, "--max_new_tokens", 4, "--steps", 4)
@@ -1380,7 +1374,6 @@ def test_layers_are_ranges_lists_and_names_in_each_mode_that_takes_them(flag, wo
         assert parse_args(["--mode", mode, flag, *words]).layers == expected
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_layers_act_in_grid_mode(drive, tmp_path):
     assert drive("--mode", "grid", "--layers", "1-2", "--answer", ANSWER)[0] == 0
     assert written(tmp_path / "out/grid") == {"layer_comparison_grid.png"} | of_layers(1, 2)
@@ -1431,54 +1424,60 @@ def test_help_and_wrong_flags_are_answered_before_torch_is_imported(flags):
 # the process
 
 
-def start(*flags, **options):
-    command = [sys.executable, DRIVER, "--device", "cpu", "--num_samples", "1", *map(str, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def check_ended(run, number, folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_the_first_seconds_gives_no_traceback(tmp_path, number):
+    command = [sys.executable, DRIVER, "--output_dir", str(tmp_path / "out")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(0.5)
     run.send_signal(number)
-    out, err = run.communicate(timeout=60)
-    assert (out, err) == ("", "")
-    assert run.returncode in (-number, 128 + number)
-    assert not folder.exists()
+    assert run.communicate(timeout=60) == (b"", b"")
+    assert run.returncode == -number
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def start(tmp_path, photo_path, model_folder):
+    """A function that starts the driver in a process of its own; what it says is in out.txt and err.txt."""
+    started = []
+
+    def start(*flags, stdout=tmp_path / "out.txt"):
+        usual = ["--model_path", model_folder, "--image_path", photo_path, "--device", "cpu", "--answer", ANSWER]
+        flags = [str(word) for word in (*usual, *flags)]
+        started.append(driver_process.start(driver_process.drive, flags, str(stdout), str(tmp_path / "err.txt")))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_in_the_first_seconds_gives_no_traceback(tmp_path, number):
-    run = start("--output_dir", tmp_path / "out")
-    time.sleep(0.5)
-    check_ended(run, number, tmp_path / "out")
+def test_run_holds_its_folder_until_a_signal_ends_it(drive, start, tmp_path, number):
+    """Another run into the same folder is told who holds it."""
+    run = start("--output_dir", tmp_path / "out", "--num_samples", 10**6)
+    while not list(tmp_path.glob(f"out/single/{common.files.STAGING}*")):
+        assert run.is_alive()
+        time.sleep(0.01)
+    code, out, err = drive("--answer", ANSWER)
+    assert (code, out) == (1, "")
+    assert f"single is being written by process {run.pid}: choose another folder" in err
+    assert err.count("\n") == 1
+    os.kill(run.pid, number)
+    run.join(60)
+    assert run.exitcode == 128 + number
+    assert ((tmp_path / "out.txt").read_text(), (tmp_path / "err.txt").read_text()) == ("", "")
+    assert not (tmp_path / "out").exists()
 
 
-def test_run_holds_its_folder_until_a_signal_ends_it(drive, tmp_path):
-    """Two at once, for they take seconds to start; another one into the same folder is told who holds it."""
-    folders = {number: tmp_path / f"out{number}" for number in (signal.SIGINT, signal.SIGTERM)}
-    runs = {number: start("--output_dir", folder, "--num_samples", 1000) for number, folder in folders.items()}
-    for number, run in runs.items():
-        while not list(folders[number].glob(f"single/{common.files.STAGING}*")):
-            time.sleep(0.01)
-        code, out, err = drive("--answer", ANSWER, "--output_dir", folders[number])
-        assert (code, out) == (1, "")
-        assert f"single is being written by process {run.pid}: choose another folder" in err
-        assert err.count("\n") == 1
-    for number, run in runs.items():
-        check_ended(run, number, folders[number])
-
-
-def test_files_are_written_whatever_becomes_of_the_report(tmp_path, photo_path, model_folder):
-    expected = {">&-": 0, "| true": 0, "> /dev/full": 1}
-    flags = f"--image_path {photo_path} --model_path {model_folder} --answer cat --num_samples 1"
-    runs = []
-    for i, stdout in enumerate(expected):
-        command = f"set -o pipefail; {sys.executable} {DRIVER} {flags} --output_dir {tmp_path}/{i} {stdout}"
-        runs.append(subprocess.Popen(["bash", "-c", command], stderr=subprocess.PIPE, text=True))
-    for i, (run, code) in enumerate(zip(runs, expected.values(), strict=True)):
-        err = run.communicate()[1]
-        assert run.returncode == code
-        assert ("the files are written, but not this report" in err) == bool(code)
-        assert err.count("\n") == code
-        assert written(tmp_path / f"{i}/single") == SINGLE
+@pytest.mark.parametrize(("stdout", "code"), [("closed", 0), ("nobody", 0), ("/dev/full", 1)])
+def test_files_are_written_whatever_becomes_of_the_report(start, tmp_path, stdout, code):
+    run = start("--output_dir", tmp_path / "out", "--num_samples", 1, stdout=stdout)
+    run.join()
+    assert run.exitcode == code
+    err = (tmp_path / "err.txt").read_text()
+    assert ("the files are written, but not this report" in err) == bool(code)
+    assert err.count("\n") == code
+    assert written(tmp_path / "out/single") == SINGLE
 
 
 def test_working_directory_survives_a_failing_run(drive, tmp_path, monkeypatch):

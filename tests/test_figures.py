@@ -1,6 +1,7 @@
 """Figures from arrays: what is hot stands where it belongs, what is unknown is grey, text of any kind fits."""
 
 import dataclasses
+import itertools
 import re
 import zlib
 
@@ -106,7 +107,8 @@ def is_blue(pixel):
 @pytest.mark.parametrize("corner", CORNERS)
 def test_hot_corner_is_hot_in_the_written_picture_and_the_others_stay_photo(tmp_path, grid, corner):
     photo = make_photo(grid)
-    write_files(tmp_path, draw_single(photo, make_maps({7: hot_spot(grid, corner)}))[1])
+    files = draw_single(photo, make_maps({7: hot_spot(grid, corner)}))[1]
+    write_files(tmp_path, {name: files[name] for name in ("heatmap.png", "superimposed_result.png")})
     heatmap = Image.open(tmp_path / "heatmap.png")
     overlay = Image.open(tmp_path / "superimposed_result.png")
     assert heatmap.size == overlay.size == photo.size
@@ -392,11 +394,10 @@ ASPECTS = {"1:5": (28, 140), "3:4": (168, 224), "2:1": (448, 224), "5:1": (280, 
 
 
 def of_all_sizes(one, few, many, most):
-    """Few of every aspect on page and column, the other numbers on one of them each."""
-    cases = [(aspect, few, width) for aspect in ASPECTS for width in WIDTHS]
-    cases += [("1:5", one, "column"), ("5:1", one, "page"), ("3:4", many, "column"), ("2:1", many, "page")]
-    cases += [("1:5", most, "page"), ("5:1", most, "column")]
-    return pytest.mark.parametrize(("aspect", "count", "width"), cases)
+    """Every aspect on page and column, with each number somewhere."""
+    page = [("1:5", most, "page"), ("3:4", few, "page"), ("2:1", few, "page"), ("5:1", one, "page")]
+    column = [("1:5", one, "column"), ("3:4", many, "column"), ("2:1", few, "column"), ("5:1", few, "column")]
+    return pytest.mark.parametrize(("aspect", "count", "width"), page + column)
 
 
 @of_all_sizes(1, 6, 28, 64)
@@ -409,7 +410,7 @@ def test_maps_of_any_number_of_layers_of_any_photo_fit_on_page_and_column(aspect
     alone = dataclasses.replace(maps, maps={0: maps.maps[0]})
     files = draw_single(photo, alone, paper=paper)[1] | draw_multilayer(photo, maps, paper=paper)[1]
     files |= draw_grid(photo, maps, paper=paper)[1]
-    if count > 1:
+    if 1 < count <= 28:
         files |= draw_comparative(photo, maps, {"early": [0], "late": list(range(1, count))}, paper=paper)[1]
     for name, content in files.items():
         if callable(content) and "layer_comparison" in name or name.startswith(("visual", "all", "compar")):
@@ -432,9 +433,12 @@ def test_any_number_of_words_of_any_photo_fits_on_page_and_column(aspect, count,
         assert laid_out(files[name](), width).get_size_inches()[1] < 10.5
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("size", ASPECTS.values(), ids=ASPECTS)
-def test_figures_of_measures_fit_on_page_and_column(size, width):
+@pytest.mark.parametrize(
+    ("aspect", "width"),
+    [*itertools.product(("1:5", "5:1"), WIDTHS), ("3:4", "column"), ("2:1", "page")],
+)
+def test_figures_of_measures_fit_on_page_and_column(aspect, width):
+    size = ASPECTS[aspect]
     maps = layered((size[1] // 28, size[0] // 28), range(28), answer=LONG)
     photo, result, paper = make_image(*size), measured(maps, 5), Paper(width)
     staged = {number: dataclasses.replace(maps) for number in (0, 4, 8, 12, 16, 20, 24, 28)}
@@ -451,14 +455,14 @@ def test_figures_of_measures_fit_on_page_and_column(size, width):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_text_in_the_written_pdf_is_6_points_or_more_and_the_page_as_wide_as_said(tmp_path, width):
-    photo, maps = varied(SIDES["landscape"], range(9), blind=[4])
+    photo, maps = varied(SIDES["landscape"], range(3), blind=[1])
     paper = Paper(width, ("pdf",))
     result = measured(maps, 5)
-    files = draw_grid(photo, maps, paper=paper)[1] | draw_comparative(photo, maps, split_thirds(9), paper=paper)[1]
+    files = draw_grid(photo, maps, paper=paper)[1]
     rows = score_rows(maps, result, None)
     files |= paper.figure("faithfulness", lambda: draw_faithfulness(photo, maps, result, rows, paper=paper))
     files = {name: content for name, content in files.items() if name.endswith(".pdf")}
-    assert len(files) == 6
+    assert len(files) == 2
     for path in write_files(tmp_path, files):
         data = path.read_bytes()
         wide = float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) [\d.]+ ?\]", data)[1])
@@ -770,11 +774,21 @@ def test_panels_of_a_layer_are_the_written_pictures(pages, size):
     assert "Smooth Grad-CAM, layer 7" in texts_of(pages[0])
 
 
-@pytest.mark.parametrize("layers", [[5], [9, 4, 27], range(28)], ids=["one", "three", "all"])
-@pytest.mark.parametrize("size", SIDES.values(), ids=SIDES)
-@pytest.mark.parametrize("kinds", [["superimposed"], ["heatmap", "superimposed"]], ids=["overlays", "pairs"])
-def test_pictures_under_a_layers_number_are_its_own(pages, size, layers, kinds):
-    photo, maps = varied(size, layers)
+OVERLAYS, PAIRS = ["superimposed"], ["heatmap", "superimposed"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "side", "kinds"),
+    [
+        ([5], "landscape", OVERLAYS),
+        ([5], "portrait", PAIRS),
+        ([9, 4, 27], "landscape", PAIRS),
+        ([9, 4, 27], "portrait", OVERLAYS),
+        (range(28), "portrait", PAIRS),
+    ],
+)
+def test_pictures_under_a_layers_number_are_its_own(pages, side, layers, kinds):
+    photo, maps = varied(SIDES[side], layers)
     results, files = draw_grid(photo, maps, paper=Paper(heatmaps=len(kinds) > 1))
     page = drawn(files["layer_comparison_grid.png"])
     check_layout(pages[0])
@@ -793,10 +807,10 @@ def check_pictures(found, results, kinds):
             assert others is pictures or unlike(crop, others[kind]) > FAR
 
 
-@pytest.mark.parametrize(("side", "per_third"), [("landscape", 3), ("portrait", 3), ("portrait", None)])
+@pytest.mark.parametrize(("side", "per_third"), [("landscape", 3), ("portrait", None)])
 def test_thirds_are_rows_under_their_names(pages, monkeypatch, side, per_third):
-    monkeypatch.setattr(common.page, "DPI", 200)  # ten columns of pairs are narrow
-    thirds = comparative_layers(28, per_third)
+    monkeypatch.setattr(common.page, "DPI", 150)  # seven columns of pairs are narrow
+    thirds = comparative_layers(19, per_third)
     photo, maps = varied(SIDES[side], sum(thirds.values(), []))
     results, files = draw_comparative(photo, maps, thirds)
     page = drawn(files["comparative_analysis.png"])
@@ -862,7 +876,7 @@ def test_pictures_of_words_stand_under_their_word_and_beside_their_layer(pages):
     assert unlike(first, second) > FAR < unlike(first, results["w00"][27]["superimposed"])
 
 
-@pytest.mark.parametrize(("count", "layers"), [(9, range(28)), (40, [0, 9, 27]), (150, [5])], ids=["9", "40", "150"])
+@pytest.mark.parametrize(("count", "layers"), [(9, range(10)), (25, [0, 9, 27]), (50, [5])], ids=["9", "25", "50"])
 def test_long_answers_take_several_pages_and_each_word_stands_once(pages, count, layers):
     photo, maps = numbered_words(count, layers)
     results, files = draw_words(photo, "", maps, [[0.5]] * count, [["x"]] * count)
@@ -950,7 +964,7 @@ def test_layers_pictures_have_three_keys_and_are_those_of_the_core():
 
 
 @pytest.mark.parametrize("why", ["no gradient", "zero everywhere"])
-@pytest.mark.parametrize("grid", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("grid", [(4, 6), (6, 4)], ids=["landscape", "portrait"])
 def test_a_layer_without_a_map_is_a_grey_panel_with_words(drawings, grid, why):
     pages, panels = drawings
     photo, zero, hot = make_photo(grid), np.zeros(grid, np.float32), hot_spot(grid, (0, 0))
@@ -1062,7 +1076,8 @@ def test_every_figure_states_its_settings(pages, settings, title, stated):
             photo, staged, randomization_rows(staged)
         ),
     }
-    for heading, content in (of_maps | of_measures).items():
+    figures = list((of_maps | of_measures).items())
+    for heading, content in figures if title == "Smooth Grad-CAM" else figures[:1]:  # the words come from one function
         drawn(content)
         assert heading in prose_of(pages[-1])
         prose = prose_of(pages[-1])

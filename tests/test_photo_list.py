@@ -187,15 +187,25 @@ def test_objects_of_coco_are_their_pixels():
         ({"box": [1, 2, 3]}, "the box cannot be read"),
         ({"box": "abcd"}, "the box cannot be read"),
         ({"box": "1234"}, "the box cannot be read"),
-        ({"box": [1, 1, float("inf"), 3]}, r"the box cannot be read \(it is \[1, 1, inf, 3\]\): give \[x, y,"),
+        (
+            {"box": [1, 1, float("inf"), 3]},
+            r"cannot be read \(the box has a number that is not finite\): give \[x",
+        ),
         ({"box": [1, 1, float("nan"), 3]}, "the box cannot be read"),
         ({"box": [1e308, 1, 1e308, 3]}, "the box cannot be read"),
         ({"box": ["a", "b", "c", "d"]}, "the box cannot be read"),
         ({"box": [10**400, 1, 2, 3]}, "the box cannot be read"),
-        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "far beyond the photo"),
-        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "far beyond the photo"),
+        ({"box": [True, True, True, 5]}, "the box must be a list of numbers"),
+        ({"box": [5, 1, 6, 3]}, "it reaches beyond the photo, which has 8 x 6 pixels the right way up"),
+        ({"box": [-20, -20, 23, 23]}, "it reaches beyond the photo"),
+        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "a polygon has a number that is not finite"),
+        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "it reaches beyond the photo"),
+        ({"segmentation": [[]]}, "a polygon of 0 numbers"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "a polygon of 4 numbers"),
+        ({"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "a polygon must be a list of numbers"),
+        ({"segmentation": [square] * 1001}, "1001 polygons, where up to 1000 are drawn"),
         ({"mask": "no.png"}, "the mask no.png: .*does not exist"),
-        ({"box": [9, 9, 2, 2]}, "the box covers none"),
+        ({"box": [3, 3, 0, 0]}, "the box covers none"),
         ({"box": [0, 0, 8, 6]}, "the box covers all"),
         ({"segmentation": [[1, 2, 3]]}, "the segmentation cannot be read"),
         ({"segmentation": 3}, "the segmentation cannot be read"),
@@ -583,3 +593,29 @@ def test_converter_replaces_none_of_its_inputs(tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     for _ in range(2):
         coco.main([str(annotations), str(tmp_path), "--output", str(tmp_path / "coco.jsonl")])
+
+
+def converted(capsys, *arguments):
+    """What the converter says, of a request that cannot be met: one line, which cannot steer the terminal."""
+    with pytest.raises(SystemExit) as ended:
+        coco.main([str(argument) for argument in arguments])
+    err = capsys.readouterr().err
+    assert (ended.value.code, err.count("\n"), "\x1b" in err) == (2, 1, False)
+    return err
+
+
+def test_annotations_that_cannot_be_read_are_one_line(tmp_path, capsys, photos):
+    os.mkfifo(tmp_path / "pipe.json")
+    assert "is a folder, a pipe or a device" in converted(capsys, tmp_path / "pipe.json", photos)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert "RecursionError" in converted(capsys, tmp_path / "deep.json", photos)
+    image = {"id": 1, "file_name": "\x1b]0;a\x07.png", "width": 40, "height": 30}
+    part = {"image_id": 1, "category_id": 1, "area": 400, "segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]]}
+    data = {"images": [image], "annotations": [part], "categories": [{"id": 1, "name": "dog"}]}
+    (tmp_path / "escape.json").write_text(json.dumps(data))
+    assert "photos are not in" in converted(capsys, tmp_path / "escape.json", photos)
+    assert "give a share, 0 to 1" in converted(capsys, tmp_path / "escape.json", photos, "--smallest", "nan")
+    make_image(30, 40).save(tmp_path / "turned.png")
+    image["file_name"] = "turned.png"
+    (tmp_path / "turned.json").write_text(json.dumps(data))
+    assert "has (30, 40) pixels the right way up" in converted(capsys, tmp_path / "turned.json", tmp_path)
