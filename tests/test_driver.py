@@ -1012,7 +1012,7 @@ def test_accuracy_over_a_list_is_what_the_model_would_answer(drive, tmp_path):
 
 LISTS = {
     "": " is empty: give lines such as {",
-    "nonsense": ", line 1 is no JSON (Expecting value",
+    "nonsense": ", line 1 is not valid JSON (Expecting value",
     "[1, 2]": ", line 1 is not a JSON object: give {",
     '{"image": "one.png", "prompt": "red?"}': ", line 1 has no text for 'answer': give {",
     '{"image": "one.png", "prompt": "red?", "answer": " "}': ", line 1 has no text for 'answer': give {",

@@ -157,7 +157,9 @@ def test_pictures_have_the_photos_own_size(model, processor, size, use_smooth):
 
 def test_layer_without_a_map_is_told_in_words(model, processor, image, monkeypatch):
     cam = SmoothQwenGradCAM(model, processor, -1, answer="cat", tap="output")
-    with pytest.raises(ExplanationError, match="^layer 2 has no map .no gradient.: .* tap=.input. with a decoder layer$"):
+    with pytest.raises(
+        ExplanationError, match="^layer 2 has no map .no gradient.: .* tap=.input. with a decoder layer$"
+    ):
         cam.generate_cam(image, "What is it?", use_smooth=False)
     monkeypatch.setitem(
         METHODS,
