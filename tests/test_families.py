@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CHAT_TEMPLATE, SPECIAL, _keep_float64, check_layout, make_image
+from conftest import CHAT_TEMPLATE, SPECIAL, _keep_float64, check_layout, make_image, quick
 from PIL import Image
 from torch import nn
 
@@ -104,7 +104,7 @@ def make_random(family, tokenizer, dtype=torch.float64):
                 nn.init.normal_(parameter, float("weight" in name), 0.2)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
-    return model.to(dtype).eval()
+    return quick(model).to(dtype).eval()
 
 
 @pytest.fixture(scope="session")
