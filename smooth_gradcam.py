@@ -263,8 +263,8 @@ def open_image(image) -> Image.Image:
         if os.path.exists(image) and not os.path.isfile(image):  # noqa: PTH110, PTH113  (Path's raise for a long name)
             raise ValueError(f"{image} is a folder, a pipe or a device, not an image file")
         try:
-            with Image.open(image, formats=FORMATS) as file:
-                return ImageOps.exif_transpose(file)
+            with open(image, "rb", opener=_without_waiting) as file, Image.open(file, formats=FORMATS) as picture:
+                return ImageOps.exif_transpose(picture)
         except Exception as exc:  # Pillow raises anything for a damaged file
             missing = isinstance(exc, FileNotFoundError)
             why = "does not exist" if missing else f"cannot be read as an image (damaged, or none?): {exc}"
@@ -274,12 +274,16 @@ def open_image(image) -> Image.Image:
             raise ValueError(f"an image array of {image.dtype} {image.shape} must be uint8 (height, width, 3), RGB")
         return Image.fromarray(image)
     if not isinstance(image, Image.Image) or not all(image.size):
-        what = image.size if isinstance(image, Image.Image) else type(image).__name__
+        what = f"size {image.size}" if isinstance(image, Image.Image) else f"type {type(image).__name__}"
         raise ValueError(f"image of {what} must be a path, a PIL image with pixels, or a uint8 array")
     if getattr(image, "tile", None) and image.format not in (*FORMATS, "MPO"):  # not loaded yet
         raise ValueError(f"the image is of format {image.format}, not one of {', '.join(FORMATS)}: load it first")
     upright = not isinstance(image, ImageFile.ImageFile) and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     return image if upright else ImageOps.exif_transpose(image)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a file that has become a pipe does not block
 
 
 def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator, still: bool = True) -> Tensor:
@@ -311,6 +315,13 @@ def check_family(model) -> None:
         raise ValueError(f"{type(model).__name__} is of type {kind}, which is not supported: {SUPPORTED}")
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} cannot answer: load it with AutoModelForImageTextToText")
+
+
+def check_processor(processor, pictures: str) -> None:
+    """Raises ValueError for what is no processor with `pictures`, "image_processor" or "video_processor"."""
+    for part in ("tokenizer", pictures, "apply_chat_template"):
+        if not hasattr(processor, part):
+            raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,9 +370,7 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     """
     check_family(model)
     check_text("prompt", prompt)
-    for part in ("tokenizer", "image_processor", "apply_chat_template"):
-        if not hasattr(processor, part):
-            raise ValueError(f"a {type(processor).__name__} is no processor (it has no {part}): use AutoProcessor")
+    check_processor(processor, "image_processor")
     photos = tuple(map(load_rgb, image if isinstance(image, (list, tuple)) else [image]))
     if not photos:
         raise ValueError(f"image={image!r} has no photo: give one or more")
@@ -818,7 +827,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def not_finite(what: str, model) -> ExplanationError:
     """The error for values that are not finite, with what to do about them."""
-    return ExplanationError(f"{what} in {model.dtype}: load the model as float32, or check its weights")
+    advice = "load it as float32" if model.dtype.itemsize < 4 else "its weights may be damaged, or hold such values"
+    return ExplanationError(f"{what} in {model.dtype}: {advice}")
 
 
 def compute_logits(model, inputs: dict[str, Tensor], first: int) -> Tensor:
@@ -909,7 +919,7 @@ def noisy_passes(
             for part, pairs in enumerate(features_and_gradients(reading.model, copies, taps, targets, settings)):
                 for own in copy_by_copy(pairs, len(batch)):
                     yield part, own
-            batch = []
+            batch, pairs, own = [], None, None  # nothing of a batch outlives it
     if count != settings.num_samples:
         what = f"yields {count} copies in place of {settings.num_samples}: it must yield each of them once"
         raise ValueError(f"progress={progress!r} {what}")
@@ -978,12 +988,13 @@ def explain(
     check_type("reading", reading, Reading)
     check_type("settings", settings, Settings)
     check_whole("batch_size", batch_size, 1)
-    if not spans:
-        raise ValueError("spans=[] has no part of the answer: give one or more, (start, end) in characters")
-    for start, end in spans:
-        if not 0 <= start < end <= len(reading.answer) or not reading.tokens_of((start, end)):
+    if not isinstance(spans, (list, tuple)) or not spans:
+        raise ValueError(f"spans={spans!r} has no part of the answer: give one or more, (start, end) in characters")
+    for span in spans:
+        pair = isinstance(span, (list, tuple)) and len(span) == 2 and all(hasattr(edge, "__index__") for edge in span)
+        if not pair or not 0 <= span[0] < span[1] <= len(reading.answer) or not reading.tokens_of(span):
             valid = f"(start, end) in the {len(reading.answer)} characters of the answer, with a token in it"
-            raise ValueError(f"spans={spans!r}: ({start!r}, {end!r}) must be {valid}")
+            raise ValueError(f"spans={spans!r}: {span!r} must be {valid}")
     if settings.contrast is not None and passes is noisy_passes:
         raise ValueError(f"contrast={settings.contrast!r} needs passes=contrasted_passes of common/passes.py")
     settings = settings.settled()
@@ -997,6 +1008,7 @@ def explain(
                 if heat is not None:
                     maps[part][key] += heat / settings.num_samples
                     alive[part].add(key)
+            del pairs, features, gradient  # before the next copy
     ends = np.cumsum([math.prod(grid) for grid in reading.grids])
     results = []
     for span, cams, live in zip(spans, maps, alive, strict=True):

@@ -109,8 +109,8 @@ def single_layer_visualization(
     """
     check_drawing(look, paper)
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
-    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    settings.setdefault("passes", passes_of(settings.get("contrast")))
+    settings |= {"num_samples": num_samples, "noise_std": noise_std}
+    settings = {"progress": show_progress(quiet), "passes": passes_of(settings.get("contrast"))} | settings
     photo = open_photos(image)
     with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
@@ -185,8 +185,8 @@ def questions(args: argparse.Namespace) -> list[Question]:
             try:
                 photo = load_photo(str(item.image))
             except ValueError as exc:
-                raise ValueError(f"{item.where}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
-            found.append(Question(item.name, photo, item.prompt, item.answer, f"--answers {item.where}"))
+                raise ValueError(f"{item.source}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
+            found.append(Question(item.name, photo, item.prompt, item.answer, f"--answers {item.source}"))
     except ValueError as exc:
         raise ValueError(f"--answers {exc}") from exc
     return found
@@ -248,7 +248,7 @@ def explain_target(request: Request, readings: list[Reading], names, layers, mas
     if args.mode == "evaluate":
         from studies.faithfulness_figures import evaluate
 
-        options = measuring(request) | {"randomize": args.randomize, "quiet": args.quiet, "copies": request.copies}
+        options = measuring(request) | request.copies | {"randomize": args.randomize, "quiet": args.quiet}
         files, measured = evaluate(reading, token_maps, mask, **options)
         lines += measured
     elif args.mode == "comparative":
@@ -279,7 +279,7 @@ def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.
 def measuring(request: Request) -> dict:
     """How evaluate mode measures and draws."""
     options = {name: getattr(request.args, name) for name in ("steps", "baseline", "seed")}
-    return options | {"batch_size": request.runs_at_once} | request.drawing
+    return options | {"runs_at_once": request.runs_at_once} | request.drawing
 
 
 def compare_methods(request: Request, reading: Reading, span, layers, mask) -> tuple[dict, list[str]]:
@@ -300,7 +300,7 @@ def measure_photo(request: Request, reading: Reading, layers, mask) -> tuple[dic
     args, methods = request.args, METHODS if request.args.compare else [request.settings.method]
     methods = {method: replace(request.settings, method=method) for method in methods}
     word = (args.target, args.target_occurrence, args.answer is not None)
-    return benchmark_photo(reading, layers, methods, *word, mask, **measuring(request), copies=request.copies)
+    return benchmark_photo(reading, layers, methods, *word, mask, **measuring(request), **request.copies)
 
 
 def explain_words(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
@@ -346,7 +346,7 @@ def sever_photos(request: Request, readings: list[Reading], names, layers, mask)
     args = request.args
     spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
     options = {"window": args.window, "keep": args.keep, "quiet": args.quiet, "accuracy": args.answers is not None}
-    options |= {"batch_size": request.runs_at_once, "paper": request.paper}
+    options |= {"runs_at_once": request.runs_at_once, "paper": request.paper}
     return sever(readings, names, spans, mask=mask, **options)
 
 
@@ -400,10 +400,12 @@ def run(args: argparse.Namespace) -> Done:
 def read_question(question: Question, model, processor, args: argparse.Namespace) -> Reading:
     """The reading of a question. Raises ValueError, for a list with the line."""
     try:
-        with answer_progress(model, args.quiet, args.max_new_tokens):
+        with answer_progress(model, args.quiet, args.max_new_tokens), model_named(args.model_path):
             return read(model, processor, question.photo, question.prompt, question.answer, args.max_new_tokens)
     except ValueError as exc:
-        raise ValueError(f"{question.where}: {exc}" if question.where else str(exc)) from exc
+        if not question.where:
+            raise
+        raise ValueError(f"{question.where}: {exc}") from exc
 
 
 def explain_list(request: Request) -> Done:
@@ -468,7 +470,7 @@ def quietly(verbose: bool):
         if not verbose:
             transformers.logging.set_verbosity_error()
             transformers.logging.disable_progress_bar()
-            for library in ("huggingface_hub", "matplotlib"):
+            for library in ("huggingface_hub", "matplotlib", "PIL"):
                 logging.getLogger(library).setLevel(logging.ERROR)
             warnings.simplefilter("ignore")
         warnings.simplefilter("always", ExplanationWarning)

@@ -1,9 +1,9 @@
 """Figures of Grad-CAM maps over the layers of a Qwen2.5-VL, for reading and for printing.
 
     photo, prompt -> TokenMaps          compute_token_maps: one pass for all layers
-      -> {layer: pictures}              LayerPictures: heatmap and overlay in the photo's own size, drawn when asked for
-      -> {file name: picture}           draw_...: these, and a figure over all of them, laid out on a Page
-      -> files                          output_folder: all of them or none
+      -> {layer: pictures}              LayerPictures: heatmap and overlay in the photo's own size, drawn on access
+      -> {file name: content}           draw_...: these pictures, and a figure of all of them, laid out on a Page
+      -> files                          output_folder: all files or none
 
 The drawing functions take a photo, `TokenMaps` and a `Look`, and know nothing of models.
 
@@ -64,8 +64,11 @@ from smooth_gradcam import (
 
 __all__ = [
     *("create_layer_comparison_grid", "visualize_multiple_layers", "create_comparative_analysis"),
-    *("SmoothQwenGradCAM", "get_model_layers", "LayerPictures", "output_folder"),
-    *("draw_single", "draw_grid", "draw_multilayer", "draw_comparative", "Paper"),
+    *("SmoothQwenGradCAM", "get_model_layers", "LayerPictures", "output_folder", "Paper", "LAYER_RANGES", "WEAK"),
+    *("draw_single", "draw_grid", "draw_multilayer", "draw_comparative", "draw_layer", "layer_pictures"),
+    *("select_layers", "comparative_layers", "split_thirds", "spread", "strongest_of", "strength", "check_drawing"),
+    *("text_rows", "photo_rows", "photo_names", "method_title", "settings_text", "look_text", "caption", "made_from"),
+    "footer",
 ]
 
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
@@ -73,13 +76,13 @@ AUTO_LAYERS, LAYERS_PER_THIRD = 6, 3  # representative layers of "auto", and of 
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
 
 
-# which layers
+# choice of layers
 
 
 def spread(layers: list[int], count: int) -> list[int]:
     """At most `count` of the layers, evenly spaced, with the first and the last."""
-    picks = np.linspace(0, len(layers) - 1, min(count, len(layers)))
-    return [layers[i] for i in np.round(picks).astype(int)]
+    indices = np.linspace(0, len(layers) - 1, min(count, len(layers)))
+    return [layers[i] for i in np.round(indices).astype(int)]
 
 
 def split_thirds(total: int) -> dict[str, list[int]]:
@@ -92,7 +95,10 @@ def split_thirds(total: int) -> dict[str, list[int]]:
 
 
 def comparative_layers(total: int, layers_per_third: int | None = LAYERS_PER_THIRD) -> dict[str, list[int]]:
-    """What the comparative analysis shows of each third: this many layers, evenly spaced, or all of them for None."""
+    """The layers of each third that the comparative analysis shows: this many, evenly spaced, or for None all of them.
+
+    Raises ValueError for a number below 1, or fewer than 3 layers.
+    """
     if layers_per_third is not None:
         check_whole("layers_per_third", layers_per_third, 1)
     return {name: spread(layers, layers_per_third or len(layers)) for name, layers in split_thirds(total).items()}
@@ -101,7 +107,7 @@ def comparative_layers(total: int, layers_per_third: int | None = LAYERS_PER_THI
 def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
     """Layer indices of "auto" (six, evenly spaced), "early", "middle", "late" (thirds), "all", or of a list.
 
-    Raises ValueError naming the value and what is valid.
+    Raises ValueError that names the value and what is valid.
     """
     if not isinstance(layer_range, str):
         return resolve_layers(layer_range, total)
@@ -117,26 +123,26 @@ def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
 
 # pictures of one layer
 
-WEAK = 0.05  # of the strongest map of its kind: less is said to be weak
+WEAK = 0.05  # share of the figure's strongest map below which a map is called weak
 
 
-def strongest_of(words: Iterable[TokenMaps]) -> float:
+def strongest_of(token_maps: Iterable[TokenMaps]) -> float:
     """The largest value of all maps of a figure: computed once, as there may be thousands."""
-    return max(float(cam.max()) for word in words for cam in word.maps.values())
+    return max(float(cam.max()) for maps in token_maps for cam in maps.maps.values())
 
 
-def peak_of(token_maps: TokenMaps, layer, look: Look, strongest: float | None = None) -> float:
-    """The raw value that has full colour in the picture of a layer; `strongest` as of `draw_layer`."""
+def _peak_of(token_maps: TokenMaps, layer, look: Look, strongest: float | None = None) -> float:
+    """The raw value that gets full colour in the picture of a layer; `strongest` as in `draw_layer`."""
     if look.scale == "map":
         return float(token_maps.maps[layer].max())
     return strongest_of([token_maps]) if look.scale == "word" or strongest is None else strongest
 
 
 def strength(token_maps: TokenMaps, layer, strongest: float | None = None) -> str:
-    """The map's maximum in small print, and that it is weak beside the strongest of the maps; or why there is none."""
+    """The label of a map: its maximum, and ", weak" if that is small beside the strongest map's; or why it is blank."""
     if layer in token_maps.blank:
         return token_maps.blank[layer]
-    own, strongest = (peak_of(token_maps, layer, Look(scale=scale), strongest) for scale in ("map", "all"))
+    own, strongest = (_peak_of(token_maps, layer, Look(scale=scale), strongest) for scale in ("map", "all"))
     number = f"{own:#.2g}".rstrip(".")
     return f"max {number}" + (", weak" if own < WEAK * strongest else "")
 
@@ -144,20 +150,20 @@ def strength(token_maps: TokenMaps, layer, strongest: float | None = None) -> st
 def draw_layer(
     photo: Image.Image, token_maps: TokenMaps, layer, overlay: bool, look: Look = PLAIN, strongest: float | None = None
 ) -> np.ndarray:
-    """The layer's heatmap, or the photo under it, in the photo's size; a grey panel with words if it has no map.
+    """The layer's heatmap, or its `overlay` on the photo, uint8 RGB of the photo's size; a grey panel without a map.
 
-    `strongest` is `strongest_of` all maps of the figure, for None of these.
+    `strongest` is `strongest_of` all maps of the figure; None means that these are all.
     """
     if layer in token_maps.blank:
         return grey_panel(*photo.size, f"{token_maps.blank[layer]}:\nno map")
-    cam, peak = token_maps.maps[layer], peak_of(token_maps, layer, look, strongest)
+    cam, peak = token_maps.maps[layer], _peak_of(token_maps, layer, look, strongest)
     return render_overlay(photo, cam, look, peak) if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
 
 
 class LayerPictures(Mapping):
-    """{"superimposed", "heatmap", "cam"} of one layer, drawn whenever they are asked for: many would fill the memory.
+    """{"superimposed", "heatmap", "cam"} of one layer, drawn at each access: those of many layers would fill memory.
 
-    The first two are uint8 RGB (height, width, 3) in the photo's own size, a grey panel where there is no map; the last
+    The first two are uint8 RGB (height, width, 3) of the photo's own size, grey panels where there is no map; the last
     is the raw map, float32 (H, W).
     """
 
@@ -185,12 +191,12 @@ class LayerPictures(Mapping):
 def layer_pictures(
     photo: Image.Image, token_maps: TokenMaps, look: Look = PLAIN, strongest: float | None = None
 ) -> dict[int, LayerPictures]:
-    """{layer: its pictures} of every map, in their order."""
+    """{layer: pictures} of all maps, in their order."""
     return {layer: LayerPictures(photo, token_maps, layer, look, strongest) for layer in token_maps.maps}
 
 
 def check_drawing(look, paper) -> None:
-    """Raises TypeError, before anything is computed, unless they are a `Look` and a `Paper`."""
+    """Raises TypeError, before anything is computed, if these are not a `Look` and a `Paper`."""
     if not isinstance(look, Look):
         raise TypeError(f'look={look!r} must be a Look, such as Look(colormap="jet")')
     if not isinstance(paper, Paper):
@@ -201,7 +207,7 @@ def check_drawing(look, paper) -> None:
 
 
 def text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
-    """(label, text, marked span) of what was asked, answered and explained."""
+    """The header's rows (label, text, marked span): prompt, answer, and the explained part of it."""
     prompt, _ = excerpt(token_maps.prompt, (0, 0), EXCERPT["prompt"])
     answer, span = excerpt(token_maps.answer, token_maps.target_span, EXCERPT["answer"])
     target, _ = excerpt(token_maps.target, (0, 0), EXCERPT["target"])
@@ -215,30 +221,30 @@ def text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
 
 
 def photo_rows(readings: list[Reading]) -> list[tuple]:
-    """Rows of the header of several photos: the prompt, where it is one, and the answers."""
-    alike = len({reading.prompt for reading in readings}) == 1
-    rows = [("Prompt", readings[0].prompt)] if alike else []
-    shown = len(readings) if len(readings) <= 5 else 4
-    for i, reading in enumerate(readings[:shown], 1):
-        rows.append((f"Photo {i}", reading.answer if alike else f"{reading.prompt} → {reading.answer}"))
-    rows += [("…", f"and {len(readings) - shown} more")] * (shown < len(readings))
+    """The header's rows for several photos: the prompt, if they share one, and the answers."""
+    same_prompt = len({reading.prompt for reading in readings}) == 1
+    rows = [("Prompt", readings[0].prompt)] if same_prompt else []
+    count = len(readings) if len(readings) <= 5 else 4
+    for i, reading in enumerate(readings[:count], 1):
+        rows.append((f"Photo {i}", reading.answer if same_prompt else f"{reading.prompt} → {reading.answer}"))
+    rows += [("…", f"and {len(readings) - count} more")] * (count < len(readings))
     return [(label, excerpt(text, (0, 0), 200)[0], (0, 0)) for label, text in rows]
 
 
 def photo_names(names: list[str]) -> str:
-    """Which photo is which, of the first ones."""
-    shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:6], 1))
-    return f"Photos: {shown}{f' and {len(names) - 6} more' if len(names) > 6 else ''}."
+    """A sentence with the numbers and names of the first photos."""
+    numbered = ", ".join(f"{i} {name}" for i, name in enumerate(names[:6], 1))
+    return f"Photos: {numbered}{f' and {len(names) - 6} more' if len(names) > 6 else ''}."
 
 
 def method_title(settings: Settings) -> str:
-    """The method's name, smooth or not."""
+    """The method's name in figures, with "Smooth" if there is noise."""
     name = METHODS[settings.method].title
     return f"Smooth {name}" if settings.noise_std else name
 
 
 def settings_text(settings: Settings, place: str | None = None) -> str:
-    """How the maps were made, in one line; `place` is where they were read, the settings' own for None."""
+    """The settings of the maps in one line; `place` says where layers were read, None that it is the settings' tap."""
     settings = settings.settled()
     contrast = "" if settings.contrast is None else " minus the contrast's"
     noise = f"{settings.num_samples} noisy cop{'y' if settings.num_samples == 1 else 'ies'}, "
@@ -250,7 +256,7 @@ def settings_text(settings: Settings, place: str | None = None) -> str:
 
 
 def look_text(look: Look) -> str:
-    """How the colours are to be read, in a sentence."""
+    """A sentence on how to read the colours."""
     scale = {
         "map": "shares of each map's own maximum, which do not compare the strength of two maps",
         "word": "shares of the maximum of each word's maps",
@@ -261,13 +267,13 @@ def look_text(look: Look) -> str:
 
 
 def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look: Look = PLAIN) -> str:
-    """What is to be read in a figure of maps at the layers."""
+    """The caption of a figure of maps at these layers; `arrangement` completes "as read at"."""
     blank = [f"layer {layer} ({why})" for layer, why in token_maps.blank.items() if layer in layers]
     grey = f" Grey: no map at {', '.join(blank)}." if blank else ""
-    what = "where the explained words come from"
+    evidence = "where the explained words come from"
     if token_maps.settings.contrast is not None:
-        what = "what speaks for the explained words rather than for the other text"
-    return f"Hot: {what}, as read at {arrangement}. {look_text(look)}{grey}"
+        evidence = "what speaks for the explained words rather than for the other text"
+    return f"Hot: {evidence}, as read at {arrangement}. {look_text(look)}{grey}"
 
 
 def made_from(token_maps: TokenMaps, photo: Image.Image) -> str:
@@ -280,28 +286,28 @@ def made_from(token_maps: TokenMaps, photo: Image.Image) -> str:
 
 
 def footer(page: Page, y: float, method: str, text: str, settings: str, look: Look = PLAIN) -> float:
-    """The colour bar, above as in heatmaps, below as over mid grey, and the small print; returns the y below it."""
+    """The colour bar, above as in heatmaps and below over mid grey, and the small print; returns the y below it."""
     width, height, share = min(3.2, page.inner - 0.2), 0.16, np.linspace(0, 1, 256)[None]
     colours = colorize_cam(share, look.colormap)
     over_grey = overlay_cam(np.full_like(colours, 128), colours, opacity_of(share, look))
     bars, ticks = [colours[0], over_grey[0]], (0, 0.25, 0.5, 0.75, 1)
     page.colour_scale((page.width - width) / 2, y, width, height, bars, ticks, SMALL)
     y += height + SMALL * LINE + 0.05
-    of = {"map": "the map's own maximum", "word": "its word's maximum", "all": "the maximum of all maps"}[look.scale]
-    y = page.centred(y, f"{METHODS[method].title}, share of {of}; below: over grey", SMALL)
+    peak = {"map": "the map's own maximum", "word": "its word's maximum", "all": "the maximum of all maps"}[look.scale]
+    y = page.centred(y, f"{METHODS[method].title}, share of {peak}; below: over grey", SMALL)
     return small_print(page, y + GAP, text, settings)
 
 
-def token_ticks(axes, grid: tuple[int, int], width: int, height: int) -> None:
+def _token_ticks(axes, grid: tuple[int, int], width: int, height: int) -> None:
     """Ticks between the image tokens along two edges of a picture."""
     for axis, count, pixels in ((axes.xaxis, grid[1], width), (axes.yaxis, grid[0], height)):
         axis.set_ticks(np.arange(1, count) * pixels / count - 0.5, [""] * (count - 1))
 
 
-def panel_figure(
+def _panel_figure(
     photo: Image.Image, token_maps: TokenMaps, layer: int, look: Look = PLAIN, paper: Paper = PAGE
 ) -> Page:
-    """The photo, the heatmap and the overlay of one layer, side by side, or one above the other if very wide.
+    """The photo, the heatmap and the overlay of one layer: side by side, or one below the other if they are very wide.
 
     Ticks along the heatmap stand between image tokens.
     """
@@ -321,30 +327,30 @@ def panel_figure(
         page.label(x + (pitch - GAP) / 2, top, name, largest if name == "Heatmap" else "")
         axes = page.picture(x + (pitch - GAP - width) / 2, top + HEAD, width, height, array)
         if name == "Heatmap" and layer not in token_maps.blank:
-            token_ticks(axes, token_maps.grid, *small.size)
+            _token_ticks(axes, token_maps.grid, *small.size)
     y += 3 // columns * (HEAD + height + GAP) + GAP
     text = caption(token_maps, [layer], f"layer {layer}", look)
     return page.finish(footer(page, y, token_maps.settings.method, text, made_from(token_maps, photo), look))
 
 
-def layers_figure(
+def _layers_figure(
     photo: Image.Image, token_maps: TokenMaps, layers: list, title: str, groups=None, look: Look = PLAIN,
     paper: Paper = PAGE,
 ) -> Page:  # fmt: skip
-    """The photo beside the text, below it the overlay of each layer, with its heatmap if the paper is to show them.
+    """The photo beside the text, and below them the overlay of each layer, with its heatmap if the paper has heatmaps.
 
-    `groups`, {label: layers}, are rows of their own, with heatmaps where the page is wide enough.
+    `groups`, {label: layers}, get rows of their own, with heatmaps where the page is wide enough.
     """
-    texts, aspect = text_rows(token_maps), photo.width / photo.height
-    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in texts))
-    y = masthead(page, photo, title, texts) + 2 * GAP
+    heads, aspect = text_rows(token_maps), photo.width / photo.height
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
+    y = masthead(page, photo, title, heads) + 2 * GAP
 
     pairs = paper.heatmaps or (groups is not None and paper.width == "page")
     kinds = ("heatmap", "overlay") if pairs else ("overlay",)
     beside = len(kinds) > 1 and (aspect < 1 or groups is not None)
     across, down = (len(kinds), 1) if beside else (1, len(kinds))
-    said = {layer: (f"layer {layer}", strength(token_maps, layer)) for layer in layers}
-    room = max(page.label_width(*labels) for labels in said.values())
+    labels = {layer: (f"layer {layer}", strength(token_maps, layer)) for layer in layers}
+    room = max(page.label_width(*label) for label in labels.values())
     inner = page.inner - (BAND if groups else 0)  # BAND: room for the row's label
     most = max(1, int((inner + GAP) / (room + GAP)))
     body = BODY_HEIGHTS[paper.width] * max(1, len(layers) / 28)  # beyond 28 layers the page grows
@@ -367,7 +373,7 @@ def layers_figure(
         page.text(left - BAND, y + HEAD + high / 2, label, TEXT, rotation=90, ha="center", va="center")
         for i, layer in enumerate(members):
             middle = left + i * pitch + (pitch - GAP) / 2
-            page.label(middle, y, *said[layer])
+            page.label(middle, y, *labels[layer])
             for j, kind in enumerate(kinds):
                 picture = draw_layer(small, token_maps, layer, kind == "overlay", look)
                 page.picture(middle - wide / 2 + j * step[0], y + HEAD + j * step[1], width, height, picture)
@@ -376,12 +382,12 @@ def layers_figure(
     if len(kinds) > 1:
         arrangement += f", in the heatmap and {'beside' if beside else 'below'} it over the photo"
     below = caption(token_maps, layers, arrangement, look)
-    if any("weak" in largest for _, largest in said.values()):
+    if any("weak" in largest for _, largest in labels.values()):
         below += f" Weak: below {100 * WEAK:.0f} % of the strongest."
     return page.finish(footer(page, y + GAP, token_maps.settings.method, below, made_from(token_maps, photo), look))
 
 
-# the files of each mode: {name in the mode's folder: picture, or function that draws it}
+# the files of each mode: {file name: content}, see `output_folder`
 
 
 def _layer_files(results: dict, folder: str = "") -> dict[str, object]:
@@ -395,31 +401,31 @@ def _layer_files(results: dict, folder: str = "") -> dict[str, object]:
 def draw_single(
     image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE
 ) -> tuple[dict, dict[str, object]]:
-    """One layer's (LayerPictures, {file name: content})."""
+    """(LayerPictures, {file name: content}) of the only layer of the maps."""
     photo = open_photo(image)
     ((layer, result),) = layer_pictures(photo, token_maps, look).items()
     return result, {
         "original_image.png": photo,
         "heatmap.png": functools.partial(result.__getitem__, "heatmap"),
         "superimposed_result.png": functools.partial(result.__getitem__, "superimposed"),
-    } | paper.figure("visualization", functools.partial(panel_figure, photo, token_maps, layer, look, paper))
+    } | paper.figure("visualization", functools.partial(_panel_figure, photo, token_maps, layer, look, paper))
 
 
 def _draw_layers(photo, token_maps: TokenMaps, name: str, look: Look, paper: Paper) -> tuple[dict, dict[str, object]]:
     results, title = layer_pictures(photo, token_maps, look), f"{method_title(token_maps.settings)} by layer"
-    figure = functools.partial(layers_figure, photo, token_maps, list(results), title, look=look, paper=paper)
+    figure = functools.partial(_layers_figure, photo, token_maps, list(results), title, look=look, paper=paper)
     return results, paper.figure(name, figure) | _layer_files(results)
 
 
 def draw_grid(image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE) -> tuple[dict, dict[str, object]]:
-    """Of all maps ({layer: LayerPictures}, {file name: content})."""
+    """({layer: LayerPictures}, {file name: content}) of all maps."""
     return _draw_layers(open_photo(image), token_maps, "layer_comparison_grid", look, paper)
 
 
 def draw_multilayer(
     image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE
 ) -> tuple[dict, dict[str, object]]:
-    """As `draw_grid`, always with heatmaps, with the photo, and under the names of the multi-layer mode."""
+    """As `draw_grid`, always with heatmaps and the photo, and with the file names of multi mode."""
     photo, paper = open_photo(image), replace(paper, heatmaps=True)
     results, files = _draw_layers(photo, token_maps, "all_layers_comparison", look, paper)
     return results, {"original_image.png": photo} | files
@@ -428,23 +434,37 @@ def draw_multilayer(
 def draw_comparative(
     image, token_maps: TokenMaps, thirds: dict[str, list[int]], look: Look = PLAIN, paper: Paper = PAGE
 ) -> tuple[dict, dict[str, object]]:
-    """Of the layers of {"early", "middle", "late"} the same dictionary with pictures for layers, and the files.
+    """({"early": {layer: LayerPictures}, "middle": ..., "late": ...}, {file name: content}) of the layers of `thirds`.
 
-    Each third has a folder with a grid of its own; `comparative_analysis.png` stands over the three.
+    Each third gets a folder with a grid of its own; comparative_analysis.png has all three.
     """
     photo, title = open_photo(image), method_title(token_maps.settings)
     results = layer_pictures(photo, token_maps, look)
-    draw = functools.partial(layers_figure, photo, token_maps, look=look, paper=paper)
+    draw = functools.partial(_layers_figure, photo, token_maps, look=look, paper=paper)
     heading = f"{title}: early, middle and late layers"
     files = paper.figure("comparative_analysis", functools.partial(draw, list(results), heading, thirds))
-    parts = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
-    for name, part in parts.items():
-        figure = functools.partial(draw, list(part), f"{title}, {name} layers")
-        files |= paper.figure(f"{name}/layer_comparison_grid", figure) | _layer_files(part, f"{name}/")
-    return parts, files
+    pictures = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
+    for name, layers in pictures.items():
+        figure = functools.partial(draw, list(layers), f"{title}, {name} layers")
+        files |= paper.figure(f"{name}/layer_comparison_grid", figure) | _layer_files(layers, f"{name}/")
+    return pictures, files
 
 
 # the documented entry points
+
+
+def _create(
+    model, processor, image, prompt, layers: list[int], save_dir, draw, look: Look, paper: Paper, quiet: bool,
+    subfolders=(), **settings,
+):  # fmt: skip
+    """Explain the layers and write the files of `draw(photo, token maps, look=, paper=)`; returns its pictures."""
+    photo, passes = open_photos(image), passes_of(settings.get("contrast"))
+    settings = {"progress": show_progress(quiet), "passes": passes} | settings
+    with output_folder(save_dir, subfolders, inputs=[image]) as write:
+        token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
+        pictures, files = draw(photo, token_maps, look=look, paper=paper)
+        write(files)
+    return pictures
 
 
 def create_layer_comparison_grid(
@@ -458,40 +478,28 @@ def create_layer_comparison_grid(
     layer_comparison_grid.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
 
     Returns {layer: {"superimposed", "heatmap", "cam"}}: uint8 RGB (height, width, 3) twice, and the raw map, float32
-    (H, W); see `LayerPictures`. A layer without a map has a grey panel and zeros. Raises what `compute_token_maps`
-    raises, ValueError for layers that do not exist, and what `output_folder` raises.
+    (H, W); see `LayerPictures`. A layer without a map has grey panels and zeros. Raises ValueError for layers that do
+    not exist, and what `compute_token_maps` and `output_folder` raise.
     """
     check_drawing(look, paper)
     layers = select_layers(layer_range, get_model_layers(model)[1])
-    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    settings["passes"] = passes_of(settings.get("contrast"))
-    photo = open_photos(image)
-    with output_folder(save_dir, inputs=[image]) as write:
-        token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
-        results, files = draw_grid(photo, token_maps, look, paper)
-        write(files)
-    return results
+    settings |= {"num_samples": num_samples, "noise_std": noise_std}
+    return _create(model, processor, image, prompt, layers, save_dir, draw_grid, look, paper, quiet, **settings)
 
 
 def visualize_multiple_layers(
     model, processor, image, prompt, layer_indices=None, save_dir="cam_results_multilayer",
     *, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, paper=PAGE, **settings,
 ):  # fmt: skip
-    """Heatmaps and overlays of the given layers (six representative ones for None), as the grid otherwise.
+    """Heatmaps and overlays of chosen layers, `layer_indices`; None is six representative ones.
 
     Writes original_image.png, all_layers_comparison.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
     Further arguments, result and errors are those of `create_layer_comparison_grid`.
     """
     check_drawing(look, paper)
     layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
-    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    settings["passes"] = passes_of(settings.get("contrast"))
-    photo = open_photos(image)
-    with output_folder(save_dir, inputs=[image]) as write:
-        token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
-        results, files = draw_multilayer(photo, token_maps, look, paper)
-        write(files)
-    return results
+    settings |= {"num_samples": num_samples, "noise_std": noise_std}
+    return _create(model, processor, image, prompt, layers, save_dir, draw_multilayer, look, paper, quiet, **settings)
 
 
 def create_comparative_analysis(
@@ -500,19 +508,15 @@ def create_comparative_analysis(
 ):  # fmt: skip
     """Early, middle and late layers side by side, all from one answer and one pass.
 
-    `layers_per_third` are shown of each third, all of its layers for None. Writes comparative_analysis.png, and a grid
-    with its layers' files to each of early/, middle/ and late/.
+    `layers_per_third` layers are shown of each third; None shows all of them. Writes comparative_analysis.png, and to
+    each of early/, middle/ and late/ a grid with its layers' files.
+
     Returns {"early": {layer: ...}, "middle": {...}, "late": {...}} with dictionaries as those of
-    `create_layer_comparison_grid`, whose further arguments and errors these are.
+    `create_layer_comparison_grid`, which has the further arguments and errors.
     """
     check_drawing(look, paper)
     thirds = comparative_layers(get_model_layers(model)[1], layers_per_third)
-    layers = [layer for part in thirds.values() for layer in part]
-    settings |= {"num_samples": num_samples, "noise_std": noise_std, "progress": show_progress(quiet)}
-    settings["passes"] = passes_of(settings.get("contrast"))
-    photo = open_photos(image)
-    with output_folder(save_dir, thirds, inputs=[image]) as write:
-        token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
-        results, files = draw_comparative(photo, token_maps, thirds, look, paper)
-        write(files)
-    return results
+    layers = [layer for third in thirds.values() for layer in third]
+    settings |= {"num_samples": num_samples, "noise_std": noise_std}
+    draw = functools.partial(draw_comparative, thirds=thirds)
+    return _create(model, processor, image, prompt, layers, save_dir, draw, look, paper, quiet, thirds, **settings)

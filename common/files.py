@@ -1,8 +1,8 @@
-"""The folder that a run writes to: its files are written whole, and nothing that is not its own is touched.
+"""The folder that a run writes to: a failed run leaves no partial files, and files of others are never touched.
 
-inputs                      check_inputs: none lies where the run writes
-  -> staging folder         _write: all files, complete
-  -> their places           _move: all of them or none; what a kill interrupts here, the next run finishes
+inputs                  check_inputs: none of them lies where the run writes
+  -> staging folder     _write: all files, complete
+  -> final places       _move: all files or none; what a kill interrupts here, the next run finishes
 """
 
 import errno
@@ -20,14 +20,14 @@ from signal import SIGINT, SIGTERM
 
 import numpy as np
 
-from common.encoding import LARGE, encode, pixel_count, write_large_png
+from common.encoding import LARGE_PICTURE, encode, pixel_count, write_large_png
 from common.inputs import check_inputs
 
-__all__ = ["disk_full", "other_files", "output_folder", "write_files"]
+__all__ = ["MOVING", "SIGN", "STAGING", "disk_full", "other_files", "output_folder", "write_files"]
 
-STAGING = ".smooth-gradcam-"  # with the process' number and a random one, the folder for files that are not finished
-SIGN = ".sign"  # in a staging folder: it is ours
-MOVING = ".moving"  # in a staging folder: its files are complete, and being moved into place
+STAGING = ".smooth-gradcam-"  # and the process id and random digits: the name of a folder for unfinished files
+SIGN = ".sign"  # a file in a staging folder: the folder is ours
+MOVING = ".moving"  # a file in a staging folder: its files are complete and being moved into place
 try:
     import fcntl
 except ImportError:  # Windows
@@ -36,15 +36,15 @@ _DRAWING = threading.Lock()  # matplotlib draws in one thread at a time
 
 
 def _stage(path: Path, name: str, content) -> None:
-    if callable(content):  # a picture that is drawn only now, so that not all of them are in memory at once
+    if callable(content):  # a picture is drawn only now, so that not all of them are in memory at once
         with _DRAWING:
             content = content()
             if hasattr(content, "vector"):
                 suffix = Path(name).suffix[1:]
                 content = np.asarray(content) if suffix == "png" else content.vector(suffix)
-            if pixel_count(content) > LARGE:
-                return _stage(path, name, content)  # the next is drawn once it is written
-    large = pixel_count(content) > LARGE
+            if pixel_count(content) > LARGE_PICTURE:
+                return _stage(path, name, content)  # while the lock is held: the next is drawn once this is written
+    large = pixel_count(content) > LARGE_PICTURE
     data = None if large else encode(content)
     try:
         (path / name).parent.mkdir(exist_ok=True)
@@ -52,16 +52,14 @@ def _stage(path: Path, name: str, content) -> None:
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        takes = f"up to {3 * pixel_count(content) / 1e6:.1f}" if large else f"{len(data) / 1e6:.1f}"
+        size = f"up to {3 * pixel_count(content) / 1e6:.1f}" if large else f"{len(data) / 1e6:.1f}"
         free = shutil.disk_usage(path).free / 1e6
-        raise OSError(
-            f"no space left for {name} in {path.parent}: it takes {takes} MB, {free:.1f} MB are free"
-        ) from exc
+        raise OSError(f"no space left for {name} in {path.parent}: it takes {size} MB, {free:.1f} MB are free") from exc
     return None
 
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
-    """Make the folder and those missing above it; `made` gets each that was made here."""
+    """Make the folder and its missing parents; those made here are appended to `made`."""
     for path in (*reversed(folder.parents), folder):
         if not path.is_dir():
             with suppress(FileExistsError):  # another run was quicker
@@ -71,60 +69,60 @@ def _make_folders(folder: Path, made: list[Path]) -> None:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
-def _hold(folder: Path) -> int | None:
-    """An open file that keeps other runs out of the folder until it is closed, if only by the end of this process.
+def _lock(folder: Path) -> int | None:
+    """An open file descriptor that locks other runs out of the folder until it is closed or this process ends.
 
-    None where the system cannot lock folders.
+    None where the system cannot lock folders. Raises BlockingIOError if another run holds the lock.
     """
     if fcntl is None:
         return None
-    held = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
-        os.close(held)
+        os.close(lock)
         if not isinstance(exc, BlockingIOError):  # a network disk without locks
             return None
         names = [path.name.removeprefix(STAGING) for path in _staging_folders(folder)]
-        who = ", ".join(f"process {name.split('-')[0]}" for name in names)
-        raise BlockingIOError(f"{folder} is being written by {who or 'another run'}: choose another folder") from exc
-    return held
+        owners = ", ".join(f"process {name.split('-')[0]}" for name in names)
+        raise BlockingIOError(f"{folder} is being written by {owners or 'another run'}: choose another folder") from exc
+    return lock
 
 
 def _staging_folders(folder: Path) -> list[Path]:
-    """Those of the folder that are ours: somebody's folder may have such a name."""
-    there = [path for path in folder.glob(f"{STAGING}*") if not path.is_symlink()]
-    return [path for path in there if os.path.isfile(path / SIGN)]  # noqa: PTH113  (raises for no other user's folder)
+    """The staging folders in a folder that are ours: a user's folder may have such a name, too."""
+    paths = [path for path in folder.glob(f"{STAGING}*") if not path.is_symlink()]
+    return [path for path in paths if os.path.isfile(path / SIGN)]  # noqa: PTH113  (Path's raises for unreadable ones)
 
 
 def _remove_staging(staging: Path) -> None:
-    """Remove a staging folder: its files, and those of the folders in it, which is as deep as runs write."""
-    parts = [path for path in staging.iterdir() if path.is_dir() and not path.is_symlink()]
-    for part in (*parts, staging):
-        for path in part.iterdir():
-            if path not in parts and path != staging / SIGN:
+    """Remove a staging folder with its files and its folders of files, which is as deep as runs write."""
+    subfolders = [path for path in staging.iterdir() if path.is_dir() and not path.is_symlink()]
+    for folder in (*subfolders, staging):
+        for path in folder.iterdir():
+            if path not in subfolders and path != staging / SIGN:
                 path.unlink()
-        if part != staging:
-            part.rmdir()
-    (staging / SIGN).unlink(missing_ok=True)  # the last, so that a kill leaves a folder that is known
+        if folder != staging:
+            folder.rmdir()
+    (staging / SIGN).unlink(missing_ok=True)  # last, so that the folder is known as ours after a kill
     staging.rmdir()
 
 
 def _check_path(save_dir, name: str) -> Path:
-    """The folder without links and `..`. Raises ValueError for what is no path or a link that leads nowhere."""
+    """The folder without links and `..`. Raises ValueError if it is not a path, or a link to nothing."""
     if not isinstance(save_dir, (str, os.PathLike)) or not str(save_dir).strip() or "\0" in str(save_dir):
         raise ValueError(f"{name}={save_dir!r} must be the path of a folder")
-    given = Path(save_dir).absolute()
-    for path in (given, *given.parents):
+    folder = Path(save_dir).absolute()
+    for path in (folder, *folder.parents):
         if path.is_symlink() and not path.exists():
             raise ValueError(f"{name}: {path} is a symbolic link that leads nowhere: choose another folder")
-    return Path(os.path.realpath(given))
+    return Path(os.path.realpath(folder))
 
 
 @contextmanager
 def _signals_wait():
-    """Inside, Ctrl-C and SIGTERM wait until the end, so that nothing is left half done."""
-    if threading.current_thread() is not threading.main_thread():  # which is where Python handles signals
+    """Inside, Ctrl-C and SIGTERM are held back until the end, so that nothing is left half done."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled only there
         yield
         return
     caught = []
@@ -140,41 +138,42 @@ def _signals_wait():
 
 @contextmanager
 def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_dir", inputs: Iterable = ()):
-    """The folder that a run writes to, its own until the end; yields a function that writes {name: content}.
+    """The folder that a run writes to, locked until the end; yields a function that writes {name: content}.
 
         with output_folder("cam_results/grid") as write:
             paths = write({"heatmap.png": picture})
 
-    A content is a uint8 RGB array or PIL image (.png), a dictionary of arrays (.npz), a text, or a function that gives
-    one of them or a `Page` (.png, .pdf, .svg), called when its file's turn comes. Files are written to a staging folder
-    in the folder and then moved into place together: a failed run, Ctrl-C or SIGTERM leaves no partial files, and what
-    SIGKILL interrupts is undone or finished by the next run. `write(files, last=(name, make))` writes one more file,
-    whose text `make` makes of {file name: size in bytes}, and moves it last.
+    A content is a uint8 RGB array or PIL image (.png), a dictionary of arrays (.npz), a text, or a function that
+    returns one of them or a `Page` (.png, .pdf, .svg), called when its file's turn comes. Files are written to a
+    staging folder in the folder and then moved into place together: a failed run, Ctrl-C or SIGTERM leaves no partial
+    files, and what SIGKILL interrupts is undone or finished by the next run. `write(files, last=(name, make))` writes
+    one more file, whose text is `make({file name: size in bytes})`, and moves it last.
 
-    Nothing is ever removed but this staging folder, such folders of runs that were killed, and empty folders that this
-    run made; nothing is replaced but files of the names that are written, and none of the `inputs`, see `check_inputs`.
-    `subfolders` are those that the names will need; errors call the folder `name`.
+    Removed are only this run's staging folder, those of runs that were killed, and empty folders that this run made;
+    replaced are only files of the names that are written, never one of the `inputs`, see `check_inputs`. `subfolders`
+    are those that the names will need. Errors call the folder `name`.
 
     Raises ValueError if there can be no such folder, BlockingIOError if another run is writing there (where the system
     can lock folders; Windows cannot), and OSError if a file cannot be written.
     """
-    folder, made, held, staging = _check_path(save_dir, name), [], None, None
-    check_inputs([folder, *(folder / part for part in subfolders)], inputs, name)
+    folder, made, lock, staging = _check_path(save_dir, name), [], None, None
+    subfolders = [folder / subfolder for subfolder in subfolders]
+    check_inputs([folder, *subfolders], inputs, name)
     try:
         try:
             _make_folders(folder, made)
-            for part in (folder / part for part in subfolders):
-                if os.path.lexists(part) and not part.is_dir():
-                    raise NotADirectoryError(errno.ENOTDIR, f"{part.name} is no folder")
-                if part.is_dir() and part.stat().st_dev != folder.stat().st_dev:
-                    raise OSError(errno.EXDEV, f"{part.name} is on another disk")
-            held = _hold(folder)
-            for stale in _staging_folders(folder) if held is not None else ():  # whoever made them is no longer there
+            for path in subfolders:
+                if os.path.lexists(path) and not path.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, f"{path.name} is not a folder")
+                if path.is_dir() and path.stat().st_dev != folder.stat().st_dev:
+                    raise OSError(errno.EXDEV, f"{path.name} is on another disk")
+            lock = _lock(folder)
+            for stale in _staging_folders(folder) if lock is not None else ():  # of runs that no longer exist
                 _finish_moving(folder, stale)
                 _remove_staging(stale)
-            mine = folder / f"{STAGING}{os.getpid()}-{secrets.token_hex(4)}"
-            mine.mkdir()
-            staging = mine  # from here on it is this run's to remove
+            path = folder / f"{STAGING}{os.getpid()}-{secrets.token_hex(4)}"
+            path.mkdir()
+            staging = path  # from here on this run removes it
             (staging / SIGN).touch()
         except BlockingIOError:
             raise
@@ -188,12 +187,12 @@ def output_folder(save_dir, subfolders: Iterable[str] = (), name: str = "save_di
             for path in reversed(made):
                 with suppress(OSError):  # it is not empty
                     path.rmdir()
-            if held is not None:
-                os.close(held)
+            if lock is not None:
+                os.close(lock)
 
 
 def _keep(file: Path, copy: Path) -> None:
-    """Another name for the file, or a copy where the disk knows no hard links."""
+    """Give the file a second name, or copy it where the disk has no hard links."""
     try:
         os.link(file, copy, follow_symlinks=False)
     except (OSError, NotImplementedError):
@@ -201,8 +200,8 @@ def _keep(file: Path, copy: Path) -> None:
 
 
 def _move(folder: Path, staging: Path, made: list[Path], names: Iterable[str]) -> None:
-    """Move all files into place, or none: what was there before is put back if one cannot be replaced."""
-    moved = {}  # target: what was there before
+    """Move all files into place, or none: earlier files are put back if one of them cannot be replaced."""
+    moved = {}  # target: a second name of the earlier file
     (staging / MOVING).touch()
     try:
         for i, name in enumerate(names):
@@ -214,8 +213,8 @@ def _move(folder: Path, staging: Path, made: list[Path], names: Iterable[str]) -
             moved[target] = before
     except OSError as exc:
         (staging / MOVING).unlink()
-        for done, before in moved.items():
-            before.replace(done) if os.path.lexists(before) else done.unlink()
+        for replaced, before in moved.items():
+            before.replace(replaced) if os.path.lexists(before) else replaced.unlink()
         raise OSError(
             f"{target} cannot be written ({exc.strerror}): nothing is changed, choose another folder"
         ) from exc
@@ -225,7 +224,7 @@ def _move(folder: Path, staging: Path, made: list[Path], names: Iterable[str]) -
 
 
 def _finish_moving(folder: Path, staging: Path) -> None:
-    """Move into place what a killed run left there complete."""
+    """Move the complete files of a killed run into place."""
     if (staging / MOVING).exists():
         for path in [path for path in staging.rglob("*") if path.is_file() and not path.name.startswith(".")]:
             target = folder / path.relative_to(staging)
@@ -251,19 +250,19 @@ def _write(
 
 
 def write_files(folder, files: dict[str, object]) -> list[Path]:
-    """Write {name in the folder: content} as `output_folder` does; returns the paths."""
+    """Write {file name: content} as `output_folder` does, and raise what it raises; returns the paths."""
     with output_folder(folder) as write:
         return write(files)
 
 
 def disk_full(exc: BaseException | None) -> bool:
-    """Whether an error is that of a full disk or quota, or comes of one."""
+    """Whether an error is that of a full disk or quota, or was raised from one."""
     while exc is not None and not (isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)):
         exc = exc.__cause__
     return exc is not None
 
 
 def other_files(paths: list[Path]) -> list[Path]:
-    """Files beside the given ones that are not among them: of an earlier run, say, and another photo."""
-    found = {path for parent in {path.parent for path in paths} for path in parent.iterdir() if path.is_file()}
-    return sorted(path for path in found - set(paths) if not path.name.startswith("."))
+    """Files in the folders of these paths that are not among them, such as those of an earlier run."""
+    files = {path for folder in {path.parent for path in paths} for path in folder.iterdir() if path.is_file()}
+    return sorted(path for path in files - set(paths) if not path.name.startswith("."))

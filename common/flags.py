@@ -9,11 +9,12 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from common.terminal import plain
 
-__all__ = ["CHOICES", "FOLDERS", "MODES_OF_FLAG", "parse_args"]
+__all__ = ["CHOICES", "FOLDERS", "MODES_OF_FLAG", "OneLineParser", "parse_args"]
 
 HERE = Path(__file__).resolve().parents[1]
 FOLDERS = {  # of each mode
@@ -89,9 +90,10 @@ def _type(check: Callable) -> Callable:
 
 @_type
 def _count(text: str) -> int:
-    if not re.fullmatch(r"\s*[+-]?\d{1,19}\s*", text) or not 1 <= int(text) < 2**63:
-        raise ValueError(f"{text!r} must be a whole number, 1 or more, and below 2^63")
-    return int(text)
+    with suppress(ValueError):
+        if 1 <= (number := int(text)) < 2**63:
+            return number
+    raise ValueError(f"{text[:100]!r} must be a whole number, 1 or more, and below 2^63")
 
 
 @_type
@@ -158,14 +160,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, as for every other bad input
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of all other bad input, that cannot steer the terminal."""
+
+    def error(self, message):
         self.exit(2, plain(f"{self.prog}: error: {message}") + "\n")
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     """The parser, and {flag: the modes in which it acts} of flags that do not act in all of them."""
-    parser, modes_of = _Parser(
+    parser, modes_of = OneLineParser(
         prog="test_gradcam.py",
         description="Show where in a photo the answer of a Qwen2.5-VL comes from (Smooth Grad-CAM).",
         epilog=EXAMPLES,
@@ -289,6 +293,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     argv = [f" {word}" if re.fullmatch(r"-\d+[,-][-,\d]*", word) else word for word in argv]  # a list, and no flag
     parser, _ = make_parser()
+    if (bare := next((word for word in argv if re.fullmatch(r"(--\w+=)?--", word)), None)) is not None:
+        parser.error(f"{bare} gives no value")  # argparse would take it for an empty list
     args = parser.parse_args(argv)
     args.listed = any(map(is_list, args.image_path)) or (len(args.image_path) > 1 and args.mode not in OF_PHOTOS)
     try:

@@ -1,4 +1,4 @@
-"""What a run reads: regular files only, and never one that it is about to write."""
+"""The files that a run reads: only regular ones, and never one that it is about to replace."""
 
 import io
 import os
@@ -11,7 +11,7 @@ __all__ = ["check_inputs", "open_regular"]
 
 
 def open_regular(path) -> io.BufferedReader:
-    """Open a file to read its bytes. Raises ValueError for a folder, a device, and a pipe, which could block."""
+    """Open a file for reading bytes. Raises ValueError for a folder, a device, and a pipe, which could block."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  (a path may be text)
         raise ValueError("it is a folder, a pipe or a device")
     return open(path, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
@@ -20,21 +20,21 @@ def open_regular(path) -> io.BufferedReader:
 def check_inputs(folders: Iterable[Path], inputs: Iterable, name: str = "save_dir") -> None:
     """Raises ValueError if an input, or a link that leads to it, lies in one of the folders that a run writes to.
 
-    Folders are compared by what they are on the disk, since a name is not all that leads to them. What is no path of
-    something that is there (an array, None, a name on the hub) is passed over.
+    Folders are compared by device and inode, since one folder can have several paths. Inputs that are not an existing
+    path (an array, None, a name on the hub) are passed over.
     """
     above = {}  # each folder above an input: the input
-    for given in inputs:
-        if isinstance(given, (str, os.PathLike)) and os.path.lexists(given):
-            path = Path(given)
-            for place in (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name)):
-                above |= dict.fromkeys((place, *place.parents), given)
+    for source in inputs:
+        if isinstance(source, (str, os.PathLike)) and os.path.lexists(source):
+            path = Path(source)
+            for resolved in (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name)):
+                above |= dict.fromkeys((resolved, *resolved.parents), source)
     inputs_of = {}
-    for path, given in above.items():
+    for path, source in above.items():
         with suppress(OSError):
-            inputs_of[path.stat().st_dev, path.stat().st_ino] = given
+            inputs_of[path.stat().st_dev, path.stat().st_ino] = source
     for folder in folders:
-        if folder.is_dir() and (given := inputs_of.get((folder.stat().st_dev, folder.stat().st_ino))) is not None:
+        if folder.is_dir() and (source := inputs_of.get((folder.stat().st_dev, folder.stat().st_ino))) is not None:
             raise ValueError(
-                f"the input {given} lies in {folder}, the folder that this run writes to: choose another {name}"
+                f"the input {source} lies in {folder}, the folder that this run writes to: choose another {name}"
             )

@@ -1,4 +1,4 @@
-"""Pages that are drawn upon: text that is measured and wrapped, panels, and a page of a paper's width.
+"""Figures as pages of a paper's width: text that is measured and wrapped, panels, and the parts that figures share.
 
 Shapes:  height, width  pixels     Lengths: inches of the page, from its top left
 """
@@ -23,25 +23,41 @@ from PIL import Image
 
 from common.encoding import DPI
 
-__all__ = ["PAGE", "Page", "Paper"]
+__all__ = [
+    *("PAGE", "Page", "Paper", "WIDTHS", "BODY_HEIGHTS", "MARGIN", "GAP", "BAND", "HEAD", "LINE"),
+    *(
+        "TEXT",
+        "SMALL",
+        "TINY",
+        "TITLE",
+        "add_new_fonts",
+        "excerpt",
+        "font_families",
+        "text_width",
+        "wrap",
+        "split_at_span",
+    ),
+    *("figure_to_array", "grey_panel", "fit_box", "panel_width", "best_columns", "shrink"),
+    *("header", "masthead", "small_print"),
+]
 
-WIDTHS = {"page": 7.2, "column": 3.3}  # both columns of a paper, or one
+WIDTHS = {"page": 7.2, "column": 3.3}  # inches: both columns of a paper, or one
 VECTOR_FORMATS = ("pdf", "svg")
-BODY_HEIGHTS = {"page": 7.0, "column": 5.5}  # what header and caption leave of a paper's page
+BODY_HEIGHTS = {"page": 7.0, "column": 5.5}  # inches that header and caption leave on a paper's page
 MARGIN = 0.12
-GAP, BAND, HEAD = 0.08, 0.18, 0.27  # between pictures; the line that a title stands on; two lines, with the maximum
-LABELS = 0.43  # left of a plot, for the numbers and the name of its axis
+GAP, BAND, HEAD = 0.08, 0.18, 0.27  # between pictures; a line with a title; two lines, a title and the maximum
+AXIS = 0.43  # left of a plot, for the tick labels and the name of its axis
 LINE = 1.35 / 72  # height of a line per point of text
 MARKER = "#ffe08a"  # behind the explained part of the answer
 TEXT, SMALL, TINY, TITLE = 8, 7, 6, 11  # points; journals ask for 6 at least
-LABEL = 0.75  # width of the column that says "Prompt", "Answer", "Explained"
+LABEL = 0.75  # width of the column with "Prompt", "Answer", "Explained"
 
 
 # text
 
 
 def excerpt(text: str, span: tuple[int, int], columns: int) -> tuple[str, tuple[int, int]]:
-    """A long text cut to about `columns` of its characters around the span, and where the span is then.
+    """A long text cut to about `columns` columns around the span, and the span in the cut text.
 
     Wide characters take two columns. White space and control characters become blanks.
     """
@@ -51,12 +67,12 @@ def excerpt(text: str, span: tuple[int, int], columns: int) -> tuple[str, tuple[
     if len(text) <= limit:
         return text, span
     start = 0 if span[1] <= limit else min(max(span[0] - limit // 4, 0), len(text) - limit)
-    word = text.find(" ", start, span[0]) + 1  # not in the middle of a word, where there are words
+    word = text.find(" ", start, span[0]) + 1  # begin with a whole word, where there are words
     start = word if 0 < word - start < 20 and start else start
     before, after = "… " if start else "", " …" if start + limit < len(text) else ""
     shift = len(before) - start
     end = start + limit
-    word = text.rfind(" ", max(end - 20, span[1]), end) if after else -1  # nor at the end
+    word = text.rfind(" ", max(end - 20, span[1]), end) if after else -1  # and end with one
     cut = before + text[start : end if word < 0 else word] + after
     return cut, (span[0] + shift, min(span[1] + shift, len(cut) - len(after)))
 
@@ -70,8 +86,8 @@ def _characters_of(path: str) -> frozenset:
 
 
 @functools.cache
-def _add_new_fonts() -> None:
-    """Let matplotlib know the fonts that were installed after it had made its list."""
+def add_new_fonts() -> None:
+    """Add the fonts to matplotlib's list that were installed after it was made."""
     known = {font.fname for font in font_manager.fontManager.ttflist}
     for path in set(font_manager.findSystemFonts()) - known:
         with suppress(OSError, RuntimeError):  # a font that it cannot read
@@ -86,7 +102,7 @@ def _weight_of(font) -> int:
 
 
 def _add_weights(family: str) -> None:
-    """Let the nearest face of a family stand in for each of our weights that it lacks, and matplotlib say nothing."""
+    """Let the nearest face of a family stand in for each of our weights that it lacks, without a warning."""
     fonts = font_manager.fontManager.ttflist
     faces = [font for font in fonts if font.name == family and font.style == "normal"]
     for weight in WEIGHTS.values():
@@ -98,7 +114,7 @@ def _add_weights(family: str) -> None:
 
 @functools.cache
 def font_families(text: str) -> tuple[list[str], bool]:
-    """Installed font families that together can draw the text, and whether they draw all of it.
+    """Installed font families that together can draw the text, and whether they can draw all of it.
 
     Families with a bold face come first.
     """
@@ -106,20 +122,20 @@ def font_families(text: str) -> tuple[list[str], bool]:
     families = ["DejaVu Sans"]
     missing -= _characters_of(font_manager.findfont("DejaVu Sans"))
     if missing:
-        _add_new_fonts()
+        add_new_fonts()
         fonts = [font for font in font_manager.fontManager.ttflist if font.style == "normal"]
         bold = {font.name for font in fonts if _weight_of(font) >= WEIGHTS["bold"]}
         for font in sorted(fonts, key=lambda font: font.name not in bold):
-            found = missing & _characters_of(font.fname)
-            if found and "LastResort" not in font.fname:
+            characters = missing & _characters_of(font.fname)
+            if characters and "LastResort" not in font.fname:
                 families.append(font.name)
                 _add_weights(font.name)
-                missing -= found
+                missing -= characters
     return families, not missing
 
 
 def text_width(text: str, size: float, families: list[str], weight: str = "normal") -> float:
-    """Inches that the text takes on one line, in pictures and in vector files: letters are not fitted to pixels."""
+    """Inches that the text takes on one line, in pictures and vector files alike: letters are not fitted to pixels."""
     font = font_manager.FontProperties(family=families, size=size, weight=weight)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that no installed font has
@@ -127,7 +143,7 @@ def text_width(text: str, size: float, families: list[str], weight: str = "norma
 
 
 def wrap(text: str, width: float, size: float, families: list[str], weight: str = "normal") -> list[tuple[int, int]]:
-    """(start, end) of each line, broken at blanks where there are any and between characters where not."""
+    """(start, end) of each line, broken at blanks, or between characters where there are none."""
     lines, start = [], 0
     while start < len(text):
         fits, over = start + 1, len(text) + 1
@@ -143,7 +159,7 @@ def wrap(text: str, width: float, size: float, families: list[str], weight: str 
 
 
 def split_at_span(text: str, line: tuple[int, int], span: tuple[int, int]) -> list[tuple[str, bool]]:
-    """The line's text in runs (text, is it marked), in the order in which they are drawn from left to right."""
+    """The line's text in runs (text, whether it is marked), in the order in which they are drawn from left to right."""
     start, end = line
     inside = [min(max(edge, start), end) for edge in span]
     edges = [start, *inside, end]
@@ -165,12 +181,12 @@ def figure_to_array(figure: Figure) -> np.ndarray:
 
 
 def grey_panel(width: int, height: int, text: str) -> np.ndarray:
-    """What stands in place of a map that does not exist: uint8 RGB (height, width, 3), grey, with words.
+    """A grey panel with a text, in place of a map that does not exist: uint8 RGB (height, width, 3).
 
-    The words are left out where they could not be read in print.
+    The text is left out where it would be too small to read in print.
     """
-    words, figure = text.split(), Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="0.8")
-    breaks = [text.split("\n"), words]  # as it stands, or a word on each line
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="0.8")
+    breaks = [text.split("\n"), text.split()]  # as it stands, or a word on each line
     sizes = [min(0.8 * width / (0.62 * max(map(len, lines))), 0.8 * height / (1.4 * len(lines))) for lines in breaks]
     size, lines = max(zip(sizes, breaks, strict=True))  # pixels of a letter
     if size >= TINY * DPI / 72:
@@ -185,13 +201,13 @@ def fit_box(aspect: float, width: float, height: float) -> tuple[float, float]:
 
 
 def panel_width(aspect: float, columns: int, rows: int, width: float, height: float, across: int, down: int) -> float:
-    """Width of a picture when titled cells of so many pictures across and down fill the columns and rows of an area."""
+    """Width of a picture when an area is filled with columns and rows of cells: a title, `across` x `down` pictures."""
     cell_width, cell_height = width / columns - GAP, height / rows - GAP - HEAD
     return min((cell_width - (across - 1) * GAP / 2) / across, (cell_height - (down - 1) * GAP / 2) / down * aspect)
 
 
 def best_columns(aspect: float, count: int, most: int, width: float, height: float, across: int, down: int) -> int:
-    """How many columns of cells, `most` at most, give large pictures in few rows, with few cells left empty."""
+    """The number of columns, at most `most`, that gives large pictures in few rows, with few cells left empty."""
 
     def merit(columns):
         rows = -(-count // columns)
@@ -205,11 +221,11 @@ def best_columns(aspect: float, count: int, most: int, width: float, height: flo
 
 @dataclass(frozen=True)
 class Paper:
-    """What figures are made for.
+    """The size and formats of figures. Raises ValueError for invalid values.
 
-    `width` is "page" (7.2 inches, both columns of a paper) or "column" (3.3 inches); no text is smaller than 6 points
-    there. `formats` are written beside each figure's PNG: "pdf", "svg". With `heatmaps`, grids show the heatmap of
-    each layer above or beside its overlay. Raises ValueError for anything else.
+    width     "page" (7.2 inches, both columns of a paper) or "column" (3.3 inches), with no text below 6 points
+    formats   written beside each figure's PNG: "pdf", "svg"
+    heatmaps  grids show the heatmap of each layer above or beside its overlay
     """
 
     width: str = "page"
@@ -219,13 +235,13 @@ class Paper:
     def __post_init__(self):
         if self.width not in WIDTHS:
             raise ValueError(f"width={self.width!r} must be one of {', '.join(WIDTHS)}")
-        if isinstance(self.formats, str) or not set(self.formats) <= set(VECTOR_FORMATS):
+        if not isinstance(self.formats, (tuple, list)) or not set(self.formats) <= set(VECTOR_FORMATS):
             raise ValueError(f"formats={self.formats!r} must be a tuple of {', '.join(VECTOR_FORMATS)}")
         if not isinstance(self.heatmaps, bool):
             raise ValueError(f"heatmaps={self.heatmaps!r} must be True or False")
 
     def figure(self, name: str, draw) -> dict[str, object]:
-        """{file name: function that draws it} of a figure in all formats."""
+        """{file name: the function that draws it} of a figure, in all its formats."""
         return {f"{name}.{suffix}": draw for suffix in ("png", *self.formats)}
 
 
@@ -233,10 +249,10 @@ PAGE = Paper()
 
 
 class Page:
-    """A figure of a fixed width that is drawn upon from the top; `finish` says how long it is.
+    """A figure of a fixed width that is filled from the top; `finish` sets its height.
 
-    `text` is what it will have to be able to write; all lengths are inches, from the top left. `numpy.asarray` gives
-    its pixels, uint8 RGB (height, width, 3) at DPI pixels per inch, `vector` a file of one of `VECTOR_FORMATS`.
+    `text` has the characters that it must be able to write. All lengths are inches, from the top left. `numpy.asarray`
+    gives its pixels, uint8 RGB (height, width, 3) at DPI pixels per inch, `vector` the bytes of a PDF or SVG file.
     """
 
     def __init__(self, width: float, text: str):
@@ -245,10 +261,10 @@ class Page:
         self.figure = Figure(figsize=(width, 1), dpi=DPI, facecolor="white")
         self.from_top = Affine2D().scale(1, -1)
         self.inches = self.from_top + self.figure.dpi_scale_trans
-        self.boxes = {}  # axes: where they are
+        self.boxes = {}  # axes: (x, y, width, height)
 
     def axes(self, x, y, width, height):
-        """Bare axes of that size, to be drawn upon."""
+        """Empty axes with their upper left corner at (x, y)."""
         axes = self.figure.add_axes((0, 0, 1, 1), xticks=[], yticks=[])
         axes.spines[:].set(linewidth=0.4, color="0.6")
         axes.tick_params(labelsize=SMALL, length=2, width=0.5)
@@ -256,7 +272,7 @@ class Page:
         return axes
 
     def text(self, x, y, text, size, **style):
-        """One line whose upper edge (with va="center": whose middle) is at y; no dollar sign starts a formula."""
+        """One line with its upper edge (with va="center", its middle) at y; dollar signs do not start formulas."""
         style = {"family": self.families, "parse_math": False, "size": size} | style
         if "va" not in style:
             y += 0.8 * size * LINE  # the baseline
@@ -266,19 +282,19 @@ class Page:
         """Wrapped text with its span marked; returns the y below it."""
         weight = style.get("weight", "normal")
         for line in wrap(text, width, size, self.families, weight):
-            at = x
+            left = x
             for run, marked in split_at_span(text, line, span):
                 if marked:
                     box = text_width(run.rstrip(), size, self.families), size * LINE
-                    mark = Rectangle((at, y), *box, facecolor=MARKER, zorder=-1, transform=self.inches)
+                    mark = Rectangle((left, y), *box, facecolor=MARKER, zorder=-1, transform=self.inches)
                     self.figure.add_artist(mark)
-                self.text(at, y, run, size, **style)
-                at += text_width(run, size, self.families, weight)
+                self.text(left, y, run, size, **style)
+                left += text_width(run, size, self.families, weight)
             y += size * LINE
         return y
 
     def label(self, middle, y, name, largest) -> None:
-        """Two lines over the middle of a picture, HEAD high: its name, and the map's strength in small print."""
+        """Two lines over the middle of a picture, HEAD high: its name, and the map's maximum in small print."""
         self.text(middle, y, name, SMALL, ha="center")
         self.text(middle, y + SMALL * LINE, largest, TINY, ha="center", color="0.3")
 
@@ -295,7 +311,7 @@ class Page:
 
     def picture(self, x, y, width, height, array):
         """A uint8 RGB array in a thin frame; returns its axes, in pixels."""
-        size = pixels_of(width, height)
+        size = _pixels_of(width, height)
         if array.shape[1::-1] != size:
             array = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
         axes = self.axes(x, y, width, height)
@@ -303,7 +319,7 @@ class Page:
         return axes
 
     def colour_scale(self, x, y, width, height, colours, ticks, size):
-        """Horizontal bars of colours (n, 3) uint8 RGB from 0 to 1, one above the other, with their ticks below."""
+        """Horizontal bars of colours, each (n, 3) uint8 RGB from 0 to 1, one above the other, with ticks below."""
         axes = self.axes(x, y, width, height)
         axes.imshow(np.stack(colours), aspect="auto", extent=(0, 1, 0, 1), interpolation="nearest")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -311,7 +327,7 @@ class Page:
         axes.spines[:].set(color="black")
 
     def legend(self, y, entries: dict[str, object]) -> float:
-        """Names in their colours, in as few lines as they fit in; returns the y below them."""
+        """{name: colour} as dots with names, in as few lines as possible; returns the y below them."""
         pitch = 0.32 + max(text_width(label, SMALL, self.families) for label in entries)
         rows = -(-len(entries) // max(1, int(self.inner / pitch)))
         columns = -(-len(entries) // rows)
@@ -322,16 +338,16 @@ class Page:
         return y + rows * SMALL * LINE
 
     def places(self, y, count: int, width: float, pitch: float) -> tuple[list[tuple[float, float, float]], float]:
-        """(x, y, width) of so many plots, side by side as far as there is room, and the y below their rows."""
-        columns = max(1, min(count, int(self.inner / (LABELS + 0.75 * width))))
+        """(x, y, width) of `count` plots, side by side as far as there is room, and the y below their rows."""
+        columns = max(1, min(count, int(self.inner / (AXIS + 0.75 * width))))
         slot = self.inner / columns
-        width = min(width, slot - LABELS - GAP)
-        x = MARGIN + LABELS + (slot - LABELS - width) / 2
-        found = [(x + i % columns * slot, y + i // columns * pitch, width) for i in range(count)]
-        return found, y - (-count // columns) * pitch
+        width = min(width, slot - AXIS - GAP)
+        x = MARGIN + AXIS + (slot - AXIS - width) / 2
+        boxes = [(x + i % columns * slot, y + i // columns * pitch, width) for i in range(count)]
+        return boxes, y - (-count // columns) * pitch
 
     def plot(self, x, y, width, height, title: str, **style):
-        """Axes of that size under a title that stands at y; `style` goes to their `set`."""
+        """Axes under a title at y; `style` are keywords of their `set`."""
         self.text(x + width / 2, y, title, TEXT, ha="center", weight="bold")
         axes = self.axes(x, y + BAND, width, height)
         axes.spines[:].set(linewidth=0.5, color="black")
@@ -344,7 +360,7 @@ class Page:
         return axes
 
     def finish(self, height: float) -> "Page":
-        """The page itself, cut at that height."""
+        """Set the height; returns the page."""
         self.figure.set_size_inches(self.width, height)
         self.from_top.translate(0, height)
         for axes, (x, y, w, h) in self.boxes.items():
@@ -355,7 +371,7 @@ class Page:
         return figure_to_array(self.figure).astype(dtype or np.uint8, copy=False)
 
     def vector(self, suffix: str) -> bytes:
-        """The finished page as "pdf", with its fonts, or "svg", with text as outlines: the same bytes every time."""
+        """The finished page as "pdf", with its fonts, or "svg", with text as outlines: always the same bytes."""
         buffer, style = io.BytesIO(), {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "smooth-gradcam"}
         with rc_context(style), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # characters that no installed font has: drawn as boxes
@@ -364,24 +380,24 @@ class Page:
         return buffer.getvalue()
 
 
-def pixels_of(width: float, height: float) -> tuple[int, int]:
-    """Pixels (width, height) of a picture on the page."""
+def _pixels_of(width: float, height: float) -> tuple[int, int]:
+    """(width, height) in pixels of a picture of that size on a page."""
     return max(1, round(width * DPI)), max(1, round(height * DPI))
 
 
 def shrink(photo: Image.Image, width: float, height: float) -> Image.Image:
-    """The photo as large as it stands on the page: maps are drawn at the size of their cell."""
-    return photo.resize(pixels_of(width, height), Image.Resampling.LANCZOS)
+    """The photo in the pixels that it has on a page, so that maps are drawn at the size of their cell."""
+    return photo.resize(_pixels_of(width, height), Image.Resampling.LANCZOS)
 
 
 def header(page: Page, x: float, y: float, title: str, rows) -> float:
-    """Title, prompt, answer and what is explained; returns the y below them."""
+    """The title, and the `rows` of `_header_rows` below it; returns the y below them."""
     y = page.lines(x, y, page.width - MARGIN - x, title, TITLE, weight="bold")
-    return header_rows(page, x, y + GAP, rows)
+    return _header_rows(page, x, y + GAP, rows)
 
 
-def header_rows(page: Page, x: float, y: float, rows) -> float:
-    """(label, text, marked span) one below the other; returns the y below them."""
+def _header_rows(page: Page, x: float, y: float, rows) -> float:
+    """Rows (label, text, marked span), such as the prompt and the answer; returns the y below them."""
     for label, text, span in rows:
         page.text(x, y, label, TEXT, weight="bold")
         y = page.lines(x + LABEL, y, page.width - MARGIN - x - LABEL, text, TEXT, span) + GAP / 2
@@ -391,9 +407,9 @@ def header_rows(page: Page, x: float, y: float, rows) -> float:
 def masthead(
     page: Page, photo: Image.Image, title: str, rows, box=(2.3, 1.7), draw=np.asarray, under: str = ""
 ) -> float:
-    """The photo in a box, or what `draw` makes of it, with a line under it, and the header beside it; the y below.
+    """The photo in a box, or what `draw` makes of it, with a line `under` it and the header beside it.
 
-    On a narrow page only the title stands beside the photo.
+    On a narrow page only the title stands beside the photo. Returns the y below.
     """
     width, height = fit_box(photo.width / photo.height, min(box[0], page.inner / 2), min(box[1], page.inner / 3))
     page.picture(MARGIN, MARGIN, width, height, draw(shrink(photo, width, height)))
@@ -404,11 +420,11 @@ def masthead(
         return max(header(page, x, MARGIN, title, rows), below)
     x = MARGIN + width + 2 * GAP
     below = max(page.lines(x, MARGIN, page.width - MARGIN - x, title, TEXT, weight="bold"), below) + GAP
-    return header_rows(page, MARGIN, below, rows)
+    return _header_rows(page, MARGIN, below, rows)
 
 
 def small_print(page: Page, y: float, text: str, settings: str = "") -> float:
-    """A caption, and below it how the figure was made; returns the y below them, which is the page's height."""
+    """A caption, and below it the settings of the figure; returns the y below them, which is the page's height."""
     if not page.complete:
         text += " Boxes: characters that no installed font can draw."
     y = page.lines(MARGIN, y, page.inner, text, SMALL, color="0.3")

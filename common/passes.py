@@ -1,10 +1,10 @@
-"""Other ways for noisy copies to pass the model than `noisy_passes` of the core, and what spares memory or time.
+"""Alternatives to `noisy_passes` of the core, and context managers that save memory or time.
 
     explain(reading, [span], layers, settings, passes=contrasted_passes)      the target's score minus another text's
     with recomputed(model): ...                                               less memory for many layers
-    with vision_kept(model): ...                                              the vision tower runs once for a photo
+    with vision_kept(model): ...                                              the vision tower runs once for each photo
 
-Shapes:  as in `smooth_gradcam.py`; A  answer tokens     T  scored tokens     B  pictures
+Shapes:  as in `smooth_gradcam.py`
 """
 
 import functools
@@ -34,54 +34,63 @@ from smooth_gradcam import (
     tokenise,
 )
 
-__all__ = ["contrasted_passes", "passes_of", "recomputed", "token_probabilities", "vision_kept", "watched_passes"]
+__all__ = [
+    *("SENSITIVE", "UNLIKELY", "contrasted_passes", "passes_of", "recomputed", "token_probabilities", "vision_kept"),
+    "watched_passes",
+]
 
 
 # passes
 
 
 def passes_of(contrast: str | None) -> Callable[..., Iterator[tuple[int, dict]]]:
-    """The passes that settings with this contrast need."""
+    """The `passes` of `explain` that settings with this contrast need."""
     return noisy_passes if contrast is None else contrasted_passes
 
 
 def contrasted_passes(
     reading: Reading, spans, taps, settings: Settings, progress=None, batch_size: int = 1
 ) -> Iterator[tuple[int, dict]]:
-    """`noisy_passes` of one part, with the gradient of its score minus that of `settings.contrast` in its place."""
+    """`noisy_passes` of one part of the answer, with the gradient of its score minus that of `settings.contrast`.
+
+    Raises ValueError for several parts.
+    """
     if len(spans) != 1:
-        raise ValueError(f"contrast={settings.contrast!r} needs one part to take the place of, not {len(spans)}")
-    other, span = put_in_place(reading, spans[0], settings.contrast)
+        raise ValueError(f"contrast={settings.contrast!r} takes the place of one part of the answer, not {len(spans)}")
+    other, span = _with_contrast(reading, spans[0], settings.contrast)
     targets = noisy_passes(reading, spans, taps, settings, progress, batch_size)
-    others = noisy_passes(other, [span], taps, settings, None, batch_size)  # the seed makes the noise the same
-    for (part, pairs), (_, against) in zip(targets, others, strict=True):
-        yield part, difference(pairs, against)
+    contrasts = noisy_passes(other, [span], taps, settings, None, batch_size)  # the seed makes the noise the same
+    for (part, pairs), (_, contrast_pairs) in zip(targets, contrasts, strict=True):
+        yield part, _difference(pairs, contrast_pairs)
 
 
-def put_in_place(reading: Reading, span: tuple[int, int], contrast: str) -> tuple[Reading, tuple[int, int]]:
-    """The reading of the answer up to these characters and `contrast` in their place, and where it stands there."""
-    part = reading.tokens_of(span)
-    first, last = reading.spans[part[0]][0], reading.spans[part[-1]][1]  # whole tokens: the rest of their text is kept
+def _with_contrast(reading: Reading, span: tuple[int, int], contrast: str) -> tuple[Reading, tuple[int, int]]:
+    """The reading of the answer up to the span with `contrast` in its place, and the span of the contrast there."""
+    indices = reading.tokens_of(span)
+    first, last = reading.spans[indices[0]][0], reading.spans[indices[-1]][1]  # of whole tokens: all their text is kept
     text = reading.answer[first : span[0]] + contrast + reading.answer[span[1] : last]
     tokens = tokenise(reading.processor.tokenizer, text, "contrast")
-    if max(len(tokens), len(part)) > 2 * min(len(tokens), len(part)):
+    if max(len(tokens), len(indices)) > 2 * min(len(tokens), len(indices)):
         message = (
-            f"contrast={contrast!r} has {len(tokens)} tokens, the target {len(part)}: scores are sums over tokens, so "
-            "the map mostly shows the difference in length"
+            f"contrast={contrast!r} has {len(tokens)} tokens, the target {len(indices)}: scores are sums over tokens, "
+            "so the map mostly shows the difference in length"
         )
         warnings.warn(message, ExplanationWarning, stacklevel=2)
-    spans = [*reading.spans[: part[0]], *[(first, first + len(text))] * len(tokens)]
+    spans = [*reading.spans[: indices[0]], *[(first, first + len(text))] * len(tokens)]
     answer = reading.answer[:first] + text
-    other = replace(reading, tokens=reading.tokens[: part[0]] + tokens, spans=spans, answer=answer)
+    other = replace(reading, tokens=reading.tokens[: indices[0]] + tokens, spans=spans, answer=answer)
     return other, (first, first + len(text))
 
 
-def difference(pairs: dict, others: dict) -> dict:
-    """The first features with the difference of the gradients. What stands before the answer is the same in both."""
+def _difference(pairs: dict, others: dict) -> dict:
+    """The features of `pairs`, with their gradients minus those of `others`.
+
+    The positions before the answer, those of the image among them, are the same in both.
+    """
     result = {}
     for key, (features, gradient) in pairs.items():
         other = others[key][1]
-        if gradient is not None and gradient.dim() > 2:  # sequences that may end differently
+        if gradient is not None and gradient.dim() > 2:  # sequences, which may differ in length
             length = min(gradient.shape[1], other.shape[1])
             features, gradient, other = (tensor[:, :length] for tensor in (features, gradient, other))
         result[key] = features, None if gradient is None else gradient - other
@@ -103,8 +112,8 @@ def watched_passes(passes: Callable, watch: Callable[[dict], None]) -> Callable[
 
 
 @contextmanager
-def forwards_restored(modules: Iterable[nn.Module]):
-    """Inside, the forward of these modules may be replaced; afterwards they have their own again, or accelerate's."""
+def _forwards_restored(modules: Iterable[nn.Module]):
+    """Inside, the forward of these modules may be replaced; afterwards it is the same as before, be it accelerate's."""
     before = [(module, vars(module).get("forward")) for module in modules]
     try:
         yield
@@ -117,14 +126,14 @@ def forwards_restored(modules: Iterable[nn.Module]):
 
 @contextmanager
 def recomputed(model):
-    """Inside, a forward keeps only the input of each decoder layer: the backward runs the layer once more.
+    """Inside, a forward pass stores only the input of each decoder layer, and the backward pass runs the layer again.
 
-    Slower, for a fraction of the memory where many layers are explained. The vision tower keeps what it keeps.
+    Slower, for a fraction of the memory where many layers are explained. The vision tower is not changed.
     """
     layers = get_model_layers(model)[0]
-    offloaded = any(parameter.is_meta for parameter in layers.parameters())  # weights are there for a whole layer only
-    with forwards_restored(layers):
-        for layer in layers:  # there is no dropout, so the random state need not be kept
+    offloaded = any(parameter.is_meta for parameter in layers.parameters())  # then each layer must run as a whole
+    with _forwards_restored(layers):
+        for layer in layers:  # there is no dropout, so the random state does not matter
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         with set_checkpoint_early_stop(not offloaded):
             yield
@@ -132,34 +141,40 @@ def recomputed(model):
 
 @contextmanager
 def vision_kept(model):
-    """Inside, the vision tower runs once for the first pictures that it sees: what it gave is kept, and given again.
+    """Inside, the vision tower's output for the first pictures that it sees is stored, and reused for the same ones.
 
-    It runs for other pictures, with other weights, and where hooks watch or change what happens in it.
+    It runs again for other pictures, with other weights, and where hooks read or change what happens in it.
     """
     tower = model.model.visual
-    with forwards_restored([tower]):
-        tower.forward = functools.partial(_run_once, tower, tower.forward, {})  # a copy of the model copies its parts
+    with _forwards_restored([tower]):
+        # a partial and no closure: a deep copy of the model then has its own tower, and its own store
+        tower.forward = functools.partial(_run_once, tower, tower.forward, {})
         yield
 
 
-def _run_once(tower, run: Callable, seen: dict, pixels: Tensor, *args, **kwargs):
-    kinds = (kind for module in tower.modules() for kind in (module._forward_hooks, module._forward_pre_hooks))
-    if not {hook for kind in kinds for hook in kind.values()} <= {identity_rule, layer_norm_rule}:  # change no value
+def _run_once(tower, run: Callable, stored: dict, pixels: Tensor, *args, **kwargs):
+    modules = tower.modules()
+    registries = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
+    rules = {identity_rule, layer_norm_rule}  # which change no value
+    if not {hook for hooks in registries for hook in hooks.values()} <= rules:
         return run(pixels, *args, **kwargs)
     state = id(tower), [parameter._version for parameter in tower.parameters()]
-    if seen and seen["state"] == state and torch.equal(seen["pixels"], pixels):
-        return copy(seen["output"])  # as the model may write into it
+    if stored and stored["state"] == state and torch.equal(stored["pixels"], pixels):
+        return copy(stored["output"])  # as the model may write into it
     output = run(pixels, *args, **kwargs)
-    if not seen:
-        seen.update(state=state, pixels=pixels, output=copy(output))
+    if not stored:
+        stored.update(state=state, pixels=pixels, output=copy(output))
     return output
 
 
 # probabilities
 
+UNLIKELY = 0.01  # probability below which the model would hardly give an answer
+SENSITIVE = 0.2  # fall in probability without the photo from which on a token needs it (EAGLE, 2025: sensitive tokens)
+
 
 def token_probabilities(model, forced: dict[str, Tensor], pixels: Tensor, scored: Scored) -> np.ndarray:
-    """Probability of each scored token for each of B pictures: pixels (B, patches, ...) -> (B, T)."""
+    """Probability of each of T scored tokens for each of B pictures: pixels (B, patches, ...) -> (B, T)."""
     length = forced["input_ids"].shape[1]
     with torch.no_grad():
         batch = batch_of(forced, [{"pixel_values": picture} for picture in pixels])

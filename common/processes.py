@@ -1,4 +1,4 @@
-"""Processes that share a list of things to do, started by accelerate or torchrun; loading ahead; one bar for all."""
+"""Processes that share a list of items, started by accelerate or torchrun; loading ahead; one progress bar for all."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -12,12 +12,12 @@ __all__ = ["Processes", "prefetched", "progress_bar"]
 
 
 class Processes:
-    """The processes that share a list, started by accelerate or torchrun; one alone otherwise."""
+    """The processes that share a list, started by accelerate or torchrun; otherwise this one alone."""
 
     def __init__(self, cpu: bool):
         from accelerate import PartialState
 
-        self.state = PartialState(cpu=cpu, timeout=timedelta(days=30))  # a process waits for the slowest
+        self.state = PartialState(cpu=cpu, timeout=timedelta(days=30))  # processes wait for the slowest
 
     @property
     def first(self) -> bool:
@@ -28,26 +28,26 @@ class Processes:
         return str(self.state.device)
 
     def agreed(self, value):
-        """The first process' value, in all of them."""
+        """The first process's value, in all of them."""
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0] if self.state.num_processes > 1 else value
 
-    def share(self, todo: list) -> list:
-        """This process' part."""
-        return todo[self.state.process_index :: self.state.num_processes]
+    def share(self, items: list) -> list:
+        """This process's share of the items."""
+        return items[self.state.process_index :: self.state.num_processes]
 
-    def gathered(self, found: dict) -> dict:
-        """What all processes found, once all have finished."""
+    def gathered(self, records: dict) -> dict:
+        """The records of all processes, once all have finished."""
         from accelerate.utils import gather_object
 
         if self.state.num_processes == 1:
-            return found
-        return {name: value for part in gather_object([found]) for name, value in part.items()}
+            return records
+        return {name: value for share in gather_object([records]) for name, value in share.items()}
 
 
 def prefetched(items: Iterable, load: Callable) -> Iterator[tuple]:
-    """(item, function that gives what `load` made of it, or raises): the next is loaded while one is worked on."""
+    """(item, a function that returns `load(item)`, or raises its error): the next item is loaded in a thread."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for item in items:
@@ -60,16 +60,16 @@ def prefetched(items: Iterable, load: Callable) -> Iterator[tuple]:
 
 
 @contextmanager
-def progress_bar(todo: list, is_done: Callable, quiet: bool):
-    """A bar over what all processes have finished, with the time left; `is_done(item)` is asked twice a second."""
+def progress_bar(items: list, is_done: Callable, quiet: bool):
+    """A bar over the items that all processes have finished; `is_done(item)` is called twice a second."""
     finished = threading.Event()
-    with tqdm(total=len(todo), desc="photos", unit="photo", disable=True if quiet else None) as bar:
+    with tqdm(total=len(items), desc="photos", unit="photo", disable=True if quiet else None) as bar:
 
         def follow():
-            rest = list(todo)
+            rest = list(items)
             while rest and not finished.wait(0.5):
                 rest = [item for item in rest if not is_done(item)]
-                bar.update(len(todo) - len(rest) - bar.n)
+                bar.update(len(items) - len(rest) - bar.n)
 
         thread = threading.Thread(target=follow, daemon=True)
         if not bar.disable:

@@ -1,4 +1,4 @@
-"""How far a run is: bars, and how long what is slow will take.
+"""Progress bars, and forecasts of how long slow runs will take.
 
 Shapes:  P  tokens of photo and prompt     A  answer tokens
 """
@@ -15,25 +15,25 @@ from smooth_gradcam import Reading, Settings, borrowed, hooked, memory_explained
 
 __all__ = ["answer_progress", "forecast_copies", "show_progress"]
 
-LONG = 4096  # tokens from which on a sequence is slow enough for a forecast
-BACKWARD = 2  # forward passes that a backward pass through all layers takes the time of
+LONG = 4096  # tokens above which a sequence is slow enough for a forecast
+BACKWARD = 2  # time of a backward pass through all layers, in forward passes
 
 
-def show_progress(quiet: bool, what: str = "noisy copies", unit: str = "copy"):
-    """A tqdm bar, silent if `quiet` or where stderr is no terminal."""
-    return functools.partial(tqdm, desc=what, unit=unit, leave=False, disable=True if quiet else None)
+def show_progress(quiet: bool, label: str = "noisy copies", unit: str = "copy"):
+    """A function that wraps an iterable in a tqdm bar, silent if `quiet` or where stderr is not a terminal."""
+    return functools.partial(tqdm, desc=label, unit=unit, leave=False, disable=True if quiet else None)
 
 
 @contextmanager
 def answer_progress(model, quiet: bool, max_new_tokens: int):
-    """Inside, a bar shows the tokens that the model answers with; a long prompt is announced before it is read."""
+    """Inside, a bar counts the tokens of the model's answer; a long prompt is announced before the model reads it."""
     with show_progress(quiet, "answer", "token")(total=max_new_tokens) as bar:
 
         def announce(module, args, kwargs):
             if not quiet and (length := kwargs["input_ids"].shape[1]) > LONG:
                 say(f"reading {length:,} tokens of photo and prompt before the answer's first: this takes a while")
 
-        def count(*_):  # what a hook returns would take the place of the output
+        def count(*_):  # returns None: a value would replace the output
             bar.update()
 
         before = model.register_forward_pre_hook(announce, with_kwargs=True)
@@ -42,7 +42,10 @@ def answer_progress(model, quiet: bool, max_new_tokens: int):
 
 
 def forecast_copies(reading: Reading, settings: Settings, parts: int = 1, methods: int = 1) -> None:
-    """Say how long the copies of a long sequence will take, each a forward and a backward pass of each part."""
+    """Print how long the copies of a long sequence will take: each is a forward pass, and a backward pass per part.
+
+    `parts` are those of the answer that are explained, `methods` how often all copies are computed.
+    """
     length = reading.inputs["input_ids"].shape[1] + len(reading.tokens)  # P + A
     if length <= LONG:
         return

@@ -1,6 +1,6 @@
-"""A benchmark over photos: from the rows of each to a table of methods and layers, ready for a paper.
+"""A benchmark over photos: the measures of each photo's maps, and a table of methods and layers for a paper.
 
-    [(photo, rows)]                 rows of `benchmark_rows` of faithfulness.py, one for each method and layer
+    Reading, mask -> rows           benchmark_photo: the measures of every method and layer
       -> mean and interval          summarise: 95 % of resampled photos, as the words of a photo are not independent
       -> benchmark.csv, .tex        to_table, to_latex
 
@@ -14,7 +14,7 @@ import torch
 
 from common.encoding import decimal, to_csv
 from common.page import Paper
-from common.passes import token_probabilities
+from common.passes import SENSITIVE, token_probabilities
 from smooth_gradcam import (
     Look,
     Reading,
@@ -23,16 +23,25 @@ from smooth_gradcam import (
     borrowed,
     explain,
     find_target,
+    noisy_passes,
     prepare_inputs,
     score_parts,
 )
-from studies.faithfulness import ORDERS, TOLERANCE, baseline_image, insertion_deletion, score_rows
-from studies.faithfulness_figures import map_key, side_by_side
+from studies.faithfulness import (
+    ORDERS,
+    TOLERANCE,
+    baseline_image,
+    insertion_deletion,
+    map_key,
+    score_rows,
+    side_by_side,
+)
 from studies.localization import centre_map, fit_of
 from visualization_utils import draw_grid
 
-__all__ = ["benchmark_photo", "benchmark_rows", "benchmark_tables", "summarise", "to_latex", "to_table"]
-MEASURES = {  # as `benchmark_rows` has them: heads of the table
+__all__ = ["basis", "benchmark_photo", "benchmark_tables", "interval", "summarise", "to_latex", "to_table"]
+
+MEASURES = {  # column of `_benchmark_rows`: head in the table
     "pointing": "pointing",
     "near": "near",
     "energy": "energy",
@@ -46,48 +55,51 @@ RESAMPLES = 1000
 LOWER_IS_BETTER = ("border", "deletion")
 
 
+# the table
+
+
 def interval(values: np.ndarray, photos: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, 2.5th and 97.5th percentile of the means of resampled photos) of values (n,) of these photos (n,)."""
-    _, which = np.unique(photos, return_inverse=True)
-    sums, counts = (np.bincount(which, weights) for weights in (values, np.ones(len(values))))  # (P,)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))  # (R, P)
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    """(mean, low, high) of values (n,) of the photos (n,): a 95 % interval by resampling photos."""
+    _, indices = np.unique(photos, return_inverse=True)
+    sums, counts = (np.bincount(indices, weights) for weights in (values, np.ones(len(values))))  # (P,)
+    resamples = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))  # (R, P)
+    means = sums[resamples].sum(1) / counts[resamples].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
 
 
-def summarise(found: list[tuple[str, list[dict]]]) -> list[dict]:
-    """Of each method and layer {"method", "layer", "words", "photos", measure, measure_low, _high, _words, ...}.
+def summarise(measured: list[tuple[str, list[dict]]]) -> list[dict]:
+    """The table's lines {"method", "layer", "words", "photos", measure, measure_low, _high, _words, ...}.
 
-    A measure is the mean over the words that have it, so many; words without a mask or without a token that needs the
-    photo lack some.
+    `measured` are (photo, rows of `_benchmark_rows`) of each word. A measure is the mean over the words that have it,
+    and measure_words is their number: words without a mask, or without a token that needs the photo, lack some.
     """
-    values = {}
-    for photo, rows in found:
+    rows_of = {}
+    for photo, rows in measured:
         for row in rows:
-            values.setdefault((row["method"], row["layer"]), []).append((photo, row))
+            rows_of.setdefault((row["method"], row["layer"]), []).append((photo, row))
     table = []
-    for (method, layer), pairs in values.items():
-        photos = [photo for photo, _ in pairs]
-        line = {"method": method, "layer": layer, "words": len(pairs), "photos": len(set(photos))}
+    for (method, layer), pairs in rows_of.items():
+        line = {"method": method, "layer": layer, "words": len(pairs), "photos": len({photo for photo, _ in pairs})}
         for measure in MEASURES:
             known = [(row[measure], photo) for photo, row in pairs if row.get(measure) is not None]
             if known:
-                numbers, of = (np.array(part) for part in zip(*known, strict=True))
-                ends = interval(numbers.astype(float), of)
-                line |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), ends, strict=True))
+                values, photos = (np.array(column) for column in zip(*known, strict=True))
+                numbers = interval(values.astype(float), photos)
+                line |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), numbers, strict=True))
                 line[f"{measure}_words"] = len(known)
         table.append(line)
     return table
 
 
-def shown_measures(table: list[dict]) -> list[str]:
+def _known_measures(table: list[dict]) -> list[str]:
+    """The measures that a line of the table has."""
     return [measure for measure in MEASURES if any(measure in line for line in table)]
 
 
 def basis(table: list[dict]) -> str:
-    """Which measures rest on fewer words than there are, "border of 4 words; ", of the line that has most."""
-    counts = {m: max(line.get(f"{m}_words", 0) for line in table) for m in shown_measures(table)}
+    """The measures that fewer words have than there are, with their number: "border of 4 words; "."""
+    counts = {m: max(line.get(f"{m}_words", 0) for line in table) for m in _known_measures(table)}
     most, groups = max(line["words"] for line in table), {}
     for measure, count in counts.items():
         groups.setdefault(count, []).append(MEASURES[measure])
@@ -95,8 +107,8 @@ def basis(table: list[dict]) -> str:
 
 
 def to_table(table: list[dict]) -> list[str]:
-    """Lines of text, a mean and its interval in each cell."""
-    measures = shown_measures(table)
+    """The table as lines of text, with a mean and its interval in each cell."""
+    measures = _known_measures(table)
     rows = [["method", "layer", *(MEASURES[measure] for measure in measures)]]
     for line in table:
         cells = [
@@ -109,8 +121,8 @@ def to_table(table: list[dict]) -> list[str]:
 
 
 def to_latex(table: list[dict], caption: str) -> str:
-    """A table for LaTeX with booktabs: means with half the width of their interval, the best of each measure bold."""
-    measures, lines = shown_measures(table), []
+    """A LaTeX table with booktabs: means with half the width of their interval, the best of each measure in bold."""
+    measures, lines = _known_measures(table), []
     maps = [line for line in table if line["layer"] != ""]
     best = {}
     for m in measures:
@@ -124,13 +136,13 @@ def to_latex(table: list[dict], caption: str) -> str:
             half = f" \\tiny$\\pm${decimal((line[f'{m}_high'] - line[f'{m}_low']) / 2)}" if m in line else ""
             bold = m in line and line["layer"] != "" and float(number) == best[m]
             cells.append(f"\\textbf{{{value}}}{half}" if bold else value + half)
-        lines.append(" & ".join([escaped(line["method"]), str(line["layer"]), *cells]) + " \\\\")
+        lines.append(" & ".join([_escaped(line["method"]), str(line["layer"]), *cells]) + " \\\\")
     heads = " & ".join(["method", "layer", *(MEASURES[m].replace("−", "$-$") for m in measures)])
     return "\n".join(
         [
             "% \\usepackage{booktabs}",
             "\\begin{table}",
-            f"\\caption{{{escaped(caption).replace('−', '$-$')}}}",
+            f"\\caption{{{_escaped(caption).replace('−', '$-$')}}}",
             f"\\begin{{tabular}}{{ll{'r' * len(measures)}}}",
             "\\toprule",
             f"{heads} \\\\",
@@ -144,20 +156,21 @@ def to_latex(table: list[dict], caption: str) -> str:
     )
 
 
-def escaped(text: str) -> str:
-    """The text with what LaTeX takes for a command in it made harmless."""
+def _escaped(text: str) -> str:
+    """The text with the special characters of LaTeX escaped."""
     for character in "&%$#_{}":
         text = text.replace(character, f"\\{character}")
     return text
 
 
-# of one photo of a benchmark
-
-SENSITIVE = 0.2  # of probability that a token loses on the baseline picture, if it needs the photo (EAGLE)
+# one photo
 
 
-def sensitive_tokens(reading: Reading, tokens: list[int], baseline: str) -> list[int]:
-    """Those of the answer's tokens whose probability falls by more than 0.2 on the baseline picture (EAGLE, 2025)."""
+def _sensitive_tokens(reading: Reading, tokens: list[int], baseline: str) -> list[int]:
+    """Those of the tokens, indices into the answer's, that need the photo.
+
+    Their probability on the baseline picture is more than 0.2 lower (EAGLE, 2025).
+    """
     blank = baseline_image(reading.photo, baseline)
     with borrowed(reading.model):
         blank = prepare_inputs(reading.model, reading.processor, [blank], reading.prompt)["pixel_values"]
@@ -167,34 +180,34 @@ def sensitive_tokens(reading: Reading, tokens: list[int], baseline: str) -> list
     return [token for token, fall in zip(tokens, full - empty, strict=True) if fall > SENSITIVE]
 
 
-def benchmark_rows(
+def _benchmark_rows(
     reading: Reading, maps: dict[str, list[TokenMaps]], mask: np.ndarray | None = None, *, steps=64, baseline="blur",
-    batch_size=8, seed=0,
+    runs_at_once=8, seed=0,
 ) -> list[dict]:  # fmt: skip
-    """Rows {"method", "layer", measures} of the maps, then of a map of the centre and of random ones.
+    """Rows {"method", "layer", measures} of the maps, then of a map of the centre and of random maps.
 
-    `maps` are of each method the maps of the explained part and, if it has several tokens, of each of them. Insertion
-    and deletion are of its tokens that need the photo, see `sensitive_tokens`; None if there is none. The measures of
-    `localization` and `at_border` need the `mask`. A layer without a map misses: 0, and None.
+    `maps` has for each method the maps of the explained word and, if it has several tokens, those of each of them.
+    Insertion and deletion are of the word's `_sensitive_tokens`; rows lack them if there is none. The measures of
+    `localization` and `at_border` need the `mask`. A layer without a map scores 0 in these, and lacks the others.
     """
     together, rng = side_by_side({method: parts[0] for method, parts in maps.items()}), np.random.default_rng(seed)
     centre = centre_map(reading.grid)
-    sensitive = sensitive_tokens(reading, together.target_tokens, baseline)
+    sensitive = _sensitive_tokens(reading, together.target_tokens, baseline)
     areas = {}
     if sensitive:
-        given = replace(together, maps=together.maps | {"centre": centre}, target_tokens=sensitive)
-        options = {"steps": steps, "baseline": baseline, "batch_size": batch_size, "seed": seed}
-        measured = insertion_deletion(reading, given, random_orders=ORDERS, tolerance=TOLERANCE, **options)
-        kept = ("insertion", "deletion", "difference")
-        areas = {row["layer"]: {name: row[name] for name in kept} for row in score_rows(given, measured, None)}
+        token_maps = replace(together, maps=together.maps | {"centre": centre}, target_tokens=sensitive)
+        keywords = {"steps": steps, "baseline": baseline, "batch_size": runs_at_once, "seed": seed}
+        measured = insertion_deletion(reading, token_maps, random_orders=ORDERS, tolerance=TOLERANCE, **keywords)
+        names = ("insertion", "deletion", "difference")
+        areas = {row["layer"]: {name: row[name] for name in names} for row in score_rows(token_maps, measured, None)}
 
-    def row(method, layer, key, drawn):
-        fits = [fit_of(cams, mask) for cams in drawn] if mask is not None else [{}]
+    def row(method, layer, key, cams_of_draws):
+        fits = [fit_of(cams, mask) for cams in cams_of_draws] if mask is not None else [{}]
         means = {name: float(np.mean([fit[name] for fit in fits])) for name in fits[0]}
         return {"method": method, "layer": layer} | means | areas.get(key, {})
 
     rows = [
-        row(method, layer, map_key(method, layer), [[part.maps[layer] for part in parts]])
+        row(method, layer, map_key(method, layer), [[token_maps.maps[layer] for token_maps in parts]])
         for method, parts in maps.items()
         for layer in parts[0].maps
     ]
@@ -204,12 +217,13 @@ def benchmark_rows(
 
 def benchmark_photo(
     reading: Reading, layers: list[int], methods: dict[str, Settings], target: str | None, occurrence: int, given: bool,
-    mask: np.ndarray | None, *, copies: dict, look: Look, paper: Paper, **options,
+    mask: np.ndarray | None, *, look: Look, paper: Paper, passes=noisy_passes, batch_size: int = 1, **measuring,
 ) -> tuple[dict, list[str]]:  # fmt: skip
-    """({file name: content}, lines to be said): the measures of every method and layer, and the maps of the first.
+    """({file name: content}, lines to print): the measures of every method and layer, and the maps of the first method.
 
-    `copies` are keywords of `explain`, `options` of `benchmark_rows`. A target that the model's own answer lacks is no
-    failure of the photo: it is left out; if the answer is `given`, ValueError.
+    `passes` and `batch_size` are those of `explain`, `measuring` are keywords of `_benchmark_rows`. A target that the
+    model's own answer lacks is left out, as that is no failure of the photo. Raises ValueError if a `given` answer
+    lacks it.
     """
     try:
         span = find_target(reading.answer, target, occurrence)
@@ -219,27 +233,28 @@ def benchmark_photo(
         return {}, [f"left out: the model does not say {target!r}"]
     tokens = reading.tokens_of(span)
     spans = [span, *(reading.spans[i] for i in tokens)] if mask is not None and len(tokens) > 1 else [span]
+    copies = {"passes": passes, "batch_size": batch_size}
     maps = {method: explain(reading, spans, layers, settings, **copies) for method, settings in methods.items()}
-    rows, first = benchmark_rows(reading, maps, mask, **options), next(iter(maps.values()))[0]
+    rows, first = _benchmark_rows(reading, maps, mask, **measuring), next(iter(maps.values()))[0]
     figures = draw_grid(reading.photo, first, look=look, paper=paper)[1]
     files = {name: draw for name, draw in figures.items() if name.startswith("layer_comparison_grid")}
     return files | {"scores.csv": to_csv(rows)}, [f"explained: {first.target!r} at layer {', '.join(map(str, layers))}"]
 
 
 def benchmark_tables(records: list[dict]) -> tuple[dict, list[str]]:
-    """({file name: content}, the table in lines) of the records of a list."""
+    """({file name: content}, the table in lines) of the records of a list, see `run_list` of photo_list.py."""
 
     def numbers(row):
         return {k: v if k in ("method", "layer") else float(v) for k, v in row.items() if v or k == "layer"}
 
-    found = [
+    measured = [
         (record["image"], [numbers(row) for row in record["measures"]["scores.csv"]])
         for record in records
         if "scores.csv" in record.get("measures", {})
     ]
-    if not found:
+    if not measured:
         return {}, ["no word could be measured, so there is no table"]
-    table = summarise(found)
-    photos = len({photo for photo, _ in found})
-    caption = f"{len(found)} words in {photos} photos; {basis(table)}95 % of {RESAMPLES} resamples of the photos"
+    table = summarise(measured)
+    photos = len({photo for photo, _ in measured})
+    caption = f"{len(measured)} words in {photos} photos; {basis(table)}95 % of {RESAMPLES} resamples of the photos"
     return {"benchmark.csv": to_csv(table), "benchmark.tex": to_latex(table, caption)}, [caption, *to_table(table)]

@@ -1,7 +1,7 @@
-"""Whether a map finds what the answer needs: insertion and deletion, and what they say.
+"""Whether a map finds what the answer needs: insertion and deletion, and the verdict on one map or on several methods.
 
     Reading, TokenMaps -> insertion_deletion    curves
-                       -> score_rows, verdict   rows of a table, lines
+                       -> score_rows, verdict   rows of a table, sentences
 
 Shapes:  N  image tokens     S  steps     height, width  pixels of the photo
 """
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from common.encoding import decimal
-from common.passes import token_probabilities
+from common.passes import UNLIKELY, token_probabilities
 from common.progress import show_progress
 from common.terminal import say
 from smooth_gradcam import (
@@ -30,25 +30,29 @@ from smooth_gradcam import (
 )
 from studies.localization import localization
 
-__all__ = ["Faithfulness", "auc", "insertion_deletion"]
+__all__ = [
+    *("BASELINES", "ORDERS", "SHARE", "TIE", "TOLERANCE", "Faithfulness", "auc", "baseline_image", "bends", "caveats"),
+    *("chances", "check_same", "comparison_rows", "comparison_verdict", "insertion_deletion", "map_key", "measure"),
+    *("reservations", "score_rows", "side_by_side", "verdict"),
+]
 
 
 # insertion and deletion
 
 BASELINES = ("blur", "mean", "black")
-ORDERS = 5  # random ones that maps are compared with
-TOLERANCE = 0.001  # of the area of a stretch of a curve
-TYPICAL = 12  # steps that are then measured of a curve
+ORDERS = 5  # random orders that maps are compared with
+TOLERANCE = 0.001  # of the area under each stretch of a curve
+TYPICAL = 12  # steps of a curve that are then measured
 
 
 @dataclass(frozen=True)
 class Faithfulness:
     """Mean probability of the explained tokens as image tokens are revealed or removed, the hottest of a map first."""
 
-    shares: np.ndarray  # (S + 1,) share of the image tokens that is revealed or removed, 0 to 1
+    shares: np.ndarray  # (S + 1,) shares of the image tokens that are revealed or removed, 0 to 1
     insertion: dict[int | str, np.ndarray]  # layer -> (S + 1,), from the baseline picture to the photo
     deletion: dict[int | str, np.ndarray]  # layer -> (S + 1,), from the photo to the baseline picture
-    random_insertion: np.ndarray  # (orders, S + 1), in a random order
+    random_insertion: np.ndarray  # (orders, S + 1), in random orders
     random_deletion: np.ndarray  # (orders, S + 1)
     baseline: str
     forwards: int  # pictures that were run through the model
@@ -60,7 +64,10 @@ def auc(curve: np.ndarray, shares: np.ndarray) -> float:
 
 
 def baseline_image(image: Image.Image, baseline: str) -> Image.Image:
-    """What removed image tokens show: the photo blurred by a tenth of its shorter side, its mean colour, or black."""
+    """What removed image tokens show: the photo blurred by a tenth of its shorter side, its mean colour, or black.
+
+    Raises ValueError for another name than those of `BASELINES`.
+    """
     if baseline not in BASELINES:
         raise ValueError(f"baseline={baseline!r} must be one of {', '.join(BASELINES)}")
     if baseline == "blur":
@@ -69,7 +76,8 @@ def baseline_image(image: Image.Image, baseline: str) -> Image.Image:
     return Image.new("RGB", image.size, mean if baseline == "mean" else "black")
 
 
-def _check_same(reading: Reading, token_maps: TokenMaps) -> None:
+def check_same(reading: Reading, token_maps: TokenMaps) -> None:
+    """Raises ValueError if the maps are not of this reading."""
     if reading.grid != token_maps.grid:
         raise ValueError(
             f"the maps have {token_maps.grid} image tokens, the photo {reading.grid}: another photo or processor"
@@ -97,11 +105,11 @@ def insertion_deletion(
     """Insertion and deletion (Petsiuk et al., RISE, 2018) by whole image tokens, for every layer that has a map.
 
     The image tokens are revealed on the baseline picture, or removed from the photo, in `steps` steps (fewer if there
-    are fewer tokens) by their rank in the map, ties at random; what counts is the mean probability of the explained
-    tokens, after the same words. A map is faithful if insertion lies far above deletion; a random order has them about
-    equal, and `random_orders` of them are measured. One map costs 2 * (steps - 1) forward passes, run in batches of
-    `batch_size`; each of `extra_shares`, in [0, 1], is measured as well. With a `tolerance`, every eighth of the steps
-    is, and then the middle of each stretch whose area could be off by more than that; what lies between is
+    are fewer tokens) by their rank in the map, ties at random. The curves are the mean probability of the explained
+    tokens, after the same words. A map is faithful if insertion lies far above deletion. In a random order the two are
+    about equal, and `random_orders` of them are measured. One map costs 2 * (steps - 1) forward passes, run in batches
+    of `batch_size`; each of `extra_shares`, in [0, 1], is measured as well. With a `tolerance`, every eighth of the
+    steps is measured first, and then the middle of each stretch whose area could be off by more than that; the rest is
     interpolated. `progress` wraps the iterable over the orders.
 
     Raises ValueError for bad arguments, and RuntimeError if memory runs out.
@@ -109,7 +117,7 @@ def insertion_deletion(
     for name, value, least in (("steps", steps, 1), ("random_orders", random_orders, 0), ("batch_size", batch_size, 1)):
         check_whole(name, value, least)
     check_whole("seed", seed, 0)
-    _check_same(reading, token_maps)
+    check_same(reading, token_maps)
     model, count, rng = reading.model, len(reading.positions), np.random.default_rng(seed)
     blank = baseline_image(reading.photo, baseline)
     with borrowed(model):
@@ -119,7 +127,7 @@ def insertion_deletion(
             pixels.unflatten(0, (count, -1)) for pixels in (blank, reading.inputs["pixel_values"])
         ]  # (N, patches, ...)
         shares = [*np.linspace(0, 1, min(steps, count) + 1), *extra_shares]
-        moved = np.unique(np.round(np.multiply(shares, count)).astype(int))  # (S + 1,)
+        moved = np.unique(np.round(np.multiply(shares, count)).astype(int))  # (S + 1,) numbers of tokens
 
         def probability(pixels):  # (B, N, patches, ...) -> (B,)
             return token_probabilities(model, forced, pixels.flatten(1, 2), scored).mean(1)
@@ -129,16 +137,16 @@ def insertion_deletion(
         first = np.union1d(first, np.searchsorted(moved, np.round(np.multiply(extra_shares, count))).astype(int))
 
         def curve(order, start, end, bounds):  # -> (S + 1,)
-            values, todo = np.full(last + 1, np.nan), first[(first > 0) & (first < last)]
+            values, missing = np.full(last + 1, np.nan), first[(first > 0) & (first < last)]
             values[[0, -1]] = bounds
-            while len(todo):
-                for i in range(0, len(todo), batch_size):
-                    part = todo[i : i + batch_size]
-                    pixels = start.repeat(len(part), 1, 1, 1)  # (B, N, ...)
-                    for picture, number in zip(pixels, moved[part], strict=True):
+            while len(missing):
+                for i in range(0, len(missing), batch_size):
+                    batch = missing[i : i + batch_size]
+                    pixels = start.repeat(len(batch), 1, 1, 1)  # (B, N, ...)
+                    for picture, number in zip(pixels, moved[batch], strict=True):
                         picture[order[:number]] = end[order[:number]]
-                    values[part] = probability(pixels)
-                todo = bends(moved / count, values, tolerance)
+                    values[batch] = probability(pixels)
+                missing = bends(moved / count, values, tolerance)
             measured = ~np.isnan(values)
             forwards.append(int(measured.sum()) - 2)
             return np.interp(moved, moved[measured], values[measured])
@@ -151,7 +159,7 @@ def insertion_deletion(
                 for layer, cam in token_maps.maps.items()
                 if layer not in token_maps.blank
             }
-            random = np.random.default_rng([seed, 1])  # the same ones, however many maps there are
+            random = np.random.default_rng([seed, 1])  # the same orders for any number of maps
             orders |= {("random", i): random.permutation(count) for i in range(random_orders)}
             curves = {}
             for key in (progress or iter)(orders):
@@ -172,10 +180,10 @@ def insertion_deletion(
 
 
 def bends(shares: np.ndarray, values: np.ndarray, tolerance: float) -> np.ndarray:
-    """Indices of the steps that have to be measured: the middle of each stretch whose area is not yet certain.
+    """Indices of the steps to measure next: the middle of each stretch whose area is not yet certain.
 
-    `values` are nan where nothing is measured. Between two measured steps the area under a curve that only rises or
-    only falls differs from the trapezoid's by at most half their difference times their distance.
+    `values` are nan where nothing is measured. Between two measured steps, the area under a monotonic curve differs
+    from the trapezoid's by at most half their difference times their distance.
     """
     known = np.flatnonzero(~np.isnan(values))
     a, b = known[:-1], known[1:]
@@ -183,15 +191,14 @@ def bends(shares: np.ndarray, values: np.ndarray, tolerance: float) -> np.ndarra
     return ((a + b) // 2)[(uncertain > tolerance) & (b - a > 1)]
 
 
-# rows and verdict
+# rows and verdicts
 
-UNLIKELY = 0.01  # probability below which the verdict says that there is nothing to measure
-SHARE = 0.1  # of the image, whose removal the verdict speaks of
-TIE = 0.02  # difference of two areas that says nothing: a step of 64 moves an area by as much
+SHARE = 0.1  # of the image, whose removal the verdict reports
+TIE = 0.02  # difference of two areas that means nothing: one step of 64 can change an area by as much
 
 
 def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray | None) -> list[dict]:
-    """The measures of each layer with a gradient, then of the random orders' mean: rows of scores.csv."""
+    """The measures of each layer that has a map, then of the mean of the random orders: rows of scores.csv."""
 
     def row(layer, insertion, deletion):
         areas = [auc(curve, measured.shares) for curve in (insertion, deletion)]
@@ -206,8 +213,8 @@ def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray |
         }
 
     rows = [row(layer, measured.insertion[layer], measured.deletion[layer]) for layer in measured.insertion]
-    for part in rows if mask is not None else []:
-        part |= localization(token_maps.maps[part["layer"]], mask)
+    for measures in rows if mask is not None else []:
+        measures |= localization(token_maps.maps[measures["layer"]], mask)
     return [*rows, row("random", measured.random_insertion.mean(0), measured.random_deletion.mean(0))]
 
 
@@ -216,7 +223,7 @@ def _percent(share: float) -> str:
 
 
 def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
-    """What the measures say about each layer's map, and in sum, in words."""
+    """Sentences on each layer's map, on the most faithful one, and on what no map can show."""
     *layers, random = rows
     probability = random["probability"]
     lines = [f"the model gives the explained tokens a mean probability of {probability:.3f}"]
@@ -231,29 +238,29 @@ def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
         line = f"layer {row['layer']}: removing the hottest 10 % of the image {cost(row)} of its probability; "
         line += f"a random 10 % {cost(random)}"
         if "energy" in row:
-            place = "on" if row["pointing"] else "next to" if row["near"] else "off"
-            line += f"; the maximum lies {place} the object, {_percent(row['energy'])} of the map inside it"
+            side = "on" if row["pointing"] else "next to" if row["near"] else "off"
+            line += f"; the maximum lies {side} the object, {_percent(row['energy'])} of the map inside it"
         lines.append(line)
-    best, *tied = leaders(layers)
-    chance = chances(measured)
+    best, *tied = _leaders(layers)
+    differences = chances(measured)
     lines.append(
         f"most faithful: layer {best['layer']}, insertion {decimal(best['insertion'])} - deletion "
-        f"{decimal(best['deletion'])} = {decimal(best['difference'])}; {len(chance)} random orders: "
-        f"{decimal(min(chance))} to {decimal(max(chance))}"
+        f"{decimal(best['deletion'])} = {decimal(best['difference'])}; {len(differences)} random orders: "
+        f"{decimal(min(differences))} to {decimal(max(differences))}"
     )
     if tied:
         names = ", ".join(str(row["layer"]) for row in tied)
         lines.append(f"as good, within {TIE}: layer{'s' * (len(tied) > 1)} {names}")
-    beaten = sum(row["difference"] > max(chance) for row in layers)
+    count = sum(row["difference"] > max(differences) for row in layers)
     lines.append(
-        f"{beaten} of {len(layers)} maps beat every random order"
-        + ("" if beaten == len(layers) else ": do not rely on the others")
+        f"{count} of {len(layers)} maps beat every random order"
+        + ("" if count == len(layers) else ": do not rely on the others")
     )
     return lines + caveats(random)
 
 
-def leaders(rows: list[dict]) -> list[dict]:
-    """The rows whose insertion minus deletion is the largest, or as good: best first."""
+def _leaders(rows: list[dict]) -> list[dict]:
+    """The row with the largest insertion minus deletion, and those tied with it: best first."""
     ordered = sorted(rows, key=lambda row: -row["difference"])
     return [row for row in ordered if row["difference"] >= ordered[0]["difference"] - TIE]
 
@@ -265,34 +272,34 @@ def chances(measured: Faithfulness) -> list[float]:
 
 
 def caveats(random: dict) -> list[str]:
-    """What no map can tell, of the row of the random orders: an answer that is unlikely, or is not from the photo."""
+    """Why no map can score high: the answer is unlikely, or not from the photo. `random` is the random orders' row."""
     if random["probability"] < UNLIKELY:
-        return ["beware: the model would hardly say this of the photo, so there is little that a map could explain"]
+        return ["note: the model would hardly say this of the photo, so there is little that a map could explain"]
     if random["baseline_picture"] > 0.5 * random["probability"]:
         kept = _percent(random["baseline_picture"] / random["probability"])
         return [
-            f"beware: on the baseline picture alone the answer keeps {kept} of its probability: that much is not from "
+            f"note: on the baseline picture alone the answer keeps {kept} of its probability: that much is not from "
             "the photo, and no map can score high"
         ]
     return []
 
 
 def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
-    """Which of the methods' maps is to be believed, by how much, and with which others it is tied, in words."""
+    """Sentences on each method, on which map is most faithful and by how much, and on which others are tied with it."""
     *maps, random = rows
     lines = [f"the model gives the explained tokens a mean probability of {random['probability']:.3f}"]
-    chance = chances(measured)
+    threshold = max(chances(measured)) + TIE
     for method in dict.fromkeys(row["method"] for row in maps):
         own = [row for row in maps if row["method"] == method]
         best, mean = max(own, key=lambda row: row["difference"]), np.mean([row["difference"] for row in own])
-        beaten = sum(row["difference"] > max(chance) + TIE for row in own)
+        count = sum(row["difference"] > threshold for row in own)
         lines.append(
             f"{method}: insertion - deletion {decimal(best['difference'])} at layer {best['layer']}, mean over the "
-            f"layers {decimal(mean)}; {beaten} of {len(own)} maps beat every random order"
+            f"layers {decimal(mean)}; {count} of {len(own)} maps beat every random order"
         )
     doubts = reservations(rows, measured)
-    best, *tied = leaders(maps)
-    if best["difference"] <= max(chance) + TIE:
+    best, *tied = _leaders(maps)
+    if best["difference"] <= threshold:
         return [*lines, *doubts]
     others = [row for row in maps if row["method"] not in {row["method"] for row in (best, *tied)}]
     lead = f"leads: {best['method']} at layer {best['layer']}"
@@ -303,19 +310,22 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
         methods = dict.fromkeys(row["method"] for row in tied)
         layers = {method: [str(row["layer"]) for row in tied if row["method"] == method] for method in methods}
         lead += f"; tied with it, within {TIE}: "
-        lead += "; ".join(f"{method} at layer {', '.join(found)}" for method, found in layers.items())
+        lead += "; ".join(f"{method} at layer {', '.join(numbers)}" for method, numbers in layers.items())
     return [*lines, lead, *doubts]
 
 
 def reservations(rows: list[dict], measured: Faithfulness) -> list[str]:
-    """That none of several methods' maps is to be believed, and what no map can tell; nothing if all is well."""
+    """That no method's map can be trusted, and the `caveats`; empty if all is well."""
     *maps, random = rows
     none = max(row["difference"] for row in maps) <= max(chances(measured)) + TIE
     return ["none leads: no map beats the random orders, and none is to be believed"] * none + caveats(random)
 
 
-def forecast_pictures(reading: Reading, token_maps: TokenMaps, orders: int, steps: int, batch_size: int) -> str:
-    """How long insertion and deletion of so many orders will take, from one batch."""
+# the measures of evaluate mode
+
+
+def _forecast_pictures(reading: Reading, token_maps: TokenMaps, orders: int, steps: int, batch_size: int) -> str:
+    """A sentence on how long insertion and deletion will take, measured on one batch."""
     with borrowed(reading.model), memory_explained(len(reading.positions)):
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [token_maps.target_tokens])
         pixels = reading.inputs["pixel_values"][None].repeat(batch_size, 1, 1)
@@ -326,37 +336,41 @@ def forecast_pictures(reading: Reading, token_maps: TokenMaps, orders: int, step
     return f"expected: about {pictures} pictures, {each:.2f} s each: {each * pictures / 60:.1f} minutes"
 
 
-def measure(reading: Reading, token_maps: TokenMaps, steps, baseline, batch_size, seed, quiet) -> Faithfulness:
-    """Insertion and deletion as the mode has them, the expected time first."""
+def measure(reading: Reading, token_maps: TokenMaps, steps, baseline, runs_at_once, seed, quiet) -> Faithfulness:
+    """Insertion and deletion as in evaluate mode, unless `quiet` with the expected time first.
+
+    Raises ValueError for bad arguments, ExplanationError if no layer has a map.
+    """
     if set(token_maps.maps) <= set(token_maps.blank):
         raise ExplanationError("no layer has a map (no gradient, or zero everywhere), so there is nothing to evaluate")
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
+    for name, value in (("steps", steps), ("runs_at_once", runs_at_once)):
         check_whole(name, value, 1)
     if not quiet:
         orders = len(token_maps.maps) - len(token_maps.blank) + ORDERS
-        say(forecast_pictures(reading, token_maps, orders, steps, batch_size))
+        say(_forecast_pictures(reading, token_maps, orders, steps, runs_at_once))
     bar = show_progress(quiet, "orders of the image tokens", "order")
-    options = {"steps": steps, "baseline": baseline, "batch_size": batch_size, "seed": seed, "random_orders": ORDERS}
-    return insertion_deletion(reading, token_maps, **options, extra_shares=[SHARE], tolerance=TOLERANCE, progress=bar)
+    keywords = {"steps": steps, "baseline": baseline, "batch_size": runs_at_once, "seed": seed}
+    keywords |= {"random_orders": ORDERS, "extra_shares": [SHARE], "tolerance": TOLERANCE}
+    return insertion_deletion(reading, token_maps, **keywords, progress=bar)
 
 
 def map_key(method: str, layer: int) -> str:
-    """What a method's map is called beside those of others."""
+    """The key of a method's map among those of several methods."""
     return f"{method}, layer {layer}"
 
 
 def side_by_side(maps: dict[str, TokenMaps]) -> TokenMaps:
-    """The maps of several methods as one, keyed by `map_key`."""
-    cams = {map_key(method, k): cam for method, given in maps.items() for k, cam in given.maps.items()}
-    none = frozenset(map_key(method, k) for method, given in maps.items() for k in given.no_gradient)
-    return replace(next(iter(maps.values())), maps=cams, no_gradient=none)
+    """The maps of several methods, {method: maps}, as one, keyed by `map_key`."""
+    cams = {map_key(method, k): cam for method, own in maps.items() for k, cam in own.maps.items()}
+    no_gradient = frozenset(map_key(method, k) for method, own in maps.items() for k in own.no_gradient)
+    return replace(next(iter(maps.values())), maps=cams, no_gradient=no_gradient)
 
 
 def comparison_rows(
     maps: dict[str, TokenMaps], together: TokenMaps, measured: Faithfulness, mask: np.ndarray | None
 ) -> list[dict]:
-    """Rows of `score_rows` with the method beside the layer: rows of comparison.csv."""
-    places = {map_key(method, k): (method, k) for method, given in maps.items() for k in given.maps}
+    """The rows of `score_rows`, with method and layer in columns of their own: rows of comparison.csv."""
+    pair_of = {map_key(method, k): (method, k) for method, own in maps.items() for k in own.maps}
     rows = score_rows(together, measured, mask)
-    pairs = [places.get(row["layer"], ("random", "")) for row in rows]
+    pairs = [pair_of.get(row["layer"], ("random", "")) for row in rows]
     return [{"method": method} | row | {"layer": k} for row, (method, k) in zip(rows, pairs, strict=True)]

@@ -1,9 +1,9 @@
 """What the answer reads of a photo, layer by layer: attention and gradients at every position.
 
-    Reading -> attention_flow, gradient_flow    (layers, positions)
-            -> shares, findings, tables
+    Reading -> attention_flow, gradient_flow        (layers, positions)
+            -> group_sums, findings, rows, arrays
 
-Shapes:  as in studies/decoder.py
+Shapes:  as in `studies/decoder.py`
 """
 
 import json
@@ -42,18 +42,31 @@ from studies.decoder import (
     token_groups,
 )
 
-__all__ = ["attention_flow", "attention_maps", "gradient_flow", "group_sums"]
+__all__ = [
+    *("PLACE_NAMES", "Traced", "attention_flow", "attention_maps", "curves_by_layer", "flow_arrays", "flow_findings"),
+    *(
+        "flow_rows",
+        "forecast_forwards",
+        "gradient_flow",
+        "group_size",
+        "group_sums",
+        "maps_and_gradients",
+        "pooled_edges",
+    ),
+    *("tap_modules", "trace_photo"),
+]
 
 
-# attention and gradients: what the answer reads
+# attention and gradients
 
 
-def attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tensor], None]) -> None:
-    """Calls note(layer, start, weights (heads, S, T)) of all query rows from position `first` on.
+def _attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tensor], None]) -> None:
+    """Call note(layer, start, weights (heads, S, T)) for all query rows from position `first` on.
 
     The weights are those of queries start ... start + S - 1 over keys 0 ... T - 1, T = start + S. Rows before `first`
-    run as the model runs them; then `CHUNK` rows at a time with eager attention, so the peak is that of one layer,
-    CHUNK * L * heads, beside the keys and values of L positions. Raises ExplanationError if the model gives no weights.
+    run as usual, then `CHUNK` rows at a time with eager attention. The peak of memory is therefore that of one layer,
+    CHUNK * L * heads, besides the keys and values of L positions. Raises ExplanationError if the model gives no
+    weights.
     """
     model, start = reading.model, 0
 
@@ -78,10 +91,10 @@ def attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tenso
 
 
 def attention_flow(reading: Reading, span: tuple[int, int] | None = None) -> np.ndarray:
-    """Attention to every position, (K, L) float32: mean over heads and over the positions that predict the span.
+    """Attention to every position, (K, L) float32: mean over heads and over the positions R that predict the span.
 
-    Of layer l, 1/|R| sum of A_l[i, j] over i in R; each row sums to one. `span` is (start, end) in characters of the
-    answer, None all of it. `group_sums` makes of it the shares of figure 2A of "From Redundancy to Relevance".
+    In layer l, 1/|R| sum of A_l[i, j] over i in R; each row sums to one. `span` is (start, end) in characters of the
+    answer; None is all of it. `group_sums` turns it into the shares of figure 2A of "From Redundancy to Relevance".
     """
     rows = np.array(predicting(reading, span))
     flow = np.zeros((get_model_layers(reading.model)[1], sequence_length(reading)), np.float32)
@@ -92,52 +105,52 @@ def attention_flow(reading: Reading, span: tuple[int, int] | None = None) -> np.
             mean = at_least_float32(weights[:, inside]).mean(0).sum(0) / len(rows)  # (T,)
             flow[layer, : len(mean)] += mean.cpu().numpy()
 
-    attention_rows(reading, int(rows.min()), note)
+    _attention_rows(reading, int(rows.min()), note)
     return flow
 
 
 def attention_maps(reading: Reading, layers: Iterable[int], pool: int | None = None) -> tuple[dict, np.ndarray]:
-    """({layer: (bins, bins) float32}, edges (bins + 1,)): attention between stretches of positions, mean over heads.
+    """({layer: (bins, bins) float32}, edges (bins + 1,)): attention between bins of positions, mean over heads.
 
-    A stretch has at most `pool` positions (10 to 20 by the length for None) of one group; the mean is over the pairs of
-    a query and a key that it may see, nan where there is none. Figure 2B of "From Redundancy to Relevance".
+    A bin has at most `pool` positions of one group; None is 10 to 20, depending on the length. The mean is over the
+    pairs of a query and a key that it may see, nan where there is none. Figure 2B of "From Redundancy to Relevance".
     """
     edges = pooled_edges(reading, pool)
-    where = torch.as_tensor(np.repeat(np.arange(len(edges) - 1), np.diff(edges)))
+    bin_of = torch.as_tensor(np.repeat(np.arange(len(edges) - 1), np.diff(edges)))
     bins = len(edges) - 1
     maps = {layer: torch.zeros(bins, bins) for layer in resolve_layers(layers, get_model_layers(reading.model)[1])}
 
-    def pooled(rows, start):  # (S, T) -> (bins, bins): sums over stretches
-        columns = torch.zeros(len(rows), bins).index_add_(1, where[: rows.shape[1]], rows)
-        return torch.zeros(bins, bins).index_add_(0, where[start : start + len(rows)], columns)
+    def pooled(rows, start):  # (S, T) -> (bins, bins): sums over bins
+        columns = torch.zeros(len(rows), bins).index_add_(1, bin_of[: rows.shape[1]], rows)
+        return torch.zeros(bins, bins).index_add_(0, bin_of[start : start + len(rows)], columns)
 
     def note(layer, start, weights):
         if layer in maps:
             maps[layer] += pooled(at_least_float32(weights).mean(0).cpu().float(), start)
 
-    attention_rows(reading, 0, note)
-    seen = np.add.reduceat(np.tri(len(where)), edges[:-1], 0)
-    seen = torch.as_tensor(np.add.reduceat(seen, edges[:-1], 1))  # pairs that may see each other
-    return {layer: torch.where(seen > 0, cam / seen, torch.nan).numpy() for layer, cam in maps.items()}, edges
+    _attention_rows(reading, 0, note)
+    pairs = np.add.reduceat(np.tri(len(bin_of)), edges[:-1], 0)
+    pairs = torch.as_tensor(np.add.reduceat(pairs, edges[:-1], 1))  # numbers of queries and keys that they may see
+    return {layer: torch.where(pairs > 0, sums / pairs, torch.nan).numpy() for layer, sums in maps.items()}, edges
 
 
 def pooled_edges(reading: Reading, pool: int | None = None) -> np.ndarray:
-    """Borders (bins + 1,) of stretches of at most `pool` positions, none of which holds two groups."""
+    """Edges (bins + 1,) of bins of at most `pool` positions, each within one group."""
     length = sequence_length(reading) - 1  # the answer's last token predicts nothing that is explained
     pool = pool or int(np.clip(length // 60, 10, 20))
     edges = [0]
-    for part in token_groups(reading).values():
-        end = min(part.stop, length)
+    for group in token_groups(reading).values():
+        end = min(group.stop, length)
         bins = -(-(end - edges[-1]) // pool)
         edges += np.round(np.linspace(edges[-1], end, bins + 1)[1:]).astype(int).tolist()
     return np.array(edges)
 
 
 def gradient_flow(reading: Reading, span: tuple[int, int] | None = None, settings=None) -> np.ndarray:
-    """What every position contributes to the score of the span, |g_i . A_i|, (K, L) float32.
+    """The contribution of every position to the score of the span, |g_i . A_i|, (K, L) float32.
 
-    A_i are the hidden states at position i where the layer is read (as `settings`, a `Settings`, has it; without noise
-    for None), g_i the gradient of the score there, mean over noisy copies. By AttnLRP's rules, g_i . A_i is relevance.
+    A_i are the hidden states at position i where the layer is read, g_i is the gradient of the score there; mean over
+    noisy copies. `settings` are a `Settings`, for None without noise. By AttnLRP's rules, g_i . A_i is relevance.
     """
     return maps_and_gradients(reading, span, settings or Settings(use_smooth=False))[1]
 
@@ -145,7 +158,7 @@ def gradient_flow(reading: Reading, span: tuple[int, int] | None = None, setting
 def maps_and_gradients(
     reading: Reading, span, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1
 ) -> tuple[TokenMaps, np.ndarray]:
-    """The maps of all layers, and `gradient_flow`, from the same passes; see `explain`."""
+    """(maps of all layers, `gradient_flow`) from the same passes; the arguments are those of `explain`."""
     total = get_model_layers(reading.model)[1]
     flow = np.zeros((total, sequence_length(reading)), np.float32)
 
@@ -163,18 +176,18 @@ def maps_and_gradients(
 
 
 def group_sums(flow: np.ndarray, groups: dict[str, slice], only: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """{group: (...)}: the share of each group in the sum over (..., L), of all groups or of some.
+    """{group: (...)}: the share of each group in the sum of `flow` (..., L) over all groups, or only over some.
 
-    With only=("system", "image", "user"), eq. 7 of "From Redundancy to Relevance". Where the sum is zero: nan.
+    With only=("system", "image", "user"), eq. 7 of "From Redundancy to Relevance". nan where the sum is zero.
     """
     sums = {name: flow[..., groups[name]].sum(-1) for name in (only or groups)}
-    whole = np.asarray(sum(sums.values()))
-    whole = np.where(whole > 0, whole, np.nan)
-    return {name: value / whole for name, value in sums.items()}
+    total = np.asarray(sum(sums.values()))
+    total = np.where(total > 0, total, np.nan)
+    return {name: value / total for name, value in sums.items()}
 
 
 class Traced(NamedTuple):
-    """What is read of one photo."""
+    """What the answer reads of one photo."""
 
     reading: Reading
     maps: TokenMaps
@@ -182,14 +195,19 @@ class Traced(NamedTuple):
     gradient: np.ndarray  # (K, L)
 
 
-def trace_photo(reading: Reading, span, settings: Settings, progress=None, **passes) -> Traced:
-    """Attention forwards; gradients and maps of all layers backwards."""
-    maps, gradient = maps_and_gradients(reading, span, settings, progress, **passes)
+def trace_photo(
+    reading: Reading, span, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1
+) -> Traced:
+    """Maps and gradients of all layers, and attention; the arguments are those of `explain`."""
+    maps, gradient = maps_and_gradients(reading, span, settings, progress, passes, batch_size)
     return Traced(reading, maps, attention_flow(reading, span), gradient)
 
 
 def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradient: dict[str, np.ndarray]) -> list[str]:
-    """In words what the curves by layer say, each (K,): attention shares of system, image and user, gradient shares."""
+    """Sentences on the curves by layer, each (K,): the groups' shares of attention and of the gradient.
+
+    `shares` are those of system, image and user tokens, `sizes` the numbers of tokens of these groups.
+    """
     image = shares["image"]
     most, least = int(image.argmax()), int(image.argmin())
     line = (
@@ -204,39 +222,43 @@ def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradie
     if not np.isfinite(carried).any():
         return [*lines, "gradient: none reaches the layers where they are read"]
     first = carried[np.isfinite(carried)][0]
-    kept = np.flatnonzero(carried >= first / 2)[-1]  # the last layer with half of it
-    where = "and half of that or more at every layer"
-    if kept + 1 < len(carried):
-        where = f"less than half of that from layer {kept + 1} on"
-    return [*lines, f"gradient: the image carries {decimal(first)} of the score at the first layer, {where}"]
+    last = np.flatnonzero(carried >= first / 2)[-1]  # layer with half of it
+    course = "and half of that or more at every layer"
+    if last + 1 < len(carried):
+        course = f"less than half of that from layer {last + 1} on"
+    return [*lines, f"gradient: the image carries {decimal(first)} of the score at the first layer, {course}"]
+
+
+def _attention_sums(traced: Traced) -> dict[str, np.ndarray]:
+    """{group: (K,)}: attention to all positions of each group."""
+    return {name: traced.attention[:, group].sum(-1) for name, group in token_groups(traced.reading).items()}
 
 
 def curves_by_layer(traced: list[Traced]) -> tuple[dict, dict, dict]:
-    """{group: (photos, K)} of attention shares after eq. 7, attention per token, and gradient shares."""
-    found = []
-    for part in traced:
-        groups = token_groups(part.reading)
-        sums = {name: part.attention[:, where].sum(-1) for name, where in groups.items()}
-        sizes = {name: where.stop - where.start for name, where in groups.items()}
-        sizes["answer"] = np.mean(part.maps.target_tokens) + 1  # those that the explained positions see
-        found.append(
+    """{group: (photos, K)} of attention shares by eq. 7, of attention per token, and of gradient shares."""
+    curves = []
+    for photo in traced:
+        groups = token_groups(photo.reading)
+        sizes = {name: group.stop - group.start for name, group in groups.items()}
+        sizes["answer"] = np.mean(photo.maps.target_tokens) + 1  # those that the explained positions see
+        curves.append(
             (
-                group_sums(part.attention, groups, ("system", "image", "user")),
-                {name: value / max(sizes[name], 1) for name, value in sums.items()},
-                group_sums(part.gradient, groups),
+                group_sums(photo.attention, groups, ("system", "image", "user")),
+                {name: sums / max(sizes[name], 1) for name, sums in _attention_sums(photo).items()},
+                group_sums(photo.gradient, groups),
             )
         )
-    return tuple({name: np.stack([one[name] for one in kind]) for name in kind[0]} for kind in zip(*found, strict=True))
+    kinds = zip(*curves, strict=True)
+    return tuple({name: np.stack([curve[name] for curve in kind]) for name in kind[0]} for kind in kinds)
 
 
 def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:
     """Rows of information_flow.csv, one for each photo and layer."""
     rows = []
-    for i, (name, part) in enumerate(zip(names, traced, strict=True)):
-        sums = {group: part.attention[:, where].sum(-1) for group, where in token_groups(part.reading).items()}
-        shares, per_token, gradients = ({g: v[0] for g, v in kind.items()} for kind in curves_by_layer([traced[i]]))
-        kinds = {"attention": sums, "share": shares, "per_token": per_token, "gradient": gradients}
-        for layer in range(len(part.attention)):
+    for name, photo in zip(names, traced, strict=True):
+        shares, per_token, gradients = ({g: v[0] for g, v in kind.items()} for kind in curves_by_layer([photo]))
+        kinds = {"attention": _attention_sums(photo), "share": shares, "per_token": per_token, "gradient": gradients}
+        for layer in range(len(photo.attention)):
             row = {"photo": name, "layer": layer}
             row |= {f"{k}_{group}": f"{v[layer]:.4g}" for k, kind in kinds.items() for group, v in kind.items()}
             rows.append(row)
@@ -244,41 +266,39 @@ def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:
 
 
 def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]:
-    """information_flow.npz: of each photo i attention_i and gradient_i (K, L), maps_i (K, H, W), groups_i (4, 2)."""
+    """Arrays of information_flow.npz: for photo i attention_i, gradient_i (K, L), maps_i (K, H, W), groups_i (4, 2)."""
     arrays = {"photos": np.array(names), "groups": np.array(list(token_groups(traced[0].reading)))}
     arrays["settings"] = np.array(json.dumps(asdict(traced[0].maps.settings)))
-    for i, part in enumerate(traced):
-        where = token_groups(part.reading).values()
-        arrays |= {f"attention_{i}": part.attention, f"gradient_{i}": part.gradient}
-        arrays[f"maps_{i}"] = np.stack(list(part.maps.maps.values()))
-        arrays[f"groups_{i}"] = np.array([(piece.start, piece.stop) for piece in where])
-        arrays[f"answer_{i}"] = np.array(part.reading.answer)
+    for i, photo in enumerate(traced):
+        groups = token_groups(photo.reading).values()
+        arrays |= {f"attention_{i}": photo.attention, f"gradient_{i}": photo.gradient}
+        arrays[f"maps_{i}"] = np.stack(list(photo.maps.maps.values()))
+        arrays[f"groups_{i}"] = np.array([(group.start, group.stop) for group in groups])
+        arrays[f"answer_{i}"] = np.array(photo.reading.answer)
     return arrays
 
 
 PLACES = ("input", "input_layernorm", "self_attn.v_proj", "post_attention_layernorm")
-PLACE_NAMES = {"input": "layer input", "self_attn.v_proj": "v_proj"}  # where it is not the module's
+PLACE_NAMES = {"input": "layer input", "self_attn.v_proj": "v_proj"}  # in figures, where not the module's own
 
 
 def tap_modules(model, layers: list[int]) -> dict[str, dict[int, object]]:
-    """{tap: {layer: what `explain` takes}} of figure 7 of "From Redundancy to Relevance"."""
+    """{place: {layer: what `explain` takes}} for the places of figure 7 of "From Redundancy to Relevance"."""
     decoder = get_model_layers(model)[0]
     return {
-        tap: {layer: layer if tap == "input" else decoder[layer].get_submodule(tap) for layer in layers}
-        for tap in PLACES
+        place: {layer: layer if place == "input" else decoder[layer].get_submodule(place) for layer in layers}
+        for place in PLACES
     }
 
 
 def group_size(reading: Reading, name: str) -> int:
-    part = token_groups(reading)[name]
-    return max(part.stop - part.start, 1)
-
-
-# the modes
+    """The number of tokens in a group, at least 1."""
+    group = token_groups(reading)[name]
+    return max(group.stop - group.start, 1)
 
 
 def forecast_forwards(readings: list[Reading], forwards: float) -> str:
-    """How long so many forward passes of each photo will take, from one of the first."""
+    """A sentence on how long that many forward passes of each photo will take, measured on one of the first photo."""
     with borrowed(readings[0].model), memory_explained(len(readings[0].positions)):
         start = time.monotonic()
         embed(readings[0])

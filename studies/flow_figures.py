@@ -1,4 +1,4 @@
-"""Figures and files of the modes flow and knockout."""
+"""Figures and files of flow mode: what the answer reads of a photo, layer by layer."""
 
 import functools
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from common.page import (
 )
 from common.progress import show_progress
 from common.terminal import say
-from smooth_gradcam import Look, Reading, Settings, TokenMaps, explain
+from smooth_gradcam import PLAIN, Look, Reading, Settings, TokenMaps, explain, noisy_passes
 from studies.decoder import token_groups
 from studies.flow import (
     PLACE_NAMES,
@@ -48,7 +48,6 @@ from studies.flow import (
     trace_photo,
 )
 from visualization_utils import (
-    PLAIN,
     WEAK,
     draw_layer,
     look_text,
@@ -61,47 +60,44 @@ from visualization_utils import (
     text_rows,
 )
 
-__all__ = ["trace"]
-
-
-# figures
+__all__ = ["COLOURS", "THIN", "trace"]
 
 COLOURS = {"system": "#999999", "image": "#d55e00", "user": "#0072b2", "answer": "#009e73"}
-PLOT = 1.9, 1.35  # inches of one plot
+SHARE_PLOT = 1.9, 1.35  # inches
 THIN = "Thick lines: mean of the photos; thin ones: each."
 STRIP, NARROW = 7, 0.7  # pictures side by side, at most, and inches of one, at least
 LINES = 24  # of one group in a panel of flow lines, at most
-BROADEST = 22  # points: a flow line that has all of the attention
+BROADEST = 22  # points: width of a flow line with all of the attention
 
 
-def _curves(axes, rows: dict[str, np.ndarray], colours: dict[str, str]) -> None:
-    """Of each name the mean over photos (photos, K), and thin lines of each photo if there are several."""
-    for name, values in rows.items():
+def _draw_shares(axes, curves: dict[str, np.ndarray]) -> None:
+    """The mean of each group's curves (photos, K), and thin lines of each photo if there are several."""
+    for name, values in curves.items():
         x = np.arange(values.shape[1])
         if len(values) > 1:
-            axes.plot(x, values.T, color=colours[name], linewidth=0.4, alpha=0.5)
-        axes.plot(x, values.mean(0), color=colours[name], linewidth=1.3)
+            axes.plot(x, values.T, color=COLOURS[name], linewidth=0.4, alpha=0.5)
+        axes.plot(x, values.mean(0), color=COLOURS[name], linewidth=1.3)
 
 
-def strip_columns(photo: Image.Image) -> int:
-    """How many pictures stand side by side on a page: fewer of wide photos."""
+def _strip_columns(photo: Image.Image) -> int:
+    """The number of pictures side by side on a page: fewer for wide photos."""
     aspect = photo.width / photo.height
     return STRIP if aspect < 2 else 4 if aspect < 5 else 3
 
 
-def strips(page: Page, y: float, traced: list[Traced], layers: list[int], look: Look) -> float:
+def _strips(page: Page, y: float, traced: list[Traced], layers: list[int], look: Look) -> float:
     """A row for each photo: the photo, and its map at each layer; long rows are broken. Returns the y below."""
-    strongest = strongest_of(part.maps for part in traced)
-    for number, part in enumerate(traced, 1):
-        photo = part.reading.photo
-        labels = {layer: (f"layer {layer}", strength(part.maps, layer, strongest)) for layer in layers}
+    strongest = strongest_of(one.maps for one in traced)
+    for number, (reading, maps, *_) in enumerate(traced, 1):
+        photo = reading.photo
+        labels = {layer: (f"layer {layer}", strength(maps, layer, strongest)) for layer in layers}
         room = max(NARROW, *(page.label_width(*label) for label in labels.values()))
-        columns = min(strip_columns(photo), int((page.inner + GAP / 2) / (room + GAP / 2)))
+        columns = min(_strip_columns(photo), int((page.inner + GAP / 2) / (room + GAP / 2)))
         pitch = (page.inner + GAP / 2) / columns
         width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.3)
         small = shrink(photo, width, height)
         cells = [(("photo" if len(traced) == 1 else f"photo {number}", ""), np.asarray(small))]
-        cells += [(labels[layer], draw_layer(small, part.maps, layer, True, look, strongest)) for layer in layers]
+        cells += [(labels[layer], draw_layer(small, maps, layer, True, look, strongest)) for layer in layers]
         for i in range(0, len(cells), columns):
             for j, (label, picture) in enumerate(cells[i : i + columns]):
                 middle = MARGIN + (j + 0.5) * pitch - GAP / 4
@@ -111,38 +107,39 @@ def strips(page: Page, y: float, traced: list[Traced], layers: list[int], look: 
     return y
 
 
-def flow_lines(axes, attention: np.ndarray, groups: dict[str, slice], rows: int) -> None:
-    """Lines from the tokens (top to bottom: system, image, user, answer) to the answer on the right, as broad as their
-    attention (L,): of the image one for each row of its grid, of long texts one for several tokens.
+def _flow_lines(axes, attention: np.ndarray, groups: dict[str, slice], rows: int) -> None:
+    """Lines from the tokens, top to bottom, to the answer on the right, as broad as the attention (L,) to them.
+
+    The image has a line for each of the `rows` of its grid, long texts one for several tokens.
     """
-    parts = []
-    for name, part in groups.items():
-        values = attention[part]
+    sums = []
+    for name, group in groups.items():
+        values = attention[group]
         count = min(rows if name == "image" else LINES, len(values))
-        parts += [(name, piece.sum()) for piece in np.array_split(values, max(count, 1))]
-        parts.append((None, 0.0))  # a gap
-    heights, thin = np.linspace(1, 0, len(parts)), 0.3  # points: below it some programs draw no thinner line
-    shown = [(height, name, value) for height, (name, value) in zip(heights, parts, strict=True) if name]
+        sums += [(name, tokens.sum()) for tokens in np.array_split(values, max(count, 1))]
+        sums.append((None, 0.0))  # a gap
+    heights, thin = np.linspace(1, 0, len(sums)), 0.3  # points: some programs draw no thinner line
+    starts = [(height, name, value) for height, (name, value) in zip(heights, sums, strict=True) if name]
     lines = LineCollection(
-        [[(0, height), (0.35, height), (1, 0.5)] for height, _, _ in shown],
-        linewidths=[max(BROADEST * value, thin) for _, _, value in shown],
-        colors=[to_rgba(COLOURS[name], 0.75 * min(1, BROADEST * value / thin)) for _, name, value in shown],
+        [[(0, height), (0.35, height), (1, 0.5)] for height, _, _ in starts],
+        linewidths=[max(BROADEST * value, thin) for _, _, value in starts],
+        colors=[to_rgba(COLOURS[name], 0.75 * min(1, BROADEST * value / thin)) for _, name, value in starts],
     )
     axes.add_collection(lines)
-    for height, name, _ in shown:
+    for height, name, _ in starts:
         axes.plot([-0.03], [height], marker="s", markersize=1.6, color=COLOURS[name])
     axes.set(xlim=(-0.08, 1.02), ylim=(-0.03, 1.03))
     axes.spines[:].set_visible(False)
 
 
-def draw_flow(
+def _draw_flow(
     traced: list[Traced], names: list[str], layers: list[int], look: Look = PLAIN, paper: Paper = PAGE
 ) -> Page:
-    """Maps by layer, the shares of attention and gradient under them, and flow lines."""
-    heads = text_rows(traced[0].maps) if len(traced) == 1 else photo_rows([part.reading for part in traced])
+    """Maps by layer, the shares of attention and gradient below them, and flow lines."""
+    heads = text_rows(traced[0].maps) if len(traced) == 1 else photo_rows([one.reading for one in traced])
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     y = header(page, MARGIN, MARGIN, "Information flow: what the answer reads, layer by layer", heads) + GAP
-    y = strips(page, y, traced, layers, look) + GAP
+    y = _strips(page, y, traced, layers, look) + GAP
 
     y = page.legend(y, COLOURS) + GAP
     shares, per_token, gradients = curves_by_layer(traced)
@@ -151,10 +148,10 @@ def draw_flow(
         ("Attention, per token", per_token, {"yscale": "log"}),
         ("|gradient × hidden state|", gradients, {"ylim": (-0.02, 1.02)}),
     )
-    places, y = page.places(y, len(plots), PLOT[0], BAND + PLOT[1] + 0.45)
-    for (x, top, width), (title, rows, style) in zip(places, plots, strict=True):
-        axes = page.plot(x, top, width, PLOT[1], title, xlabel="layer")
-        _curves(axes, rows, COLOURS)
+    boxes, y = page.places(y, len(plots), SHARE_PLOT[0], BAND + SHARE_PLOT[1] + 0.45)
+    for (x, top, width), (title, curves, style) in zip(boxes, plots, strict=True):
+        axes = page.plot(x, top, width, SHARE_PLOT[1], title, xlabel="layer")
+        _draw_shares(axes, curves)
         axes.set(**style)
         if "yscale" in style:
             low, high = axes.get_ylim()
@@ -163,30 +160,30 @@ def draw_flow(
             axes.yaxis.set_minor_locator(NullLocator())
 
     columns = 6 if page.inner > 5 else 3
-    shown, first = spread(layers, columns), traced[0]
+    first = traced[0]
     page.text(MARGIN, y, "Flow lines" if len(traced) == 1 else "Flow lines of photo 1", TEXT, weight="bold")
     y += TEXT * LINE + GAP / 2
     width = (page.inner + GAP) / columns
-    for i, layer in enumerate(shown):
+    for i, layer in enumerate(spread(layers, columns)):
         page.text(MARGIN + i * width + (width - GAP) / 2, y, f"layer {layer}", SMALL, ha="center")
         axes = page.axes(MARGIN + i * width, y + BAND, width - GAP, 1.5)
-        flow_lines(axes, first.attention[layer], token_groups(first.reading), first.reading.grid[0])
+        _flow_lines(axes, first.attention[layer], token_groups(first.reading), first.reading.grid[0])
     y += BAND + 1.5 + 2 * GAP
-    which = ("Left", "Middle", "Right") if places[1][1] == places[0][1] else ("First plot", "Second", "Third")
+    plot = ("Left", "Middle", "Right") if boxes[1][1] == boxes[0][1] else ("First plot", "Second", "Third")
     caption = (
-        f"{which[0]}: attention of the positions that predict the explained tokens, mean over heads, renormalised over "
-        f"system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). {which[1]}: the same for each token "
-        f"of the group, with the answer's own. {which[2]}: share of each group in the sum of |gradient × hidden state| "
+        f"{plot[0]}: attention of the positions that predict the explained tokens, mean over heads, renormalised over "
+        f"system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). {plot[1]}: the same for each token "
+        f"of the group, with the answer's own. {plot[2]}: share of each group in the sum of |gradient × hidden state| "
         "at the layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as "
         f"their attention. {look_text(look)}{f' {THIN} {photo_names(names)}' if len(traced) > 1 else ''}"
     )
     return page.finish(small_print(page, y, caption, settings_text(traced[0].maps.settings)))
 
 
-def draw_attention_maps(
+def _draw_attention_maps(
     reading: Reading, maps: TokenMaps, attention: dict[int, np.ndarray], edges, paper: Paper = PAGE
 ) -> Page:
-    """Attention between stretches of positions at each layer, in logarithmic colours."""
+    """Attention between bins of positions at each layer, in logarithmic colours; see `attention_maps`."""
     heads, groups = text_rows(maps), token_groups(reading)
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     y = header(page, MARGIN, MARGIN, "Attention between prompt, image and answer", heads) + GAP
@@ -197,7 +194,7 @@ def draw_attention_maps(
     positive = np.concatenate([values[values > 0] for values in attention.values()])
     low, high = np.floor(np.log10(np.percentile(positive, 1))), np.ceil(np.log10(positive.max()))
     left = (page.width - columns * pitch) / 2 + 0.25
-    borders = [np.searchsorted(edges, part.start) for part in groups.values()] + [len(edges) - 1]
+    borders = [np.searchsorted(edges, group.start) for group in groups.values()] + [len(edges) - 1]
     for i, (layer, values) in enumerate(attention.items()):
         x, top = left + i % columns * pitch, y + i // columns * (BAND + side + 0.3)
         page.text(x + side / 2, top, f"layer {layer}", SMALL, ha="center")
@@ -225,28 +222,32 @@ def draw_attention_maps(
     return page.finish(small_print(page, y, caption))
 
 
-def draw_taps(
+def _draw_taps(
     reading: Reading, maps: TokenMaps, keys: dict[str, dict[int, object]], merger: str, look: Look = PLAIN,
     paper: Paper = PAGE,
 ) -> Page:  # fmt: skip
-    """The map at each tap (rows) of each layer (columns), and at the vision tower's merger."""
+    """The map at each place (rows) of each layer (columns), and at the vision tower's merger.
+
+    `keys` are {place: {layer: key of the map}}, `merger` is the merger's key.
+    """
     heads, photo = text_rows(maps), reading.photo
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     y = masthead(page, photo, "One photo at every tap", heads, (1.6, 1.2)) + 2 * GAP
     cells = {"merger": [("merger", merger)]}
     cells |= {
-        PLACE_NAMES.get(tap, tap): [(f"layer {k}", key) for k, key in found.items()] for tap, found in keys.items()
+        PLACE_NAMES.get(place, place): [(f"layer {k}", key) for k, key in key_of.items()]
+        for place, key_of in keys.items()
     }
-    columns = min(max(map(len, cells.values())), strip_columns(photo) - 1, int(page.inner / (NARROW + GAP)))
+    columns = min(max(map(len, cells.values())), _strip_columns(photo) - 1, int(page.inner / (NARROW + GAP)))
     pitch = (page.inner + GAP) / columns
     width, height = fit_box(photo.width / photo.height, pitch - GAP, 1.5)
     small = shrink(photo, width, height)
-    for name, found in cells.items():
+    for name, row in cells.items():
         page.text(MARGIN, y, name, SMALL, weight="bold")
         y += SMALL * LINE
-        strongest = max(float(maps.maps[key].max()) for _, key in found)  # of what is read at one place
-        for i in range(0, len(found), columns):
-            for j, (label, key) in enumerate(found[i : i + columns]):
+        strongest = max(float(maps.maps[key].max()) for _, key in row)  # of the maps read at one place
+        for i in range(0, len(row), columns):
+            for j, (label, key) in enumerate(row[i : i + columns]):
                 middle = MARGIN + j * pitch + (pitch - GAP) / 2
                 page.label(middle, y, label, strength(maps, key, strongest))
                 picture = draw_layer(small, maps, key, True, look)
@@ -262,52 +263,58 @@ def draw_taps(
 
 def trace(
     readings: list[Reading], names: list[str], spans: list[tuple[int, int]], layers: list[int], settings: Settings, *,
-    attention_map=False, taps=False, quiet=False, look=PLAIN, paper=PAGE, **passing,
+    attention_map=False, taps=False, quiet=False, look=PLAIN, paper=PAGE, passes=noisy_passes, batch_size: int = 1,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
-    """({file name: content}, findings in lines) of the mode flow: see the module's table of figures.
+    """({file name: content}, findings in lines) of flow mode.
 
-    `names` are those of the photos; `spans` are (start, end) in characters of each answer. `passing` are `passes`
-    and `batch_size` of `explain`.
+    `names` are those of the photos, `spans` are (start, end) in characters of each answer. The first photo's attention
+    between all positions is drawn for `attention_map`, its maps at every place where a layer can be read for `taps`.
+    `passes` and `batch_size` are those of `explain`.
     """
     if not quiet:
-        passes = 2 + 2.2 * settings.num_samples * (1 + taps) + 2 * attention_map
-        say(forecast_forwards(readings, passes))
-    bar = show_progress(quiet)
+        say(forecast_forwards(readings, 2 + 2.2 * settings.num_samples * (1 + taps) + 2 * attention_map))
+    copies = {"progress": show_progress(quiet), "passes": passes, "batch_size": batch_size}
     pairs = zip(readings, spans, strict=True)
-    traced = [trace_photo(reading, span, settings, bar, **passing) for reading, span in pairs]
-    draw = functools.partial(draw_flow, traced, names, layers, look, paper)
+    traced = [trace_photo(reading, span, settings, **copies) for reading, span in pairs]
+    draw = functools.partial(_draw_flow, traced, names, layers, look, paper)
     files = paper.figure("information_flow", draw) | {
         "information_flow.csv": to_csv(flow_rows(traced, names)),
         "information_flow.npz": flow_arrays(traced, names) | {"layers": np.array(layers)},
     }
     shares, _, gradients = curves_by_layer(traced)
-    sizes = {name: np.mean([group_size(part.reading, name) for part in traced]) for name in shares}
+    sizes = {name: np.mean([group_size(one.reading, name) for one in traced]) for name in shares}
     means = [{name: values.mean(0) for name, values in kind.items()} for kind in (shares, gradients)]
-    explained = traced[0].maps.target
-    what = "the whole answer" if explained == readings[0].answer else repr(explained)
-    what += "" if settings.contrast is None else f" rather than {settings.contrast!r}"
-    lines = [f"explained: {what}; maps at layer {', '.join(map(str, layers))}"]
-    for name, part in zip(names, traced, strict=True):
-        blank = [f"{layer} ({part.maps.blank[layer]})" for layer in layers if layer in part.maps.blank]
-        lines += [f"{name} has no map at layer {', '.join(blank)}: its pictures are grey panels"] if blank else []
+    target = traced[0].maps.target
+    explained = "the whole answer" if target == readings[0].answer else repr(target)
+    explained += "" if settings.contrast is None else f" rather than {settings.contrast!r}"
+    lines = [f"explained: {explained}; maps at layer {', '.join(map(str, layers))}"]
+    for name, blank in zip(names, [one.maps.blank for one in traced], strict=True):
+        reasons = [f"{layer} ({blank[layer]})" for layer in layers if layer in blank]
+        lines += [f"{name} has no map at layer {', '.join(reasons)}: its pictures are grey panels"] if reasons else []
     lines += flow_findings(means[0], sizes, means[1])
     if attention_map:
-        shown = attention_maps(readings[0], layers)
-        draw = functools.partial(draw_attention_maps, readings[0], traced[0].maps, *shown, paper)
+        attention, edges = attention_maps(readings[0], layers)
+        draw = functools.partial(_draw_attention_maps, readings[0], traced[0].maps, attention, edges, paper)
         files |= paper.figure("attention_maps", draw)
     if taps:
-        files |= paper.figure("taps", draw_tapped(readings[0], spans[0], layers, settings, bar, look, paper, **passing))
+        files |= paper.figure("taps", _explain_taps(readings[0], spans[0], layers, settings, look, paper, **copies))
     return files, lines
 
 
-def draw_tapped(
-    reading, span, layers: list[int], settings: Settings, progress=None, look=PLAIN, paper=PAGE, **passes
+def _explain_taps(
+    reading: Reading, span, layers: list[int], settings: Settings, look: Look, paper: Paper, **copies
 ) -> Callable:
-    """What draws the map of every tap of the layers, six at most, from one pass for all."""
-    taken = tap_modules(reading.model, spread(layers, strip_columns(reading.photo) - 1))
+    """The function that draws the maps at every place of the layers, of six at most, which share their passes.
+
+    `copies` are keywords of `explain`.
+    """
+    places = tap_modules(reading.model, spread(layers, _strip_columns(reading.photo) - 1))
     merger = reading.model.model.visual.merger
-    modules = [module for found in taken.values() for module in found.values()]
-    (maps,) = explain(reading, [span], [*modules, merger], replace(settings, tap="input"), progress, **passes)
+    modules = [module for module_of in places.values() for module in module_of.values()]
+    (maps,) = explain(reading, [span], [*modules, merger], replace(settings, tap="input"), **copies)
     names = {module: name for name, module in reading.model.named_modules()}
-    keys = {tap: {k: names.get(module, module) for k, module in found.items()} for tap, found in taken.items()}
-    return functools.partial(draw_taps, reading, maps, keys, names[merger], look, paper)
+    keys = {
+        place: {layer: names.get(module, module) for layer, module in module_of.items()}
+        for place, module_of in places.items()
+    }
+    return functools.partial(_draw_taps, reading, maps, keys, names[merger], look, paper)

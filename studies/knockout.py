@@ -1,9 +1,9 @@
-"""What becomes of the answer when attention is blocked: truncation of the image, and knockout of single edges.
+"""What is left of the answer when attention is blocked: truncation of the image, and knockout of single edges.
 
-    Reading, edges -> knockout                  (runs, answer tokens)
-            -> cliff, findings, tables
+    Reading, edges -> knockout              (runs, answer tokens)
+            -> find_cliff, findings, rows, arrays
 
-Shapes:  as in studies/decoder.py
+Shapes:  as in `studies/decoder.py`
 """
 
 import copy
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.encoding import decimal
+from common.passes import SENSITIVE, UNLIKELY
 from smooth_gradcam import (
     Reading,
     at_least_float32,
@@ -24,15 +25,30 @@ from smooth_gradcam import (
     decode,
     generate,
     get_model_layers,
+    hooked,
     memory_explained,
 )
 from studies.decoder import attention_hooked, covered_tokens, embed, empty_cache, run_decoder, token_groups
 from studies.flow import attention_flow
 
-__all__ = ["Edge", "find_cliff", "image_hidden", "knockout"]
+__all__ = [
+    *(
+        "Edge",
+        "Severed",
+        "KEPT",
+        "change",
+        "cliff_interval",
+        "explained_lines",
+        "explained_text",
+        "find_cliff",
+        "find_onset",
+    ),
+    *("image_hidden", "knockout", "knockout_arrays", "knockout_rows", "largest_change", "mean_change", "said_instead"),
+    *("sever_photo", "tokens_that_need_the_photo", "truncated", "truncation_finding"),
+]
 
 
-# knockout: what the answer needs
+# blocked attention
 
 
 class Edge(NamedTuple):
@@ -46,12 +62,12 @@ class Edge(NamedTuple):
 def knockout(
     reading: Reading, edges: list[Edge], *, batch_size: int = 8, progress: Callable | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What becomes of the answer when attention is blocked, one edge a run: two arrays (runs, A).
+    """What is left of the answer when attention is blocked, one edge in each run: two arrays (runs, A).
 
-    The first has the probability of every token of the answer after those before it, the second says where the token is
-    the most likely one; the model would give the answer greedily where all are. Positions stay as they are. What stands
+    The first has the probability of each token of the answer after those before it, the second, bool, whether the token
+    is the most likely one; where all are, the model would give this answer greedily. Positions stay as they are. All
     before the first blocked query is run once, the rest in batches of `batch_size`. `progress` wraps the iterable over
-    the batches.
+    the batches. Raises ValueError for bad arguments, and RuntimeError if memory runs out.
     """
     check_whole("batch_size", batch_size, 1)
     if not edges:
@@ -60,7 +76,7 @@ def knockout(
     before = reading.inputs["input_ids"].shape[1] - 1
     start = int(min([before, *(edge.queries.min() for edge in edges if len(edge.queries))]))
     answer = torch.tensor(reading.tokens)
-    found = []
+    results = []
     with borrowed(model), memory_explained(len(reading.positions)):
         embeddings, positions = embed(reading)
         prefix = empty_cache(model)
@@ -69,23 +85,24 @@ def knockout(
         embeddings, positions = embeddings[:, start:], positions[..., start:]
         shape = embeddings.shape[1], start + embeddings.shape[1]  # (S, T)
         for i in (progress or iter)(range(0, len(edges), batch_size)):
-            part = edges[i : i + batch_size]
+            batch = edges[i : i + batch_size]
+            count = len(batch)
             cache = copy.deepcopy(prefix)
-            cache.batch_repeat_interleave(len(part))
-            with blocked(model, hidden_in(part, start, shape, total)):
-                batch = embeddings.expand(len(part), -1, -1), positions.expand(-1, len(part), -1)
-                states = run_decoder(model, *batch, cache)[:, before - start :]  # (B, A, C)
-            states = states.flatten(0, 1)  # (B * A, C): a batch of slices would be copied with the weights
-            logits = at_least_float32(model.get_output_embeddings()(states)).unflatten(0, (len(part), -1))  # (B, A, V)
-            expected = answer.to(logits.device).expand(len(part), -1)[..., None]
+            cache.batch_repeat_interleave(count)
+            with _blocked(model, _hidden_in(batch, start, shape, total)):
+                inputs = embeddings.expand(count, -1, -1), positions.expand(-1, count, -1)
+                states = run_decoder(model, *inputs, cache)[:, before - start :]  # (B, A, C)
+            states = states.flatten(0, 1)  # (B * A, C): with a batch of slices, the head's weights would be copied
+            logits = at_least_float32(model.get_output_embeddings()(states)).unflatten(0, (count, -1))  # (B, A, V)
+            expected = answer.to(logits.device).expand(count, -1)[..., None]
             probability = logits.softmax(-1).gather(2, expected)[..., 0]
-            found.append((probability.cpu().numpy(), (logits.argmax(-1) == expected[..., 0]).cpu().numpy()))
-    probabilities, likeliest = zip(*found, strict=True)
+            results.append((probability.cpu().numpy(), (logits.argmax(-1) == expected[..., 0]).cpu().numpy()))
+    probabilities, likeliest = zip(*results, strict=True)
     return np.concatenate(probabilities), np.concatenate(likeliest)
 
 
-def hidden_in(edges: list[Edge], start: int, shape: tuple[int, int], total: int) -> Callable:
-    """What `blocked` takes, of a batch of edges; queries of the pass are `shape`[0] from position `start` on."""
+def _hidden_in(edges: list[Edge], start: int, shape: tuple[int, int], total: int) -> Callable:
+    """The function that `_blocked` takes, for a batch of edges and a pass of `shape` (S, T) from position `start`."""
     hidden = torch.zeros(len(edges), *shape, dtype=torch.bool)  # (B, S, T)
     for run, edge in zip(hidden, edges, strict=True):
         queries, keys = (positions[positions < shape[1]] for positions in (edge.queries, edge.keys))
@@ -95,10 +112,10 @@ def hidden_in(edges: list[Edge], start: int, shape: tuple[int, int], total: int)
 
 
 @contextmanager
-def blocked(model, hidden: Callable[[int, int, int], Tensor | None]):
+def _blocked(model, hidden: Callable[[int, int, int], Tensor | None]):
     """Inside, queries do not see the keys where hidden(layer, S, T), bool (B, S, T), is true; None hides nothing.
 
-    S are the queries of this pass, the last ones of T positions.
+    The queries of a pass are the last S of its T positions.
     """
 
     def register(i, attention):
@@ -118,12 +135,12 @@ def blocked(model, hidden: Callable[[int, int, int], Tensor | None]):
 
 @contextmanager
 def image_hidden(model, layer: int):
-    """Inside, nothing behind the image sees its tokens in decoder layers `layer` and later, in generation as well.
+    """Inside, no position behind the image sees its tokens from decoder layer `layer` on, in generation as well.
 
         with image_hidden(model, 22):
             model.generate(**inputs)
 
-    Positions stay as they are. `layer` may be the number of layers: then nothing is hidden. Raises ValueError beyond.
+    Positions stay as they are. If `layer` is the number of layers, nothing is hidden. Raises ValueError beyond that.
     """
     total = get_model_layers(model)[1]
     check_whole("layer", layer, 0)
@@ -134,60 +151,57 @@ def image_hidden(model, layer: int):
     def note(module, args, kwargs):
         nonlocal image
         ids = kwargs.get("input_ids")
-        if ids is not None and ids.shape[1] > 1:  # a prompt, and no single token of an answer
+        if ids is not None and ids.shape[1] > 1:  # a prompt, and not a single token of an answer
             image = ids == model.config.image_token_id  # (B, P)
 
     def hidden(i, S, T):  # noqa: N803
         nonlocal block
-        if i == layer:  # the later ones of the pass hide the same
+        if i == layer:  # the later layers of this pass hide the same
             keys = torch.nn.functional.pad(image, (0, T - image.shape[1]))  # (B, T)
             last = image.shape[1] - 1 - image.flip(1).int().argmax(1)  # (B,): of the image's positions
             queries = torch.arange(T - S, T, device=image.device) > last[:, None]  # (B, S)
             block = queries[..., None] & keys[:, None]
         return block if i >= layer else None
 
-    handle = model.model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with blocked(model, hidden):
-            yield
-    finally:
-        handle.remove()
+    with hooked([model.model.register_forward_pre_hook(note, with_kwargs=True)]), _blocked(model, hidden):
+        yield
 
 
-# the two studies
+# truncation and knockout of one photo
 
-HARDLY = 0.8  # share that is left without the image, if it is hardly needed
-KEPT = 0.95  # of the full value: what counts as no loss
-EXPLAINED = 5  # photos whose explained tokens are told
-UNLIKELY = 0.01  # probability below which there is nothing that could be lost
-NEEDED = 0.2  # fall in probability from which on a token needs the photo (EAGLE's sensitive tokens)
+HARDLY = 0.8  # share of the full value that is left without the image where it is hardly needed
+KEPT = 0.95  # share of the full value that counts as no loss
+REPORTED = 5  # photos with lines of their own
 
 
 class Severed(NamedTuple):
-    """What is left of one answer."""
+    """What is left of the answer to one photo."""
 
     reading: Reading
     explained: list[int]  # T indices of the answer's tokens
     removed: np.ndarray  # (K + 1, A): the image hidden from layer k on
     right: np.ndarray  # (K + 1,) bool: whether the greedy answer would begin with this one
-    kept: np.ndarray | None  # (K + 1, A): but for the image tokens with most attention in the layer before
+    kept: np.ndarray | None  # (K + 1, A): as `removed`, without the image tokens that had most attention a layer before
     kept_right: np.ndarray | None  # (K + 1,) bool
     windows: dict[str, np.ndarray]  # edge -> (K, A): blocked in a window of layers around each
 
 
 def tokens_that_need_the_photo(removed: np.ndarray) -> list[int]:
     """Indices of the answer's tokens whose probability falls by more than 0.2 if the image is hidden in all layers."""
-    return np.flatnonzero(removed[-1] - removed[0] > NEEDED).tolist()
+    return np.flatnonzero(removed[-1] - removed[0] > SENSITIVE).tolist()
 
 
 def sever_photo(
     reading: Reading, span=None, *, window=None, keep=None, mask=None, batch_size=8, progress=None
 ) -> Severed:
-    """Truncation at every layer and, for a window, attention knockout around every layer: one prefix, one sweep.
+    """Truncation at every layer and, with a window, attention knockout around every layer, in one sweep.
 
-    window  layers that are blocked at once around each; None: no window is run
+    span    (start, end) in characters of the answer; None is the tokens that need the photo, or all if none does
+    window  layers that are blocked at once around each; None leaves knockout out
     keep    image tokens that stay visible in a second truncation, those with most attention in the layer before
-    mask    bool (height, width) of the photo: image tokens of the object and others are blocked one by one, too
+    mask    the object's pixels, bool (height, width): its image tokens and the others are also blocked separately
+
+    Raises ValueError for a window or a number of tokens that the model or the photo does not have.
     """
     total, groups = get_model_layers(reading.model)[1], token_groups(reading)
     image, user, answer = (np.arange(groups[name].start, groups[name].stop) for name in ("image", "user", "answer"))
@@ -198,25 +212,25 @@ def sever_photo(
             raise ValueError(f"keep={keep} must be 1 to {len(image) - 1}: the photo has {len(image)} image tokens")
         attention = attention_flow(reading, span)[:, image]  # (K, N)
         order = np.argsort(-attention, axis=1, kind="stable")
-        rest = [image, *(image[np.sort(row[keep:])] for row in order)]  # before layer 0 nothing is known
-        edges += [Edge(range(k, total), later, keys) for k, keys in enumerate(rest)]
+        others = [image, *(image[np.sort(row[keep:])] for row in order)]  # no layer comes before layer 0
+        edges += [Edge(range(k, total), later, keys) for k, keys in enumerate(others)]
     windowed = {}
     if window is not None:
         if not 1 <= window <= total:
             raise ValueError(f"window={window} must be 1 to {total}: the model has {total} layers")
         windowed = {"image → user": (user, image), "image → answer": (answer, image), "user → answer": (answer, user)}
         if mask is not None:
-            on = covered_tokens(mask, reading.grid)
-            for name, keys in (("object", image[on]), ("other patches", image[~on])):
+            covered = covered_tokens(mask, reading.grid)
+            for name, keys in (("object", image[covered]), ("other patches", image[~covered])):
                 windowed |= {f"{name} → user": (user, keys), f"{name} → answer": (answer, keys)}
         for queries, keys in windowed.values():
-            spans = (range(max(0, k - window // 2), min(total, k + -(-window // 2))) for k in range(total))
-            edges += [Edge(layers, queries, keys) for layers in spans]
-    probabilities, top = knockout(reading, edges, batch_size=batch_size, progress=progress)
-    right, removed, left = top.all(1), probabilities[: total + 1], probabilities[total + 1 :]
+            windows = (range(max(0, k - window // 2), min(total, k + -(-window // 2))) for k in range(total))
+            edges += [Edge(layers, queries, keys) for layers in windows]
+    probabilities, likeliest = knockout(reading, edges, batch_size=batch_size, progress=progress)
+    right, removed, others = likeliest.all(1), probabilities[: total + 1], probabilities[total + 1 :]
     kept = kept_right = None
     if keep is not None:
-        kept, left, kept_right = left[: total + 1], left[total + 1 :], right[total + 1 : 2 * total + 2]
+        kept, others, kept_right = others[: total + 1], others[total + 1 :], right[total + 1 : 2 * total + 2]
     explained = reading.tokens_of(span) if span else tokens_that_need_the_photo(removed)
     return Severed(
         reading,
@@ -225,12 +239,15 @@ def sever_photo(
         right[: total + 1],
         kept,
         kept_right,
-        dict(zip(windowed, left.reshape(-1, total, left.shape[1]), strict=True)),
+        dict(zip(windowed, others.reshape(-1, total, others.shape[1]), strict=True)),
     )
 
 
 def change(severed: Severed, edge: str) -> np.ndarray:
-    """100 (p' - p) / p by layer, (K,), mean over the explained tokens whose p is 0.01 or more; nan without any."""
+    """The change in percent, 100 (p' - p) / p, by layer: (K,), mean over the explained tokens whose p is 0.01 or more.
+
+    nan if there is none.
+    """
     full = severed.removed[-1, severed.explained]
     likely = np.array(severed.explained)[full >= UNLIKELY]
     if not len(likely):
@@ -240,13 +257,13 @@ def change(severed: Severed, edge: str) -> np.ndarray:
 
 
 def mean_change(severed: list[Severed], edge: str) -> np.ndarray:
-    """Mean of `change` over the photos that have one."""
-    found = [values for values in (change(part, edge) for part in severed) if np.isfinite(values).all()]
-    return np.mean(found, axis=0) if found else change(severed[0], edge)
+    """The mean `change`, (K,), over the photos that have one; nan if none has."""
+    changes = [values for values in (change(one, edge) for one in severed) if np.isfinite(values).all()]
+    return np.mean(changes, axis=0) if changes else change(severed[0], edge)
 
 
 def truncated(severed: Severed, values: np.ndarray) -> np.ndarray:
-    """Mean probability of the explained tokens, (K + 1,)."""
+    """The mean over the explained tokens, (K + 1,), of probabilities (K + 1, A)."""
     return values[:, severed.explained].mean(1)
 
 
@@ -256,8 +273,8 @@ def truncated(severed: Severed, values: np.ndarray) -> np.ndarray:
 def find_cliff(curve: np.ndarray, kept: float = KEPT) -> int | None:
     """The smallest k with curve[k'] >= kept * curve[-1] for all k' >= k: from layer k on the image is not needed.
 
-    `curve` (K + 1,) is what is left if the image is hidden from layer k on, all of it at its end. None if there is no
-    cliff: the full value is below 0.01, or four fifths of it are left if the image is hidden from the first layer on.
+    `curve` (K + 1,) is the value that is left if the image is hidden from layer k on; the last is the full value. None
+    if there is no cliff: the full value is below 0.01, or four fifths of it are left if the image is hidden everywhere.
     """
     short = np.flatnonzero(curve < kept * curve[-1])
     needed = curve[-1] >= UNLIKELY and curve[0] < min(kept, HARDLY) * curve[-1]
@@ -265,13 +282,16 @@ def find_cliff(curve: np.ndarray, kept: float = KEPT) -> int | None:
 
 
 def find_onset(curve: np.ndarray) -> int:
-    """The last layer such that hidden from there on, or from any earlier one, 5 % of what the photo gives is left."""
+    """The last layer such that, if the image is hidden from it or any earlier layer on, 5 % of its effect are left."""
     risen = np.flatnonzero(curve >= curve[0] + (1 - KEPT) * (curve[-1] - curve[0]))
     return max(int(risen[0]) - 1, 0)
 
 
 def cliff_interval(curves: np.ndarray, draws: int = 1000) -> tuple[int, int] | None:
-    """95 % of the cliffs of the mean of resampled curves (photos, K + 1); None where a tenth or more have none."""
+    """The 95 % interval of the cliffs of means of resampled curves (photos, K + 1).
+
+    None if a tenth of the means or more have no cliff.
+    """
     rng = np.random.default_rng(0)
     cliffs = [find_cliff(curves[rng.integers(len(curves), size=len(curves))].mean(0)) for _ in range(draws)]
     cliffs = sorted(cliff for cliff in cliffs if cliff is not None)
@@ -281,7 +301,7 @@ def cliff_interval(curves: np.ndarray, draws: int = 1000) -> tuple[int, int] | N
 
 
 def truncation_finding(curves: np.ndarray, what: str) -> str:
-    """In one line from where on the image can be removed, of curves (photos, K + 1)."""
+    """A sentence on the layer from which the image can be removed; `curves` are (photos, K + 1), `what` names them."""
     curve = curves.mean(0)
     cliff, total = find_cliff(curve), len(curve) - 1
     if curve[-1] < UNLIKELY:
@@ -290,9 +310,9 @@ def truncation_finding(curves: np.ndarray, what: str) -> str:
         kept = f"{what} is {decimal(curve[0])} if the image is hidden from layer 0 on, {decimal(curve[-1])} with it"
         return f"no cliff: {kept}, so the answer hardly needs the photo"
     half = find_cliff(curve, 0.5)
-    where = "the image is needed to the last layer" if cliff == total else f"from layer {cliff} on it can be removed"
+    end = "the image is needed to the last layer" if cliff == total else f"from layer {cliff} on it can be removed"
     line = (
-        f"hidden from layer {find_onset(curve)} or earlier, the image might as well not be there; {where}: {what} "
+        f"hidden from layer {find_onset(curve)} or earlier, the image might as well not be there; {end}: {what} "
         f"{decimal(curve[0], 3)} without it, {decimal(curve[-1], 3)} with it"
     )
     line += f", {decimal(curve[cliff], 3)} if hidden from {cliff} on" if cliff < total else ""
@@ -303,7 +323,7 @@ def truncation_finding(curves: np.ndarray, what: str) -> str:
 
 
 def largest_change(changes: np.ndarray, window: int) -> str:
-    """In words the largest of the changes (K,) and where it is."""
+    """The largest of the changes (K,) and its layers, in words."""
     if not np.isfinite(changes).any():
         return f"nothing to lose, the probability is below {UNLIKELY}"
     worst = int(np.abs(changes).argmax())
@@ -314,47 +334,49 @@ def largest_change(changes: np.ndarray, window: int) -> str:
     return f"{changes[worst]:+.1f} % at most, blocked in {layers}"
 
 
-def explained_text(severed: Severed) -> str:
-    """What the explained tokens say, each character once."""
-    spans = dict.fromkeys(severed.reading.spans[i] for i in severed.explained)
-    return " ".join(f"“{severed.reading.answer[slice(*span)].strip()}”" for span in spans)
+def explained_text(reading: Reading, explained: list[int]) -> str:
+    """The text of the explained tokens, each character once."""
+    spans = dict.fromkeys(reading.spans[i] for i in explained)
+    return " ".join(f"“{reading.answer[slice(*span)].strip()}”" for span in spans)
 
 
-def explained_line(severed: Severed, name: str, span) -> str:
-    """Which tokens of a photo's answer are explained, and why these."""
-    reading = severed.reading
-    why = "as asked" if span else "those that need the photo"
-    if not span and len(severed.explained) == len(reading.tokens) != len(tokens_that_need_the_photo(severed.removed)):
-        why = "all, as none needs the photo"
-    count = f"{len(severed.explained)} of {len(reading.tokens)} tokens"
-    return f"explained of {name}, {count}, {why}: {explained_text(severed)}"
+def explained_lines(severed: list[Severed], names: list[str], spans: list) -> list[str]:
+    """Sentences on the explained tokens of the first photos' answers, and why it is these."""
+    lines = []
+    for (reading, explained, removed, *_), name, span in list(zip(severed, names, spans, strict=True))[:REPORTED]:
+        why = "as asked" if span else "those that need the photo"
+        if not span and len(explained) == len(reading.tokens) != len(tokens_that_need_the_photo(removed)):
+            why = "all, as none needs the photo"
+        text = explained_text(reading, explained)
+        lines.append(f"explained of {name}, {len(explained)} of {len(reading.tokens)} tokens, {why}: {text}")
+    return lines
 
 
 def said_instead(severed: list[Severed], names: list[str]) -> list[str]:
-    """What the model says where it does not give the right answer, of the first such photos."""
+    """Sentences on the model's answers to the first photos where they are not the right ones."""
     lines = []
-    for part, name in [pair for pair in zip(severed, names, strict=True) if not pair[0].right[-1]][:EXPLAINED]:
-        reading, tokenizer = part.reading, part.reading.processor.tokenizer
+    wrong = [(one.reading, name) for one, name in zip(severed, names, strict=True) if not one.right[-1]]
+    for reading, name in wrong[:REPORTED]:
+        tokenizer = reading.processor.tokenizer
         with borrowed(reading.model):
-            said = decode(tokenizer, generate(reading.model, tokenizer, reading.inputs, 32))
-        lines.append(f"{name}, {reading.prompt!r}: right would be {reading.answer!r}, the model says {said!r}")
+            answer = decode(tokenizer, generate(reading.model, tokenizer, reading.inputs, 32))
+        lines.append(f"{name}, {reading.prompt!r}: right would be {reading.answer!r}, the model says {answer!r}")
     return lines
 
 
 def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
-    """Rows of knockout.csv: what was blocked, of which photo, from or around which layer, and what is left."""
+    """Rows of knockout.csv: what was blocked for which photo, from or around which layer, and what is left."""
     rows = []
-    for name, part in zip(names, severed, strict=True):
+    for name, one in zip(names, severed, strict=True):
         for kind, values, right in (
-            ("image from", part.removed, part.right),
-            ("image but for the kept from", part.kept, part.kept_right),
+            ("image from", one.removed, one.right),
+            ("image but for the kept from", one.kept, one.kept_right),
         ):
-            for layer, value in enumerate(truncated(part, values) if values is not None else ()):
+            for layer, value in enumerate(truncated(one, values) if values is not None else ()):
                 row = {"blocked": kind, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
                 rows.append(row | {"answer_right": int(right[layer])})
-        for edge in part.windows:
-            left = part.windows[edge][:, part.explained].mean(1)
-            pairs = zip(left, change(part, edge), strict=True)
+        for edge, values in one.windows.items():
+            pairs = zip(truncated(one, values), change(one, edge), strict=True)
             for layer, (value, percent) in enumerate(pairs):
                 row = {"blocked": edge, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
                 rows.append(row | {"change_percent": f"{percent:.4g}"})
@@ -362,13 +384,13 @@ def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
 
 
 def knockout_arrays(severed: list[Severed], names: list[str]) -> dict[str, np.ndarray]:
-    """knockout.npz: of each photo i removed_i (K + 1, A), windows_i (edges, K, A), explained_i (T,) and the tokens."""
+    """Arrays of knockout.npz, for photo i removed_i (K + 1, A), windows_i (edges, K, A), explained_i (T,), tokens_i."""
     arrays = {"photos": np.array(names), "edges": np.array(list(severed[0].windows))}
-    for i, part in enumerate(severed):
-        arrays |= {f"removed_{i}": part.removed, f"right_{i}": part.right, f"explained_{i}": np.array(part.explained)}
-        arrays |= {f"tokens_{i}": np.array(part.reading.tokens), f"answer_{i}": np.array(part.reading.answer)}
-        if part.kept is not None:
-            arrays[f"kept_{i}"] = part.kept
-        if part.windows:
-            arrays[f"windows_{i}"] = np.stack(list(part.windows.values()))
+    for i, one in enumerate(severed):
+        arrays |= {f"removed_{i}": one.removed, f"right_{i}": one.right, f"explained_{i}": np.array(one.explained)}
+        arrays |= {f"tokens_{i}": np.array(one.reading.tokens), f"answer_{i}": np.array(one.reading.answer)}
+        if one.kept is not None:
+            arrays[f"kept_{i}"] = one.kept
+        if one.windows:
+            arrays[f"windows_{i}"] = np.stack(list(one.windows.values()))
     return arrays

@@ -1,4 +1,4 @@
-"""Figures and files of the mode knockout: what is left of an answer as attention is blocked."""
+"""Figures and files of knockout mode: what is left of an answer when attention is blocked."""
 
 import functools
 
@@ -13,10 +13,9 @@ from studies.decoder import sequence_length, token_groups
 from studies.flow import forecast_forwards
 from studies.flow_figures import COLOURS, THIN
 from studies.knockout import (
-    EXPLAINED,
     KEPT,
     Severed,
-    explained_line,
+    explained_lines,
     explained_text,
     find_cliff,
     find_onset,
@@ -32,6 +31,7 @@ from studies.knockout import (
 from visualization_utils import photo_names, photo_rows
 
 __all__ = ["sever"]
+
 EDGE_STYLES = (
     ("#0072b2", "-"), ("#d55e00", "-"), ("#009e73", "-"), ("#56b4e9", "--"), ("#e69f00", "--"), ("#56b4e9", ":"),
     ("#e69f00", ":"),
@@ -39,13 +39,14 @@ EDGE_STYLES = (
 
 
 def _severed_heads(severed: Severed) -> list[tuple]:
-    """Rows of the header of one photo: what was asked, answered and explained."""
-    reading, part = severed.reading, severed.explained
-    which = f"{len(part)} of {len(reading.tokens)} tokens: {excerpt(explained_text(severed), (0, 0), 200)[0]}"
-    whole = list(part) == list(range(part[0], part[-1] + 1))  # one piece of the answer, which can be marked
-    start, end = (reading.spans[part[0]][0], reading.spans[part[-1]][1]) if whole else (0, 0)
+    """The header's rows for one photo: prompt, answer, and the explained part of it."""
+    reading, tokens = severed.reading, severed.explained
+    text = excerpt(explained_text(reading, tokens), (0, 0), 200)[0]
+    explained = f"{len(tokens)} of {len(reading.tokens)} tokens: {text}"
+    contiguous = list(tokens) == list(range(tokens[0], tokens[-1] + 1))  # which can be marked in the answer
+    start, end = (reading.spans[tokens[0]][0], reading.spans[tokens[-1]][1]) if contiguous else (0, 0)
     span = end - len(reading.answer[start:end].lstrip()), end  # a word's token often begins with a blank
-    rows = [("Prompt", reading.prompt, (0, 0)), ("Answer", reading.answer, span), ("Explained", which, (0, 0))]
+    rows = [("Prompt", reading.prompt, (0, 0)), ("Answer", reading.answer, span), ("Explained", explained, (0, 0))]
     return [(label, *excerpt(text, marked, 300)) for label, text, marked in rows]
 
 
@@ -54,8 +55,8 @@ def _legend_below(axes) -> None:
     axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.8, labelspacing=0.25, columnspacing=1, **style)
 
 
-def plot_truncation(axes, curves: dict[str, np.ndarray], each: bool) -> None:
-    """The means of {name: (photos, K + 1)} and the cliff of the first; `each`: thin lines of its photos, too."""
+def _plot_truncation(axes, curves: dict[str, np.ndarray], each: bool) -> None:
+    """The means of {name: (photos, K + 1)}, the cliff of the first, and if `each` thin lines of its photos."""
     (main, values), *others = curves.items()
     mean, layers = values.mean(0), np.arange(values.shape[1])
     cliff = find_cliff(mean)
@@ -67,14 +68,14 @@ def plot_truncation(axes, curves: dict[str, np.ndarray], each: bool) -> None:
     if each and len(values) > 1:
         axes.plot(layers, values.T, color=COLOURS["image"], linewidth=0.4, alpha=0.4)
     axes.plot(layers, mean, color=COLOURS["image"], linewidth=1.4, label=main)
-    for name, other in others:
-        axes.plot(layers, other.mean(0), color=COLOURS["user"], linewidth=1.2, linestyle="--", label=name)
+    for name, values in others:
+        axes.plot(layers, values.mean(0), color=COLOURS["user"], linewidth=1.2, linestyle="--", label=name)
     if others:
         _legend_below(axes)
 
 
-def plot_windows(axes, severed: list[Severed]) -> None:
-    """The mean change by layer of each edge that was blocked in windows."""
+def _plot_windows(axes, severed: list[Severed]) -> None:
+    """The mean change by layer for each edge that was blocked in windows."""
     axes.axhline(0, color="0.6", linewidth=0.6)
     for name, (colour, line) in zip(severed[0].windows, EDGE_STYLES, strict=False):
         mean = mean_change(severed, name)
@@ -82,18 +83,19 @@ def plot_windows(axes, severed: list[Severed]) -> None:
     _legend_below(axes)
 
 
-def draw_knockout(
+def _draw_knockout(
     severed: list[Severed], names: list[str], curves: dict[str, np.ndarray], what: str, window: int | None,
     finding: str, paper: Paper = PAGE,
 ) -> Page:  # fmt: skip
-    """What is left when the image is hidden from a layer on, its cliff and, if windows were run, their effect."""
-    heads = _severed_heads(severed[0]) if len(severed) == 1 else photo_rows([part.reading for part in severed])
+    """What is left when the image is hidden from a layer on, the cliff and, if windows were run, their effect."""
+    heads = _severed_heads(severed[0]) if len(severed) == 1 else photo_rows([one.reading for one in severed])
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     if len(severed) == 1:
         y = masthead(page, severed[0].reading.photo, "Knockout: what the answer needs", heads, (1.6, 1.2))
     else:
-        said = "; ".join(f"{i} {explained_text(part)}" for i, part in enumerate(severed[:6], 1))
-        heads += [("Explained", excerpt(said, (0, 0), 200)[0], (0, 0))] if what != "accuracy" else []
+        texts = (explained_text(one.reading, one.explained) for one in severed[:6])
+        explained = "; ".join(f"{i} {text}" for i, text in enumerate(texts, 1))
+        heads += [("Explained", excerpt(explained, (0, 0), 200)[0], (0, 0))] if what != "accuracy" else []
         y = header(page, MARGIN, MARGIN, "Knockout: what the answers need", heads)
     y += 2 * GAP
     windows, height = list(severed[0].windows), 1.9
@@ -102,11 +104,11 @@ def draw_knockout(
     y += GAP
     style = {"xlabel": f"image hidden from layer … on ({len(severed[0].removed) - 1}: nothing)", "ylabel": what}
     axes = page.plot(x, top, width, height, "Truncation", ylim=(-0.02, 1.04), **style)
-    plot_truncation(axes, curves, each=what != "accuracy")
+    _plot_truncation(axes, curves, each=what != "accuracy")
     for x, top, width in others:
         style = {"xlabel": "around layer …", "ylabel": "change of p, %"}
         title = f"Attention blocked in {window} layer{'s' * (window > 1)}"
-        plot_windows(page.plot(x, top, width, height, title, **style), severed)
+        _plot_windows(page.plot(x, top, width, height, title, **style), severed)
     caption = (
         f"{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the attention mask; "
         f"positions stay. Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value is kept, wherever "
@@ -128,12 +130,13 @@ def draw_knockout(
 
 def sever(
     readings: list[Reading], names: list[str], spans: list, *, window=None, keep=None, mask=None, accuracy=False,
-    batch_size=8, quiet=False, paper=PAGE,
+    runs_at_once=8, quiet=False, paper=PAGE,
 ) -> tuple[dict[str, object], list[str]]:  # fmt: skip
-    """({file name: content}, findings in lines) of the mode knockout.
+    """({file name: content}, findings in lines) of knockout mode.
 
-    `spans` are (start, end) of each answer, or None: the tokens that need the photo. With `accuracy`, the answers are
-    the right ones, and what counts is whether the model would give them. Other arguments are those of `sever_photo`.
+    `names` are those of the photos, `spans` are (start, end) in each answer, or None for the tokens that need the
+    photo. With `accuracy`, the answers are the right ones, and what counts is whether the model would give them. Other
+    arguments are those of `sever_photo`, which runs `runs_at_once` edges at once.
     """
     total = get_model_layers(readings[0].model)[1]
     if not quiet:
@@ -141,31 +144,29 @@ def sever(
         length, groups = sequence_length(readings[0]), token_groups(readings[0])
         share = (length - groups["image"].stop) / length
         say(f"{runs} runs of each photo; {forecast_forwards(readings, 2 + runs * share)}")
-    options = {"window": window, "keep": keep, "mask": mask, "batch_size": batch_size}
-    severed = []
-    for reading, span in zip(readings, spans, strict=True):
-        bar = show_progress(quiet or len(readings) > 1, "blocked runs", "batch")
-        severed.append(sever_photo(reading, span, progress=bar, **options))
+    keywords = {"window": window, "keep": keep, "mask": mask, "batch_size": runs_at_once}
+    keywords["progress"] = show_progress(quiet or len(readings) > 1, "blocked runs", "batch")
+    severed = [sever_photo(reading, span, **keywords) for reading, span in zip(readings, spans, strict=True)]
     what = "accuracy" if accuracy else "probability of the explained tokens"
-    curves = {"image hidden": [part.right if accuracy else truncated(part, part.removed) for part in severed]}
+    curves = {"image hidden": [one.right if accuracy else truncated(one, one.removed) for one in severed]}
     if keep is not None:
-        but = f"all but {keep} tokens hidden"
-        curves[but] = [part.kept_right if accuracy else truncated(part, part.kept) for part in severed]
+        others = f"all but {keep} tokens hidden"
+        curves[others] = [one.kept_right if accuracy else truncated(one, one.kept) for one in severed]
     curves = {name: np.array(values, float) for name, values in curves.items()}
     finding = truncation_finding(curves["image hidden"], what)
-    told = [] if accuracy else list(zip(severed, names, spans, strict=True))[:EXPLAINED]
-    lines = [*(explained_line(*part) for part in told), finding]
+    lines = [*([] if accuracy else explained_lines(severed, names, spans)), finding]
     if keep is not None:
-        cliff = find_cliff(curves[but].mean(0))
-        kept = "no cliff" if cliff is None else f"cliff {cliff}, {decimal(curves[but].mean(0)[cliff], 3)}"
+        mean = curves[others].mean(0)
+        cliff = find_cliff(mean)
+        result = "no cliff" if cliff is None else f"cliff {cliff}, {decimal(mean[cliff], 3)}"
         lines.append(
-            f"but for the {keep} image tokens that the explained tokens attend to most in the layer before: {kept}"
+            f"but for the {keep} image tokens that the explained tokens attend to most in the layer before: {result}"
         )
     for edge in severed[0].windows:
         lines.append(f"{edge}: {largest_change(mean_change(severed, edge), window)}")
     if accuracy:
         lines += said_instead(severed, names)
-    draw = functools.partial(draw_knockout, severed, names, curves, what, window, finding, paper)
+    draw = functools.partial(_draw_knockout, severed, names, curves, what, window, finding, paper)
     files = paper.figure("knockout", draw) | {
         "knockout.csv": to_csv(knockout_rows(severed, names)),
         "knockout.npz": knockout_arrays(severed, names),

@@ -1,11 +1,11 @@
-"""A list of photos: what is in it, what of it is done, and what came out.
+"""A list of photos: its items, which of them are complete, and their results.
 
     folder, glob, list.jsonl        read_list: Items, each with the name of its folder
       -> those not complete yet     plan: the same settings and the same photo, by content, are not computed again
-      -> a folder and record each   work_off: shared among processes; a bad photo is told, and the others go on
+      -> a folder and record each   work_off: shared among processes; a bad photo is reported, and the others go on
       -> results.jsonl              all records, in the list's order
 
-What is done with a photo is a function that is given: nothing here knows a model.
+What is done with a photo is a function that the caller gives: nothing here knows a model.
 """
 
 import argparse
@@ -35,28 +35,33 @@ from common.flags import FOLDERS, MODES_OF_FLAG
 from common.inputs import check_inputs, open_regular
 from common.photos import load_photo
 from common.processes import Processes, prefetched, progress_bar
-from common.terminal import say
+from common.terminal import plain, say
 from smooth_gradcam import ExplanationWarning
 
-__all__ = ["Item", "plan", "read_answers", "read_list", "run_list", "work_off"]
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # what counts as a photo in a folder
+__all__ = [
+    *("Item", "OBJECTS", "TEXTS", "digest", "key_of", "named", "plan", "read_answers", "read_list", "run_list"),
+    "work_off",
+]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of photos in a folder
 TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")
-LONGEST, DEEPEST, LONGEST_NAME = 2**24, 20, 200  # line of a list and nesting in it; name of a folder; in bytes
+MAX_LIST, MAX_LINE, MAX_NAME = 2**30, 2**24, 200  # bytes of a list, of a line in it, and of a folder's name
+MAX_DEPTH, READABLE = 20, 400  # levels of nesting in a line, characters of a message
 EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
 ANSWER = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
 RECORD, RESULTS = "result.json", "results.jsonl"
-NO_MATTER = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
-NO_MATTER += ("recompute",)  # to what a list's results are, beyond rounding
 OWN_SUFFIXES = (".jsonl", ".csv", ".tex")  # of files beside the folders
+NEUTRAL = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
+NEUTRAL += ("recompute",)  # flags that do not change results, beyond rounding
 
 
-# what is in it
+# reading a list
 
 
 @dataclass(frozen=True)
 class Item:
-    """A photo of a list, and what is asked of it; None is what the flags say."""
+    """A photo of a list, and what is asked about it; None stands for the flags' value."""
 
     name: str  # of its folder
     image: Path
@@ -64,84 +69,81 @@ class Item:
     answer: str | None = None
     target: str | None = None
     contrast: str | None = None
-    object: dict = field(default_factory=dict)  # of the explained object: {"mask" | "box" | "segmentation": ...}
-    where: str = ""  # in a list
-    error: str = ""  # why nothing can be done with it
+    object: dict = field(default_factory=dict)  # that is explained: {"mask" | "box" | "segmentation": ...}
+    source: str = ""  # list and line
+    error: str = ""  # why it cannot be explained
 
 
 def read_list(paths: Iterable[str]) -> list[Item]:
-    """The items of photos, folders, globs and lists, in this order; folders and globs by name.
+    """The items of photos, folders, globs and lists, in this order; those of folders and globs are sorted by name.
 
     A line of a list is {"image", "prompt"?, "answer"?, "target"?, "contrast"?, "mask"? | "box"? | "segmentation"?},
-    with paths relative to the list: `EXAMPLE`, see `object_mask` of faithfulness.py; what else it has is ignored. A
-    line that is wrong is an item with an `error`, which names file and line. What this tool wrote is left out of
-    folders and globs, with a warning. Raises ValueError if a list cannot be read, or if there is no photo at all.
+    such as `EXAMPLE`, with paths relative to the list; see `object_mask` of common/photos.py. Other keys are ignored. A
+    line with a fault is an item with an `error` that names file and line. What this tool wrote is left out of folders
+    and globs, with a warning. Raises ValueError if a list cannot be read, or if no item is without error.
     """
-    found, ours = [], []
+    items, ours = [], []
     for path in map(Path, paths):
-        chosen = [path]
+        files = [path]
         if path.is_dir():
-            chosen = sorted(file for file in path.iterdir() if is_photo(file))
+            files = sorted(file for file in path.iterdir() if _is_photo(file))
         elif not path.exists() and glob.has_magic(str(path)):
-            there = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
-            chosen = [file for file in there if is_photo(file) or (path.suffix and file.suffix == path.suffix)]
-        for file in chosen:
+            files = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
+            files = [file for file in files if _is_photo(file) or (path.suffix and file.suffix == path.suffix)]
+        for file in files:
             if file != path and (file.name in (RECORD, RESULTS) or is_ours(file)):
                 ours.append(file)
             else:
-                found += read_lines(file) if file.suffix == ".jsonl" else [Item("", file, error=unusable(file))]
+                items += _read_lines(file) if file.suffix == ".jsonl" else [Item("", file, error=_unusable(file))]
     if ours:
-        about = f"{len(ours)} files that this tool wrote are left out of the list, such as {shown(ours[0])}"
-        warnings.warn(about, ExplanationWarning, stacklevel=2)
-    if not found:
-        raise ValueError(f"{', '.join(map(str, paths))}: no photo ({', '.join(SUFFIXES)}) is there")
-    if all(item.error for item in found):
-        raise ValueError(f"{found[0].error} ({len(found)} such entries, and no good one)")
-    return named(found)
+        message = f"{len(ours)} files that this tool wrote are left out of the list, such as {plain(ours[0], READABLE)}"
+        warnings.warn(message, ExplanationWarning, stacklevel=2)
+    if not items:
+        raise ValueError(f"{', '.join(map(str, paths))}: there is no photo ({', '.join(SUFFIXES)})")
+    if all(item.error for item in items):
+        raise ValueError(f"{items[0].error} ({len(items)} such entries, and no good one)")
+    return named(items)
 
 
-def is_photo(path: Path) -> bool:
-    """Whether it counts as one where no file is named; hidden files do not."""
+def _is_photo(path: Path) -> bool:
+    """Whether a file of a folder or a glob counts as a photo; hidden files do not."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
-def shown(text) -> str:
-    """A path or message in one line, no longer than can be read, that can be written in any encoding of Unicode."""
-    line = " ".join(str(text).encode(errors="backslashreplace").decode().replace("\0", "\\x00").split())
-    return line if len(line) <= 400 else f"{line[:200]} ... {line[-200:]}"
-
-
-def unusable(path: Path) -> str:
-    """Why a path can be no regular file; nothing for one that is not there, which is told when it is opened."""
+def _unusable(path: Path) -> str:
+    """Why a path cannot be a regular file; empty if it can, or if nothing is there, which is reported later."""
     try:
         regular = stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    except (OSError, ValueError) as exc:  # too long, say, not permitted, or with a NUL in it
-        return f"{shown(path)} is not a usable path: {getattr(exc, 'strerror', None) or exc}"
-    return "" if regular else f"{shown(path)} is no regular file"
+    except (OSError, ValueError) as exc:  # such as a path that is too long, not permitted, or has a NUL in it
+        return f"{plain(path, READABLE)} is not a usable path: {getattr(exc, 'strerror', None) or exc}"
+    return "" if regular else f"{plain(path, READABLE)} is a folder, a pipe or a device"
 
 
-def read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str = EXAMPLE) -> list[Item]:
-    """The items of a list, named by their photos' paths there, with an `error` where a line is wrong.
+def _read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str = EXAMPLE) -> list[Item]:
+    """The items of a list, named by their photos' paths there, with an `error` where a line has a fault.
 
-    `needed` are the texts that a line must have. Raises ValueError for a list that cannot be read, or has no line.
+    `needed` are the texts that a line must have. Raises ValueError for a list that cannot be read, or is empty.
     """
     items, number = [], 0
-    if why := unusable(path):
-        raise ValueError(why)
+    if reason := _unusable(path):
+        raise ValueError(reason)
     try:
         with open_regular(path) as file:
-            while line := file.readline(LONGEST):
+            if (size := os.fstat(file.fileno()).st_size) > MAX_LIST:
+                raise ValueError(f"{path} has {size >> 20} MB: lists of up to {MAX_LIST >> 20} MB are read")
+            while line := file.readline(MAX_LINE):
                 rest, number = line, number + 1
-                while len(rest) == LONGEST and not rest.endswith(b"\n"):
-                    rest = file.readline(LONGEST)
-                where = f"{path}, line {number}"
+                while len(rest) == MAX_LINE and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE)
+                source = f"{path}, line {number}"
                 if line.removeprefix(BOM_UTF8).strip():
                     try:
-                        items.append(read_line(line.removeprefix(BOM_UTF8), path.parent, where, needed))
+                        items.append(_read_line(line.removeprefix(BOM_UTF8), path.parent, source, needed))
                     except (ValueError, RecursionError) as exc:
-                        items.append(Item("", Path(), where=where, error=f"{where} {shown(exc)}: give {example}"))
+                        error = f"{source} {plain(exc, READABLE)}: give {example}"
+                        items.append(Item("", Path(), source=source, error=error))
     except OSError as exc:
         raise ValueError(f"{path} cannot be read: {exc}") from exc
     if not items:
@@ -149,95 +151,94 @@ def read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str = 
     return items
 
 
-def read_line(line: bytes, folder: Path, where: str, needed: tuple[str, ...]) -> Item:
+def _read_line(line: bytes, folder: Path, source: str, needed: tuple[str, ...]) -> Item:
     """The item of a line. Raises ValueError that continues "list.jsonl, line 3"."""
     try:
-        if len(line) == LONGEST:
-            raise ValueError(f"longer than {LONGEST} bytes")
-        record = json.loads(line.decode(), object_pairs_hook=unique)
-        if depth(record) > DEEPEST:
-            raise ValueError(f"nested deeper than {DEEPEST}")
+        if len(line) == MAX_LINE:
+            raise ValueError(f"longer than {MAX_LINE} bytes")
+        record = json.loads(line.decode(), object_pairs_hook=_unique)
+        if _depth(record) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
     except (ValueError, RecursionError) as exc:
-        raise ValueError(f"is no JSON ({exc})") from exc
+        raise ValueError(f"is not valid JSON ({exc})") from exc
     if not isinstance(record, dict):
-        raise ValueError("is no record")
+        raise ValueError("is not a JSON object")
     for name in ("image", *TEXTS):
         text = record.get(name)
         if (text is not None or name in needed) and (not isinstance(text, str) or not text.strip()):
             raise ValueError(f"has no text for {name!r}")
-        if name != "image" and re.search("[\0\ud800-\udfff]", text or ""):  # the name of a file may be any bytes
-            raise ValueError(f"has characters for {name!r} that are no text")
-    given = {name: record[name] for name in OBJECTS if record.get(name) is not None}
-    if len(given) > 1:
-        raise ValueError(f"has {' and '.join(given)} where one of {', '.join(OBJECTS)} can be")
-    if "mask" in given:
-        if not isinstance(given["mask"], str):
-            raise ValueError("has a mask that is no path")
-        given["mask"] = str(folder / given["mask"])
+        if name != "image" and re.search("[\0\ud800-\udfff]", text or ""):  # a file name may have any bytes
+            raise ValueError(f"has characters for {name!r} that are not text")
+    objects = {name: record[name] for name in OBJECTS if record.get(name) is not None}
+    if len(objects) > 1:
+        raise ValueError(f"has {' and '.join(objects)} where only one of {', '.join(OBJECTS)} is allowed")
+    if "mask" in objects:
+        if not isinstance(objects["mask"], str):
+            raise ValueError("has a mask that is not a path")
+        objects["mask"] = str(folder / objects["mask"])
     image = folder / record["image"]
-    for path in (image, Path(given.get("mask", image))):
-        if why := unusable(path):
-            raise ValueError(f"cannot be explained: {why}")
-    return Item(record["image"], image, *map(record.get, TEXTS), given, where)
+    for path in (image, Path(objects.get("mask", image))):
+        if reason := _unusable(path):
+            raise ValueError(f"cannot be explained: {reason}")
+    return Item(record["image"], image, *map(record.get, TEXTS), objects, source)
 
 
-def unique(pairs: list[tuple]) -> dict:
-    """A record for json.loads, which would take the last of two values of one name."""
+def _unique(pairs: list[tuple]) -> dict:
+    """A JSON object, for json.loads, which by itself would take the last of two values of one name."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name is there twice")
     return dict(pairs)
 
 
-def depth(value) -> int:
-    """How deep a value of JSON is nested."""
+def _depth(value) -> int:
+    """The depth of nesting of a JSON value."""
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if values is None else 1 + max(map(depth, values), default=0)
+    return 0 if values is None else 1 + max(map(_depth, values), default=0)
 
 
 def read_answers(path: Path) -> list[Item]:
-    """The questions of --answers. Raises ValueError saying where the list is wrong."""
-    items = read_lines(path, ("image", "prompt", "answer"), ANSWER)
+    """The items of --answers. Raises ValueError that names the first line with a fault."""
+    items = _read_lines(path, ("image", "prompt", "answer"), ANSWER)
     if errors := [item.error for item in items if item.error]:
         raise ValueError(errors[0])
     return items
 
 
 def named(items: list[Item]) -> list[Item]:
-    """The items with the names of their photos, and a mark of what is asked where a name cannot stand alone.
+    """The items with the names of their photos, followed by a hash of photo and question where that is not enough.
 
-    That is where photos have equal names (in any case, as some disks know none), or a name is one of a file of the
-    list's own, leads out of its folder, or is too long. An item that is there twice gets an error.
+    This is so where photos share a name (in any letter case, as some disks ignore it), or the name is too long, starts
+    with a dot or ends as a file of the list's own. An item that occurs twice gets an error.
     """
-    stems, found, names = Counter(item.image.stem.casefold() for item in items), [], {}
+    stems, result, names = Counter(item.image.stem.casefold() for item in items), [], {}
     for item in items:
         if not item.error:
             stem = item.image.stem
-            asked = {name: str(value) for name, value in asdict(item).items() if name not in ("name", "where", "error")}
-            mark = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+            values = {name: str(v) for name, v in asdict(item).items() if name not in ("name", "source", "error")}
+            mark = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
             alone = stems[stem.casefold()] == 1 and not stem.startswith(".") and Path(stem).suffix not in OWN_SUFFIXES
-            if not alone or len(os.fsencode(stem)) > LONGEST_NAME:
-                short = os.fsencode(stem.strip("."))[:LONGEST_NAME].decode(errors="ignore")
+            if not alone or len(os.fsencode(stem)) > MAX_NAME:
+                short = os.fsencode(stem.strip("."))[:MAX_NAME].decode(errors="ignore")
                 stem = f"{short or 'photo'}_{mark}"
             if stem in names:
-                again, first = (one.where or one.image for one in (item, names[stem]))
-                twice = f"{again} is there twice: the same photo, asked the same, as {first}"
-                item = replace(item, name="", error=twice)
+                again, first = (one.source or one.image for one in (item, names[stem]))
+                item = replace(item, name="", error=f"{again} repeats {first}: the same photo with the same question")
             else:
                 item = names[stem] = replace(item, name=stem)
-        found.append(item)
-    return found
+        result.append(item)
+    return result
 
 
-# what is done
+# which items are complete
 
 
-def texts_of(item: Item) -> dict:
-    """What the item itself asks."""
+def _texts_of(item: Item) -> dict:
+    """What the item itself asks, {"prompt": ..., ...}."""
     return {name: getattr(item, name) for name in TEXTS}
 
 
 def digest(path: Path) -> str:
-    """Of a file's content; of one that cannot be read, nothing: it is told when its turn comes."""
+    """The hash of a file's content; empty if it cannot be read, which is reported in the item's turn."""
     state = hashlib.sha256()
     try:
         with open_regular(path) as file:
@@ -249,94 +250,93 @@ def digest(path: Path) -> str:
 
 
 def key_of(item: Item, settings: dict) -> str:
-    """Tells items apart whose results would differ: by content of photo and mask, what is asked, and the settings."""
-    given = digest(Path(item.object["mask"])) if "mask" in item.object else item.object
-    asked = texts_of(item) | {"object": given, "photo": digest(item.image), "settings": settings}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+    """A hash that differs where results would: of the contents of photo and mask, what is asked, and the settings."""
+    explained = digest(Path(item.object["mask"])) if "mask" in item.object else item.object
+    record = _texts_of(item) | {"object": explained, "photo": digest(item.image), "settings": settings}
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def read_result(folder: Path) -> dict:
-    """The record of a folder; an empty one if there is none, or none of ours, or it is damaged."""
+def _read_result(folder: Path) -> dict:
+    """The record in a folder; empty if there is none, or it is damaged or not ours."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
-        return {}
-    return record if all(isinstance(record.get(name, {}), dict) for name in ("settings", "asked", "sizes")) else {}
+    sound = isinstance(record, dict) and isinstance(record.get("key"), str)
+    return record if sound and all(isinstance(record.get(k, {}), dict) for k in ("settings", "asked", "sizes")) else {}
 
 
-def whole_record(folder: Path, key: str) -> dict | None:
-    """The record of a folder whose files are all there, and of this key."""
-    record = read_result(folder)
+def _whole_record(folder: Path, key: str) -> dict | None:
+    """The record in a folder if it has this key and its files are complete."""
+    record = _read_result(folder)
     try:
-        there = all((folder / name).stat().st_size == size for name, size in record["sizes"].items())
-        return record if there and record["key"] == key else None
-    except (OSError, ValueError, KeyError):  # none, or files are missing
+        complete = all((folder / name).stat().st_size == size for name, size in record["sizes"].items())
+        return record if complete and record["key"] == key else None
+    except (OSError, ValueError, KeyError):  # no record, or files are missing
         return None
 
 
-def check_others(items: list[Item], folder: Path, keys: dict[str, str], settings: dict) -> None:
-    """Raises ValueError, naming it and what differs, if the folder holds a result of anything but these items."""
+def _check_others(items: list[Item], folder: Path, keys: dict[str, str], settings: dict) -> None:
+    """Raises ValueError, naming a result and what differs, if the folder has results of anything but these items."""
     known, settings = {item.name: item for item in items}, json.loads(json.dumps(settings, default=str))
-    for part in sorted(path.parent for path in folder.glob(f"*/{RECORD}")):
-        record, item, why = read_result(part), known.get(part.name), "of a photo that is not in this list"
-        if not record or record["key"] in (keys.values() if item is None else [keys[part.name]]):
-            continue  # one without an item of its name was alone with that name when it was made
+    for path in sorted(file.parent for file in folder.glob(f"*/{RECORD}")):
+        record, item, reason = _read_result(path), known.get(path.name), "of a photo that is not in this list"
+        if not record or record["key"] in (keys.values() if item is None else [keys[path.name]]):
+            continue  # a result may have another name if its photo was alone with that name in an earlier list
         if item is not None:
             if not item.image.is_file():
-                continue  # it fails when its turn comes, and replaces nothing
+                continue  # it fails in its turn, and replaces nothing
             old, new = record.get("settings", settings), settings
             if old == new:
-                old, new = record.get("asked", {}), texts_of(item)
+                old, new = record.get("asked", {}), _texts_of(item)
             differ = next((name for name in {**new, **old} if new.get(name) != old.get(name)), None)
-            why = f"of --{differ} {old.get(differ)!r}, and now it is {new.get(differ)!r}"
-            why = why if differ else "of another photo or object of this name"
-        raise ValueError(f"{shown(part)} holds a result {shown(why)}: choose another --output_dir, or --overwrite it")
+            reason = f"of --{differ} {old.get(differ)!r}, and now it is {new.get(differ)!r}"
+            reason = reason if differ else "of another photo or object of this name"
+        about = f"{plain(path, READABLE)} holds a result {plain(reason, READABLE)}"
+        raise ValueError(f"{about}: choose another --output_dir, or --overwrite it")
 
 
 def plan(items: list[Item], folder: Path, settings: dict, overwrite: bool) -> tuple[dict[str, str], list[Item]]:
-    """({name: key} of all items, those whose results are not complete). Raises what `check_others` raises."""
+    """({name: key} of all items, the items whose results are not complete). Raises what `_check_others` raises."""
     for item in items:
         if any((folder / item.name).glob(f"{STAGING}*")):
             with suppress(ValueError, OSError), output_folder(folder / item.name):
-                pass  # what a killed run left is finished or removed; what prevents it is told in the item's turn
+                pass  # finishes or removes what a killed run left; errors are reported in the item's turn
     keys = {item.name: key_of(item, settings) for item in items}
     if not overwrite:
-        check_others(items, folder, keys, settings)
-    todo = [item for item in items if overwrite or whole_record(folder / item.name, keys[item.name]) is None]
-    return keys, todo
+        _check_others(items, folder, keys, settings)
+    return keys, [item for item in items if overwrite or _whole_record(folder / item.name, keys[item.name]) is None]
 
 
-# working it off
+# explaining the items
 
 
 def work_off(
     items: list[Item], folder: Path, settings: dict, processes: Processes, load: Callable, explain: Callable,
-    *, reason_of: Callable, subfolders=(), overwrite=False, quiet=False, tell: Callable = print, inputs=(),
+    *, reason_of: Callable, subfolders=(), overwrite=False, quiet=False, report: Callable = print, inputs=(),
 ) -> tuple[list[dict], int]:  # fmt: skip
-    """Explain what is not complete; returns (records of all items, in order, how many were complete already).
+    """Explain the items that are not complete; returns (records of all items, in order, how many were complete before).
 
-    `load(item)` is called in a thread ahead of time; `explain(item, loaded)` gives (record, {file name: content}) and
-    may raise. A photo that fails has a record {"name", "image", "error"}; `reason_of` an exception goes there and, in a
-    line, to `tell`. results.jsonl is written at the end, if it is a Ctrl-C, too. An item's files and its record appear
-    together: what it had before is complete until then. Raises OSError where the disk is full, ValueError before
-    anything is computed if one of the items' files, or of the `inputs`, lies where this run writes, or if the folder
-    holds results of anything else and not `overwrite`, and what `output_folder` raises.
+    `load(item)` runs ahead of time in a thread; `explain(item, loaded)` returns (record, {file name: content}). If one
+    of them raises, the record is {"name", "image", "error": `reason_of(exception)`}, and a line goes to `report`. An
+    item's files and record appear together. results.jsonl is written at the end, even after Ctrl-C.
+
+    Raises OSError if the disk is full, what `output_folder` raises and, before anything is computed, ValueError if an
+    item's file or one of the `inputs` lies where this run writes or, without `overwrite`, a result is of anything else.
     """
     good, failed, start = [item for item in items if not item.error], {}, time.time()
     inputs = [*inputs, *(item.image for item in good), *(item.object.get("mask") for item in good)]
-    written = [folder / item.name / part for item in good for part in ("", *subfolders)]
-    alone = output_folder(folder, name="--output_dir", inputs=inputs)
-    with alone if processes.first else nullcontext(lambda files: None) as write:
+    own_folder = output_folder(folder, name="--output_dir", inputs=inputs)
+    with own_folder if processes.first else nullcontext(lambda files: None) as write:
         if processes.first:
+            written = [folder / item.name / subfolder for item in good for subfolder in ("", *subfolders)]
             check_inputs(written, inputs, "--output_dir")
         keys, todo = processes.agreed(plan(good, folder, settings, overwrite) if processes.first else None)
 
         def record_of(item):
             if item.error:
-                return failed_record(item, item.error)
-            return failed.get(item.name) or whole_record(folder / item.name, keys[item.name])
+                return _failed_record(item, item.error)
+            return failed.get(item.name) or _whole_record(folder / item.name, keys[item.name])
 
         def records():
             return [{k: v for k, v in record.items() if k != "sizes"} for record in map(record_of, items) if record]
@@ -345,64 +345,57 @@ def work_off(
             path = folder / item.name / RECORD
             return path.exists() and path.stat().st_mtime >= start
 
-        for item in items if processes.first else ():
-            if item.error:
-                tell(shown(item.error))
+        for error in [item.error for item in items if item.error and processes.first]:
+            report(plain(error, READABLE))
         try:
             with progress_bar(todo, is_done, quiet or not processes.first):
                 for item, loaded in prefetched(processes.share(todo), load):
                     try:
                         with output_folder(folder / item.name, subfolders, "--output_dir") as write_item:
                             record, files = explain(item, loaded())
-                            record |= {"settings": settings, "asked": texts_of(item)}
-                            record |= {"key": keys[item.name], "files": list(files)}
-                            write_item(
-                                files, last=(RECORD, lambda sizes, own=record: to_json(own | {"sizes": sizes}, 1))
-                            )
+                            record |= {"settings": settings, "asked": _texts_of(item), "key": keys[item.name]}
+                            record |= {"files": list(files)}
+                            last = RECORD, lambda sizes, own=record: _to_json(own | {"sizes": sizes}, 1)
+                            write_item(files, last=last)
                     except Exception as exc:
                         if disk_full(exc):
                             raise OSError(str(exc)) from exc
-                        failed[item.name] = failed_record(item, reason_of(exc))
+                        failed[item.name] = _failed_record(item, reason_of(exc))
                         old = (folder / item.name / RECORD).exists()
-                        earlier = f" (beware: {folder / item.name} holds what was asked of it earlier)" if old else ""
-                        tell(shown(f"{item.where or item.image}: {reason_of(exc)}{earlier}"))
+                        note = f" (note: {folder / item.name} has the result of an earlier run)" if old else ""
+                        report(plain(f"{item.source or item.image}: {reason_of(exc)}{note}", READABLE))
             failed |= processes.gathered(failed)
         finally:
-            write({RESULTS: "".join(map(to_json, records()))})
+            write({RESULTS: "".join(map(_to_json, records()))})
         return records(), len(good) - len(todo)
 
 
-def failed_record(item: Item, reason: str) -> dict:
+def _to_json(record: dict, indent: int | None = None) -> str:
+    """The record as JSON, in one line without `indent`; `encode` escapes file names that are not UTF-8."""
+    return json.dumps(record, ensure_ascii=False, indent=indent) + "\n"
+
+
+def _failed_record(item: Item, reason: str) -> dict:
     return {"name": item.name, "image": str(item.image) if item.image.name else "", "error": reason}
 
 
-def to_json(record: dict, indent: int | None = None) -> str:
-    """A line of JSON; what is no text, as in names of files that are not UTF-8, is escaped."""
-    text = json.dumps(record, ensure_ascii=False, indent=indent)
-    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+def _flags_for(args: argparse.Namespace, item: Item) -> argparse.Namespace:
+    """The flags with what the item asks. Raises ValueError for a contrast without a target."""
+    own = {name: text for name, text in _texts_of(item).items() if text is not None}
+    own = {name: text for name, text in own.items() if args.mode in MODES_OF_FLAG.get(f"--{name}", FOLDERS)}
+    flags = argparse.Namespace(**vars(args) | own | {"image_path": str(item.image), "photos": [str(item.image)]})
+    if flags.contrast is not None and flags.target is None:
+        raise ValueError(f"a contrast {flags.contrast!r} needs a target, whose place it takes")
+    return flags
 
 
-# the command line
-
-
-def asked_of(args: argparse.Namespace, item: Item) -> argparse.Namespace:
-    """The flags as they are for an item of a list. Raises ValueError for what it asks and the mode cannot do."""
-    own = {name: getattr(item, name) for name in TEXTS}
-    acting = {name for name in own if args.mode in MODES_OF_FLAG.get(f"--{name}", FOLDERS)}
-    own = {name: own[name] for name in acting if own[name] is not None}  # a list serves modes without targets, too
-    asked = argparse.Namespace(**vars(args) | own | {"image_path": str(item.image), "photos": [str(item.image)]})
-    if asked.contrast is not None and asked.target is None:
-        raise ValueError(f"a contrast {asked.contrast!r} needs a target, whose place it takes")
-    return asked
-
-
-def tables_of(files: dict[str, object]) -> dict:
-    """What of a photo's files goes into its record: words with their probabilities, rows of tables."""
-    tables = {name: files[name] for name in files if name.endswith(".csv")}
-    found = {"measures": {name: list(csv.DictReader(io.StringIO(text))) for name, text in tables.items()}}
+def _tables_of(files: dict[str, object]) -> dict:
+    """The tables among a photo's files, for its record: rows of measures, and words with their probabilities."""
+    texts = {name: files[name] for name in files if name.endswith(".csv")}
+    tables = {"measures": {name: list(csv.DictReader(io.StringIO(text))) for name, text in texts.items()}}
     if "words.json" in files:
-        found["words"] = json.loads(files["words.json"])["words"]
-    return found
+        tables["words"] = json.loads(files["words.json"])["words"]
+    return tables
 
 
 def run_list(
@@ -411,47 +404,46 @@ def run_list(
 ) -> tuple[dict, list[Path], list[str], int]:  # fmt: skip
     """Explain each photo of a list in a folder of its own; complete results are skipped.
 
-    `explain(flags, item, photo, device)` gives (reading, {file name: content}, lines to be said), the device being that
-    of its process; `about` is {"model": what tells it from others, "versions"}; `summary` of all records gives {file
-    name: content} and lines. Returns ({}, paths, lines, exit code).
+    `explain(flags, item, photo, device)` returns (reading, {file name: content}, lines to print) on its process's
+    device; `about` is {"model": `model_identity`, "versions": ...}; `summary(records)` returns ({file name: content},
+    lines). `reason_of` and `subfolders` are those of `work_off`. Returns ({}, paths, lines, exit code).
     """
     try:
         items = read_list(args.photos)
     except ValueError as exc:
         raise ValueError(f"--image_path: {exc}") from exc
     processes = Processes(cpu=args.device == "cpu" or not torch.cuda.is_available())
-    settings = {name: value for name, value in vars(args).items() if name not in NO_MATTER}
+    settings = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
     settings["model_path"] = about["model"]
 
     def explain_item(item, photo):
         start = time.monotonic()
-        reading, files, lines = explain(asked_of(args, item), item, photo, processes.device)
+        reading, files, lines = explain(_flags_for(args, item), item, photo, processes.device)
         record = {"name": item.name, "image": str(item.image), "model": args.model_path}
         record |= {"prompt": reading.prompt, "answer": reading.answer, "mode": args.mode, "said": lines}
         record |= {"seconds": round(time.monotonic() - start, 3), "versions": about["versions"]}
-        return record | tables_of(files), files
+        return record | _tables_of(files), files
 
     folder, start = Path(args.output_dir, FOLDERS[args.mode]), time.monotonic()
     quiet, args.quiet = args.quiet, True  # one bar for all
     records, before = work_off(
         items, folder, settings, processes, lambda item: load_photo(str(item.image)), explain_item,
         subfolders=subfolders, overwrite=args.overwrite, quiet=quiet, reason_of=reason_of,
-        inputs=[args.model_path, *args.photos],
-        tell=lambda line: say(f"test_gradcam.py: {line}", sys.stderr),
+        inputs=[args.model_path, *args.photos], report=lambda line: say(f"test_gradcam.py: {line}", sys.stderr),
     )  # fmt: skip
     if not processes.first:
         return {}, [], [], 0
     failed = [record for record in records if "error" in record]
-    now = len(records) - len(failed) - before
-    lines = [f"{len(items)} photos: {now} explained in {time.monotonic() - start:.0f} s, {before} skipped as complete"]
+    count, seconds = len(records) - len(failed) - before, time.monotonic() - start
+    lines = [f"{len(items)} photos: {count} explained in {seconds:.0f} s, {before} skipped as complete"]
     lines[0] += f", {len(failed)} failed: see {RESULTS}" if failed else ""
     left_out = sum(any(line.startswith("left out: ") for line in record.get("said", ())) for record in records)
     lines += [f"{left_out} left out: the model does not say the target"] if left_out else []
     done = [(folder / record["name"], [*record["files"], RECORD]) for record in records if "error" not in record]
-    if others := [path for part, names in done for path in other_files([part / name for name in names])]:
-        lines.append(f"beware: beside these results stand {len(others)} files of other runs, such as {others[0]}")
+    if others := [path for own, names in done for path in other_files([own / name for name in names])]:
+        lines.append(f"note: beside these results stand {len(others)} files of other runs, such as {others[0]}")
     paths = [(folder / RESULTS).resolve()]
     if summary is not None:
-        tables, said = summary(records)
-        paths, lines = paths + write_files(folder, tables), lines + said
+        tables, summary_lines = summary(records)
+        paths, lines = paths + write_files(folder, tables), lines + summary_lines
     return {}, paths, lines, 1 if failed else 0

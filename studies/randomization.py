@@ -1,4 +1,4 @@
-"""Whether a map depends on the model: its likeness as weights are re-drawn layer by layer (Adebayo et al., 2018)."""
+"""Whether a map depends on the model: its similarity as weights are re-drawn layer by layer (Adebayo et al., 2018)."""
 
 import copy
 import operator
@@ -11,17 +11,20 @@ import torch
 from torch import nn
 
 from common.encoding import decimal
-from smooth_gradcam import Reading, TokenMaps, check_whole, explain, get_model_layers, normalize_cam
-from studies.faithfulness import _check_same
+from smooth_gradcam import Reading, TokenMaps, check_whole, explain, get_model_layers, noisy_passes, normalize_cam
+from studies.faithfulness import check_same
 
-__all__ = ["cascading_randomization", "spearman", "ssim"]
-
-
-# cascading randomisation
+__all__ = [
+    *("cascading_randomization", "randomization_rows", "randomization_verdict", "randomize_weights"),
+    *("spearman", "ssim"),
+]
 
 
 def randomize_weights(modules: Iterable[nn.Module], generator: torch.Generator) -> None:
-    """Re-draw the weights of the modules, in place, each tensor from a normal with its own mean and deviation."""
+    """Re-draw the weights of the modules in place, each tensor from a normal with its own mean and deviation.
+
+    Raises ValueError for weights that are not floating point, or not in memory.
+    """
     for parameter in (parameter for module in modules for parameter in module.parameters()):
         if not parameter.is_floating_point() or parameter.is_meta:
             raise ValueError(f"weights of {parameter.dtype} on {parameter.device} cannot be re-drawn")
@@ -32,19 +35,20 @@ def randomize_weights(modules: Iterable[nn.Module], generator: torch.Generator) 
 
 
 def cascading_randomization(
-    reading: Reading, token_maps: TokenMaps, *, stages: int = 7, seed: int = 0, progress=None, **passes
-) -> dict[int, TokenMaps]:
+    reading: Reading, token_maps: TokenMaps, *, stages: int = 7, seed: int = 0, progress=None, passes=noisy_passes,
+    batch_size: int = 1,
+) -> dict[int, TokenMaps]:  # fmt: skip
     """{number of re-drawn decoder layers: maps of the same answer} (Adebayo et al., "Sanity Checks", 2018).
 
     On a copy of the model, which takes its memory again, weights are re-drawn from the top down: the last decoder layer
-    with the norm and, if it is not tied to the embeddings, the head behind it, then further ones, in `stages` even
-    steps down to the first; behind the last step the vision tower as well. 0 are the maps that were given. A map that
-    depends on what the model has learned changes. `progress` wraps the iterable over the stages, `passes` are further
-    keywords of `explain`.
+    with the norm and, if it is not tied to the embeddings, the head behind it, then further layers, in `stages` even
+    steps down to the first; the last step re-draws the vision tower, too. The maps at 0 are `token_maps`. A map that
+    depends on what the model has learned changes. `progress` wraps the iterable over the stages; `passes` and
+    `batch_size` are those of `explain`. Raises ValueError for bad arguments.
     """
     check_whole("stages", stages, 1)
     check_whole("seed", seed, 0)
-    _check_same(reading, token_maps)
+    check_same(reading, token_maps)
     generator, total = torch.Generator().manual_seed(operator.index(seed)), get_model_layers(reading.model)[1]
     numbers = np.unique(np.round(np.linspace(0, total, min(stages, total) + 1)).astype(int)).tolist()
     model, results = copy.deepcopy(reading.model), {0: token_maps}
@@ -59,15 +63,17 @@ def cascading_randomization(
         if number == total and hasattr(model.model, "visual"):
             fresh.append(model.model.visual)
         randomize_weights(fresh, generator)
-        places = [modules[key] if isinstance(key, str) else key for key in token_maps.maps]
-        (results[number],) = explain(randomized, [token_maps.target_span], places, token_maps.settings, **passes)
+        keys = [modules[key] if isinstance(key, str) else key for key in token_maps.maps]
+        (results[number],) = explain(
+            randomized, [token_maps.target_span], keys, token_maps.settings, passes=passes, batch_size=batch_size
+        )
     return results
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks (n,) of the values, equal ones sharing the mean of theirs."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
+    """Ranks (n,) of the values; equal values share their mean rank."""
+    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[index]
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -77,7 +83,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two (H, W) maps, each scaled by its maximum: at most 1 (Wang et al., 2004).
+    """Structural similarity of two (H, W) maps, each divided by its maximum: at most 1 (Wang et al., 2004).
 
     Gaussian window of standard deviation 1.5 and 11 x 11 cells, constants 0.01 and 0.03, data range 1.
     """
@@ -95,8 +101,8 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def randomization_rows(staged: dict[int, TokenMaps]) -> list[dict]:
-    """Likeness of each layer's map to the given one after each stage: rows of randomization.csv."""
-    given = staged[0]
+    """Similarity of each layer's map at each stage to that of the model itself: rows of randomization.csv."""
+    original = staged[0]
     return [
         {
             "redrawn_layers": number,
@@ -105,17 +111,15 @@ def randomization_rows(staged: dict[int, TokenMaps]) -> list[dict]:
             "ssim": ssim(cam, token_maps.maps[layer]),
         }
         for number, token_maps in staged.items()
-        for layer, cam in given.maps.items()
-        if layer not in given.blank
+        for layer, cam in original.maps.items()
+        if layer not in original.blank
     ]
 
 
 def randomization_verdict(rows: list[dict]) -> str:
-    """In words, how much of the maps is left when all weights are re-drawn."""
+    """A sentence on how much of the maps is left when all weights are re-drawn."""
     last = max(row["redrawn_layers"] for row in rows)
-    likeness = [row["spearman"] for row in rows if row["redrawn_layers"] == last]
-    mean = float(np.mean(likeness))
-    depends = (
-        "the maps depend on what the model has learned" if mean < 0.5 else "beware: the maps hardly need the model"
-    )
-    return f"with all weights re-drawn the maps keep a mean rank correlation of {decimal(mean)}: {depends}"
+    mean = float(np.mean([row["spearman"] for row in rows if row["redrawn_layers"] == last]))
+    learned = "the maps depend on what the model has learned"
+    conclusion = learned if mean < 0.5 else "note: the maps hardly depend on the model"
+    return f"with all weights re-drawn the maps keep a mean rank correlation of {decimal(mean)}: {conclusion}"

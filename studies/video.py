@@ -1,15 +1,14 @@
 """Where in a video the answer comes from: a map of each temporal patch, as a strip and as an animation.
 
-    Reading of a Video                  read_video: its temporal patches, of two frames each
-      -> TokenMaps of each              explain: all from the same passes, pooled together
+    Video -> Reading                    read_video: its photos are the first frames of the temporal patches, of two each
+      -> TokenMaps of each patch        explain: all from the same passes, pooled together
       -> strip, animation               draw_video
 
-Shapes:  H, W  rows and columns of image tokens of a frame
+Shapes:  H, W  rows and columns of image tokens of a frame     height, width  pixels
 """
 
 import functools
 import io
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -24,23 +23,23 @@ from common.passes import passes_of
 from common.photos import open_photo
 from common.progress import show_progress
 from smooth_gradcam import (
+    PLAIN,
     Look,
     Reading,
     Settings,
     TokenMaps,
     answered,
     check_family,
+    check_processor,
     check_text,
     explain,
     find_target,
     get_model_layers,
-    load_rgb,
     prepare_inputs,
     render_cam,
     resolve_layers,
 )
 from visualization_utils import (
-    PLAIN,
     WEAK,
     caption,
     check_drawing,
@@ -53,22 +52,28 @@ from visualization_utils import (
     text_rows,
 )
 
-__all__ = ["Video", "create_video_maps", "read_video", "draw_video", "animate", "strip_figure"]
+__all__ = ["Video", "animate", "create_video_maps", "read_video", "strip_figure"]
+
 STRIP_HEIGHT = 6.0  # inches that the frames of a strip take at most
 SIDE = 640  # pixels of an animation's longer side
 
 
 @dataclass(frozen=True)
 class Video:
-    """Frames in their order, each what `load_rgb` opens, all of one size; `fps` of them are a second."""
+    """Two or more frames in their order, each what `load_rgb` opens, all of one size; `fps` of them are a second.
+
+    Raises ValueError for anything else.
+    """
 
     frames: Iterable
     fps: float = 2.0
 
     def __post_init__(self):
-        if not (isinstance(self.fps, (int, float)) and 0 < self.fps < math.inf):
-            raise ValueError(f"fps={self.fps!r} must be frames per second, above 0")
-        frames = tuple(map(load_rgb, self.frames))
+        if type(self.fps) not in (int, float) or not 0.01 <= self.fps <= 1000:
+            raise ValueError(f"fps={self.fps!r} must be frames per second, 0.01 to 1000")
+        if not isinstance(self.frames, Iterable) or isinstance(self.frames, (str, Image.Image)):
+            raise ValueError(f"frames of type {type(self.frames).__name__} must be a list of photos")
+        frames = tuple(map(open_photo, self.frames))
         if len(frames) < 2 or len({frame.size for frame in frames}) > 1:
             sizes = ", ".join(f"{width} x {height}" for width, height in dict.fromkeys(frame.size for frame in frames))
             raise ValueError(f"a video of {len(frames)} frames ({sizes}): give two or more, all of one size")
@@ -76,25 +81,26 @@ class Video:
 
 
 def read_video(model, processor, video: Video, prompt: str, answer=None, max_new_tokens: int = 128) -> Reading:
-    """The same as `read` for a video, none of whose frames is left out: of each temporal patch, two frames, a map.
+    """`read` for a video: a reading with a map of each temporal patch, which is two frames; all frames are used.
 
-    The photos of the reading are the first frame of each temporal patch.
+    The photos of the reading are the first frames of the temporal patches. Arguments and errors are those of `read`.
     """
     check_family(model)
+    check_processor(processor, "video_processor")
     check_text("prompt", prompt)
     count = len(video.frames)
     metadata = VideoMetadata(total_num_frames=count, fps=video.fps, frames_indices=list(range(count)))
     frames = np.stack([np.asarray(frame) for frame in video.frames])
-    given = {"videos": [frames], "video_metadata": [metadata], "fps": video.fps, "do_sample_frames": False}
-    inputs = prepare_inputs(model, processor, (), prompt, **given)
+    keywords = {"videos": [frames], "video_metadata": [metadata], "fps": video.fps, "do_sample_frames": False}
+    inputs = prepare_inputs(model, processor, (), prompt, **keywords)
     photos = video.frames[:: processor.video_processor.temporal_patch_size]
     return answered(model, processor, photos, prompt, inputs, "video", answer, max_new_tokens)
 
 
 def animate(frames: Iterable[Image.Image], maps: list[np.ndarray], fps: float, look: Look = PLAIN) -> bytes:
-    """An animated WebP that repeats: frame by frame the overlay of its temporal patch's (H, W) map.
+    """An animated WebP that repeats: on each frame the overlay of its temporal patch's (H, W) map.
 
-    All maps have one scale, the maximum of them all; each map is shown on an equal share of the frames, in their order.
+    All maps are scaled by the maximum of them all; each map is shown on an equal share of the frames, in their order.
     """
     frames, peak = list(frames), max(float(cam.max()) for cam in maps)
     pictures = []
@@ -103,21 +109,21 @@ def animate(frames: Iterable[Image.Image], maps: list[np.ndarray], fps: float, l
         small.thumbnail((SIDE, SIDE))
         pictures.append(Image.fromarray(render_cam(small, maps[i * len(maps) // len(frames)], look, peak)[0]))
     buffer = io.BytesIO()
-    options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "quality": 80, "xmp": MARK.encode()}
-    pictures[0].save(buffer, "WEBP", duration=round(1000 / fps), **options)
+    keywords = {"save_all": True, "append_images": pictures[1:], "loop": 0, "quality": 80, "xmp": MARK.encode()}
+    pictures[0].save(buffer, "WEBP", duration=round(1000 / fps), **keywords)
     return buffer.getvalue()
 
 
 def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: float, look: Look, paper: Paper) -> Page:
-    """The overlay of each temporal patch on its first frame, in reading order, each with its time and maximum."""
-    first, strongest, texts = patches[0], strongest_of(patches), text_rows(patches[0])
+    """The overlay of each temporal patch on its first frame, in their order, each with its time and maximum."""
+    first, strongest, heads = patches[0], strongest_of(patches), text_rows(patches[0])
     look = replace(look, scale="all")
-    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in texts))
+    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     title = f"{method_title(first.settings)} by time, layer {layer}"
-    y = header(page, MARGIN, MARGIN, title, texts) + GAP
+    y = header(page, MARGIN, MARGIN, title, heads) + GAP
     aspect = reading.photos[0].width / reading.photos[0].height
     seconds = reading.processor.video_processor.temporal_patch_size / fps
-    labels = [(f"{decimal(i * seconds, 1)} s", strength(one, layer, strongest)) for i, one in enumerate(patches)]
+    labels = [(f"{decimal(i * seconds, 1)} s", strength(maps, layer, strongest)) for i, maps in enumerate(patches)]
     room = max(page.label_width(*label) for label in labels)
     most = max(1, int((page.inner + GAP) / (room + GAP)))
     columns = best_columns(aspect, len(patches), most, page.inner, STRIP_HEIGHT, 1, 1)
@@ -125,10 +131,10 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     width = panel_width(aspect, columns, rows, page.inner, STRIP_HEIGHT, 1, 1)
     pitch, height = max(width, room) + GAP, width / aspect
     left = (page.width - columns * pitch + GAP) / 2
-    for i, (photo, one, label) in enumerate(zip(reading.photos, patches, labels, strict=True)):
+    for i, (frame, maps, label) in enumerate(zip(reading.photos, patches, labels, strict=True)):
         middle, top = left + i % columns * pitch + (pitch - GAP) / 2, y + i // columns * (HEAD + height + GAP)
         page.label(middle, top, *label)
-        picture = draw_layer(shrink(photo, width, height), one, layer, True, look, strongest)
+        picture = draw_layer(shrink(frame, width, height), maps, layer, True, look, strongest)
         page.picture(middle - width / 2, top + HEAD, width, height, picture)
     y += rows * (HEAD + height + GAP) + GAP
     text = caption(first, [layer], f"layer {layer}", look)
@@ -138,11 +144,11 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     return page.finish(footer(page, y, first.settings.method, text, made_from(first, reading.photos[0]), look))
 
 
-def draw_video(
+def _draw_video(
     reading: Reading, patches: list[TokenMaps], layer: int, video: Video, look: Look = PLAIN, paper: Paper = PAGE
 ) -> dict[str, object]:
     """{file name: content}: the strip, the animation, and the raw maps (temporal patches, H, W) in maps.npz."""
-    maps = [one.maps[layer] for one in patches]
+    maps = [patch.maps[layer] for patch in patches]
     draw = functools.partial(strip_figure, reading, patches, layer, video.fps, look, paper)
     return paper.figure("video_strip", draw) | {
         "video.webp": animate(video.frames, maps, video.fps, look),
@@ -155,11 +161,11 @@ def create_video_maps(
     num_samples=5, noise_std=0.1, answer=None, target=None, target_occurrence=1, max_new_tokens=128,
     quiet=False, look=PLAIN, paper=PAGE, **settings,
 ) -> list[TokenMaps]:  # fmt: skip
-    """A map of each temporal patch of a video, two frames, at a decoder layer, the middle one for None.
+    """A map of each temporal patch of a video, which is two frames, at a decoder layer; None is the middle layer.
 
-    `frames` are all shown to the model, none left out: paths, PIL images or uint8 arrays (height, width, 3) of one
-    size, `fps` of them a second. Writes video_strip.png (a panel for each temporal patch), video.webp (the frames with
-    their maps, animated) and maps.npz. All maps have one scale. The other arguments are those of `compute_token_maps`.
+    `frames` are paths, PIL images or uint8 arrays (height, width, 3) of one size, `fps` of them a second; the model
+    sees all of them. Writes video_strip.png (a panel for each temporal patch), video.webp (the frames with their maps,
+    animated) and maps.npz. All maps have one scale. The other arguments are those of `compute_token_maps`.
 
     Returns the TokenMaps of each temporal patch in turn. Raises ValueError for bad arguments, and what `read`,
     `explain` and `output_folder` raise.
@@ -167,10 +173,10 @@ def create_video_maps(
     check_drawing(look, paper)
     total = get_model_layers(model)[1]
     (layer,) = resolve_layers([total // 2 if layer_idx is None else layer_idx], total)
-    video, settings = Video(map(open_photo, frames), fps), Settings(num_samples, noise_std, **settings)
+    video, settings = Video(frames, fps), Settings(num_samples, noise_std, **settings)
     with output_folder(save_dir, inputs=frames) as write:
         reading = read_video(model, processor, video, prompt, answer, max_new_tokens)
         span = find_target(reading.answer, target, target_occurrence)
         patches = explain(reading, [span], [layer], settings, show_progress(quiet), passes=passes_of(settings.contrast))
-        write(draw_video(reading, patches, layer, video, look, paper))
+        write(_draw_video(reading, patches, layer, video, look, paper))
     return patches

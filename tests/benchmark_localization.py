@@ -50,7 +50,7 @@ from common.encoding import DPI  # noqa: E402
 from common.page import BAND, GAP, MARGIN, TITLE, WIDTHS, Page, small_print  # noqa: E402
 from smooth_gradcam import paper  # noqa: E402
 from studies.faithfulness import auc, insertion_deletion  # noqa: E402
-from studies.faithfulness_figures import PLOT, STYLES  # noqa: E402
+from studies.faithfulness_figures import CURVE_PLOT, STYLES  # noqa: E402
 from studies.localization import at_border, centre_map, localization  # noqa: E402
 
 MEASURES = ("pointing", "near", "energy", "obj_iou", "border")  # as `localization` has them, and `at_border`
@@ -541,7 +541,7 @@ def draw_bars(axes, bars: list[tuple]) -> None:
 
 
 def draw(path: Path, everything: list[tuple[dict, dict]]) -> None:
-    page, y, (width, height) = Page(WIDTHS["page"], ""), MARGIN, PLOT
+    page, y, (width, height) = Page(WIDTHS["page"], ""), MARGIN, CURVE_PLOT
     for result, found in everything:
         layers, model = result["setup"].layers, Path(result["setup"].path).name
         title = f"Whose map points at the object of a word? {model}"

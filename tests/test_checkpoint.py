@@ -155,9 +155,9 @@ HELD = [
     ("config.json", {"text_config": {"hidden_size": 10**12}}, "has hidden_size 1000000000000"),
     ("config.json", {"text_config": {"num_attention_heads": "4"}}, "has num_attention_heads '4'"),
     ("preprocessor_config.json", {"temporal_patch_size": 10**6}, "has temporal_patch_size 1000000: it must be"),
-    *((f"{file}.json", "{", f"is unreadable: its {file}.json is no JSON") for file in FILES),
-    *((f"{file}.json", "[]", f"is unreadable: its {file}.json holds no record") for file in FILES),
-    ("generation_config.json", "[" * 100_000, "is unreadable: its generation_config.json is no JSON"),
+    *((f"{file}.json", "{", f"is unreadable: its {file}.json is not JSON") for file in FILES),
+    *((f"{file}.json", "[]", f"is unreadable: its {file}.json holds no object") for file in FILES),
+    ("generation_config.json", "[" * 100_000, "is unreadable: its generation_config.json is not JSON"),
     ("tokenizer_config.json", " " * 2**22 + "{}", "has a tokenizer_config.json of 4194306 bytes: more than"),
 ]
 
@@ -219,7 +219,7 @@ def test_only_regular_files_of_the_folder_itself_are_opened(make, tmp_path, file
         checkpoint_folder(str(folder))
     (folder / file).unlink()
     os.mkfifo(folder / file)
-    with pytest.raises(ValueError, match="that is a folder, a pipe, a device|is no model folder"):
+    with pytest.raises(ValueError, match="that is a folder, a pipe, a device|is not a model folder"):
         checkpoint_folder(str(folder))
 
 
@@ -413,17 +413,17 @@ ODD = {  # what is odd: the file, the change, what is said
     "tower": ("config.json", {"vision_config": {"num_heads": 5}}, ""),
     "window": ("config.json", {"vision_config": {"window_size": 3}}, ""),
     "merge": ("config.json", {"vision_config": {"spatial_merge_size": 4}}, "merge_size 2: this model takes 4"),
-    "no vision": ("config.json", {"vision_config": None}, "holds no record"),
-    "vision list": ("config.json", {"vision_config": [3]}, "holds no record"),
+    "no vision": ("config.json", {"vision_config": None}, "holds no object"),
+    "vision list": ("config.json", {"vision_config": [3]}, "holds no object"),
     "image token": ("config.json", {"image_token_id": 7}, "image token"),
     "vocabulary": ("config.json", {"text_config": {"vocab_size": 30}}, "has a tokenizer with token"),
     "no vocabulary": ("config.json", {"text_config": {"vocab_size": None}}, ""),
     "quantised": ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "needs a package"),
     "text dtype": ("config.json", {"dtype": "zebra"}, ""),
-    "end": ("generation_config.json", {"eos_token_id": "x"}, "has eos_token_id 'x': give the number of a token"),
-    "padding": ("generation_config.json", {"pad_token_id": [1]}, "has pad_token_id [1]: give the number of a token"),
+    "end": ("generation_config.json", {"eos_token_id": "x"}, "has eos_token_id 'x': it must be a token id"),
+    "padding": ("generation_config.json", {"pad_token_id": [1]}, "has pad_token_id [1]: it must be a token id"),
     "minus": ("generation_config.json", {"eos_token_id": [3, -1]}, "has eos_token_id [3, -1]"),
-    "damaged": ("generation_config.json", '{"eos_token_id": ', "its generation_config.json is no JSON"),
+    "damaged": ("generation_config.json", '{"eos_token_id": ', "its generation_config.json is not JSON"),
     "size": (PROCESSOR, {IMAGES: {"size": {"height": 3}}}, ""),
     "size text": (PROCESSOR, {IMAGES: {"size": "large"}}, ""),
     "size none": (PROCESSOR, {IMAGES: {"size": {"longest_edge": "a"}, "min_pixels": None, "max_pixels": None}}, ""),
@@ -434,12 +434,22 @@ ODD = {  # what is odd: the file, the change, what is said
     "mean": (PROCESSOR, {IMAGES: {"image_mean": [0.5, 0.5]}}, ""),
     "deviation": (PROCESSOR, {IMAGES: {"image_std": "grey"}}, ""),
     "resample": (PROCESSOR, {IMAGES: {"resample": 99}}, ""),
+    "size nan": (PROCESSOR, {IMAGES: {"size": {"longest_edge": float("nan"), "shortest_edge": 1}}}, "NaN is not a"),
+    "size minus": (PROCESSOR, {IMAGES: {"size": {"longest_edge": -5, "shortest_edge": -5}}}, "without a valid size"),
+    "crop": (PROCESSOR, {IMAGES: {"do_center_crop": True}}, "has a processor with do_center_crop True"),
+    "deviations": (PROCESSOR, {IMAGES: {"image_std": [0, 0, 0]}}, "image_std"),
+    "device": (PROCESSOR, {IMAGES: {"device": "meta"}}, "wants its photos on the device 'meta'"),
+    "labels": ("config.json", {"num_labels": 10**8}, "has num_labels 100000000"),
+    "eps": ("config.json", {"text_config": {"rms_norm_eps": float("nan")}}, "NaN is not a number"),
+    "far end": ("generation_config.json", {"eos_token_id": 2**70}, "has eos_token_id"),
+    "long token": (TOKENIZER, {"added_tokens_decoder": {"300": {"content": "B" * 2000}}}, ""),
+    "video in template": (TEMPLATE, "<|video_pad|>" + CHAT_TEMPLATE, ""),
     "no resize": (PROCESSOR, {IMAGES: {"do_resize": False}}, "has a processor with do_resize False"),
     "other tokenizer": (TOKENIZER, {"tokenizer_class": "BertTokenizer"}, "wants the class 'BertTokenizer'"),
     "other processor": (PROCESSOR, {"processor_class": "LlavaProcessor"}, "wants the class 'LlavaProcessor'"),
     "tokens": ("tokenizer.json", "{}", ""),
     "cut tokens": ("tokenizer.json", '{"version": ', ""),
-    "growing": ("tokenizer.json", {"normalizer": GROWING}, "with a step 'Replace': a Qwen-VL's are of Sequence"),
+    "growing": ("tokenizer.json", {"normalizer": GROWING}, "with a step 'Replace': a Qwen-VL's are among Sequence"),
     "token list": (TOKENIZER, {"added_tokens_decoder": [3]}, "lacks a processor that can be loaded"),
     "syntax": (TEMPLATE, "{% for message in %}", "the chat template cannot be rendered: TemplateSyntaxError"),
     "name": (TEMPLATE, "{{ messages.nothing.at.all }}", "the chat template cannot be rendered: UndefinedError"),

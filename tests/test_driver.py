@@ -418,30 +418,30 @@ def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monk
     expected = [first["insertion"], first["deletion"], first["difference"], 0.81 * 0.5 - random["deletion"], chance]
     assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.006)
     assert "1 of 2 maps beat every random order: do not rely on the others" in out
-    assert "beware: on the baseline picture" not in out
+    assert "note: on the baseline picture" not in out
     rows = read_csv(folder / "randomization.csv")
     mean = np.mean([float(row["spearman"]) for row in rows[-2:]])
     (likeness,) = a_number(r"keep a mean rank correlation of (\S+):", out)
     assert float(likeness) == pytest.approx(mean, abs=0.0051)
     depends = (
-        "the maps depend on what the model has learned" if mean < 0.5 else "beware: the maps hardly need the model"
+        "the maps depend on what the model has learned" if mean < 0.5 else "note: the maps hardly depend on the model"
     )
     assert depends in out
 
 
 @pytest.mark.parametrize(
     ("probability", "said"),
-    [(0.5, "beware: on the baseline picture alone the answer keeps 100 %"), (0.004, "beware: the model would hardly")],
+    [(0.5, "note: on the baseline picture alone the answer keeps 100 %"), (0.004, "note: the model would hardly")],
 )
 def test_verdict_warns_where_there_is_little_to_measure(drive, monkeypatch, probability, said):
     monkeypatch.setattr(
         "studies.faithfulness.token_probabilities",
         lambda model, forced, pixels, scored: np.full((len(pixels), 1), probability),
     )
-    assert drive(*EVALUATE)[1].count("beware") == 1
+    assert drive(*EVALUATE)[1].count("note: ") == 1
     compared = drive(*EVALUATE, "--compare")[1]
     assert "none leads: no map beats the random orders" in compared
-    assert compared.count("beware: the model would hardly" if probability < 0.01 else "beware: on the baseline") == 1
+    assert compared.count("note: the model would hardly" if probability < 0.01 else "note: on the baseline") == 1
     assert said in drive(*EVALUATE)[1]
 
 
@@ -832,16 +832,14 @@ def test_a_list_into_its_own_folder_takes_no_picture_of_its_own(drive, tmp_path)
 
 def test_pictures_of_other_layers_beside_those_of_a_list_are_told(drive, tmp_path, listed):
     usual = ("--mode", "grid", "--image_path", tmp_path / "photos")
-    assert "beware" not in drive(*usual, "--layers", 1, 2)[1]
+    assert "note: " not in drive(*usual, "--layers", 1, 2)[1]
     code, out, err = drive(*usual, "--layers", 1)
     assert (code, out) == (2, "")
     assert "p0 holds a result of --layers [1, 2], and now it is [1]: choose another --output_dir, or --overwrite" in err
     assert err.count("\n") == 1
     out = drive(*usual, "--layers", 1, "--overwrite")[1]
-    assert re.search(
-        r"beware: beside these results stand 4 files of other runs, such as .*/p0/layer_2_heatmap.png", out
-    )
-    assert "beware: beside these results stand 4 files of other runs" in drive(*usual, "--layers", 1)[1]
+    assert re.search(r"note: beside these results stand 4 files of other runs, such as .*/p0/layer_2_heatmap.png", out)
+    assert "note: beside these results stand 4 files of other runs" in drive(*usual, "--layers", 1)[1]
 
 
 @pytest.mark.parametrize("given", ["photo", "mask", "list", "model", "photo of a list", "answers", "photo of answers"])
@@ -1158,7 +1156,7 @@ BAD = {  # flags: what the message says
     "--mode evaluate --mask {bad}/none.png": "none.png does not exist",
     "--mode evaluate --mask {bad}/text.png": "cannot be read as an image",
     "--mode evaluate --mask {bad}/long.png": "the mask has 2010 x 10 pixels, the photo 168 x 112",
-    "--mode evaluate --mask {bad}/black.png": "the mask is all object or has none",
+    "--mode evaluate --mask {bad}/black.png": "the mask is all white or all black",
     "--mode evaluate --mask ''": "argument --mask: '' is empty",
     "--mode evaluate --layers 4": "layer 4 does not exist",
     "--mode words --layers 4": "layer 4 does not exist",
@@ -1172,7 +1170,7 @@ BAD = {  # flags: what the message says
     "--target_occurrence 0 --target cat": "argument --target_occurrence: '0' must be a whole number, 1 or more",
     "--target_occurrence 2": "--target_occurrence 2 needs a --target",
     "--answer 'red cat' --target cat --target_occurrence 3": "target_occurrence=3 is more than the 1 of 'cat' in",
-    "--device gpu": "--device gpu is not there: choose auto, map, cpu",
+    "--device gpu": "--device gpu is not available: choose auto, map, cpu",
     "--model_path {bad}/none": "none does not exist",
     "--model_path {bad}/no_config": "has no config.json",
     "--model_path {bad}/empty.png": "has no config.json",
@@ -1191,7 +1189,7 @@ BAD = {  # flags: what the message says
     "--mode flow --image_path {bad}/whole.png {bad}/cut.png": "truncated",
     "--model_path {bad}/null": "null is unreadable",
     "--model_path {bad}/deep": "deep is unreadable",
-    "--model_path {bad}/odd": "odd is unreadable: its config.json holds no record where one should be",
+    "--model_path {bad}/odd": "odd is unreadable: its config.json holds no object where one is expected",
     "--model_path {bad}/kernels": "kernels wants attention code 'someone/kernel': this tool runs eager",
     "--model_path {bad}/zero": "num_hidden_layers 0: it must be 1 or more",
     "--model_path {bad}/minus": "num_hidden_layers -3: it must be 1 or more",
@@ -1246,7 +1244,7 @@ def test_a_folder_without_room_for_a_third_is_refused(drive, tmp_path):
     (tmp_path / "out/comparative/late").touch()
     code, _, err = drive("--mode", "comparative")
     assert code == 2
-    assert "comparative cannot be written (late is no folder): choose another folder" in err
+    assert "comparative cannot be written (late is not a folder): choose another folder" in err
 
 
 @pytest.mark.parametrize(

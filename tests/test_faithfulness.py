@@ -106,7 +106,7 @@ def test_mask_of_another_size_names_both(size):
 
 @pytest.mark.parametrize("colour", ["black", "white", "#010101"])
 def test_mask_without_object_or_without_the_rest_is_refused(colour):
-    with pytest.raises(ValueError, match="all object or has none"):
+    with pytest.raises(ValueError, match="all white or all black"):
         load_mask(Image.new("RGB", (8, 6), colour), (8, 6))
 
 

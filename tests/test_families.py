@@ -569,7 +569,7 @@ def test_deepstack_is_refused_where_the_decoder_is_run_in_parts(drive, family, t
     code, err = drive("--mode", mode)
     refused = family == "qwen3_vl"
     assert code == (2 if refused else 0), err
-    assert ("feeds its image features to several layers: flow does not know how" in err) == refused
+    assert ("feeds image features to several layers, which is not supported here" in err) == refused
     assert refused != (tmp_path / "out").exists()
 
 
@@ -841,9 +841,14 @@ def test_bad_videos_are_named(model, processor, film, frames, image):
         Video(frames[:1])
     with pytest.raises(ValueError, match="a video of 2 frames .196 x 140, 168 x 112.: give two or more, all of one"):
         Video([frames[0], image])
-    for fps in (0, -1, float("inf"), float("nan"), "2"):
-        with pytest.raises(ValueError, match=f"fps={fps!r} must be frames per second, above 0"):
+    for fps in (0, -1, float("inf"), float("nan"), "2", True, 1e-300, 10**400):
+        with pytest.raises(ValueError, match=re.escape(f"fps={fps!r} must be frames per second, 0.01 to 1000")):
             Video(frames, fps)
+    for odd in (None, 5, frames[0], "a.png"):
+        with pytest.raises(ValueError, match="must be a list of photos"):
+            Video(odd)
+    with pytest.raises(ValueError, match="is no processor"):
+        read_video(model, processor.tokenizer, Video(frames), PROMPT, ANSWER)
     with pytest.raises(ValueError, match="^image of type Video must be a path"):
         compute_token_maps(model, processor, Video(frames), PROMPT, [0])
     with pytest.raises(ValueError, match="^the prompt has a video, and this takes one photo"):

@@ -25,7 +25,7 @@ from studies.faithfulness import Faithfulness, comparison_rows, score_rows, side
 from studies.faithfulness_figures import draw_comparison, draw_faithfulness, draw_randomization
 from studies.randomization import randomization_rows
 from studies.video import create_video_maps
-from studies.words import create_word_maps, draw_words, page_data
+from studies.words import create_word_maps, draw_words, html_data
 from visualization_utils import (
     LayerPictures,
     comparative_layers,
@@ -230,7 +230,7 @@ def test_font_that_was_installed_after_matplotlib_made_its_list_is_found(pages, 
 
     def draw():
         font_families.cache_clear()
-        common.page._add_new_fonts.cache_clear()
+        common.page.add_new_fonts.cache_clear()
         page = drawn(draw_single(make_photo((4, 6)), maps)[1]["visualization.png"])
         return page, boxes in prose_of(pages[-1])
 
@@ -255,7 +255,7 @@ def installed(monkeypatch, tmp_path):
     """A function that installs fonts of one character, given as (family, weight), and returns that character."""
     character = "\U0003134a"
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
-    monkeypatch.setattr(common.page, "_add_new_fonts", lambda: None)
+    monkeypatch.setattr(common.page, "add_new_fonts", lambda: None)
 
     def install(*fonts):
         for family, weight in fonts:
@@ -1005,7 +1005,7 @@ def test_a_word_without_a_map_is_a_grey_panel_and_has_no_map_in_the_page(drawing
     assert [" ".join(words.split()) for words in panels] == [f"{why}: no map"]
     assert [np.ptp(crop, axis=-1).max() == 0 for _, crop in crops(pages[0], page)[1:]] == [False, True, False, False]
     assert GREY_WORDS in prose_of(pages[0])
-    data = page_data(photo, "", maps, [[0.5]] * 2, [["x"]] * 2)
+    data = html_data(photo, "", maps, [[0.5]] * 2, [["x"]] * 2)
     assert [[bool(text) for text in word["maps"]] for word in data["words"]] == [[True, True], [False, True]]
     assert data["words"][1]["maps"][0] == ""
 
@@ -1092,7 +1092,7 @@ def test_every_figure_states_its_settings(pages, settings, title, stated):
             if settings.contrast is not None:
                 hot = "what speaks for the explained words rather than for the other text"
             assert f" Hot: {hot}, as read at " in prose
-    assert page_data(photo, "", words, [[0.5]] * 2, [["x"]] * 2)["settings"] == f"Settings: {stated}"
+    assert html_data(photo, "", words, [[0.5]] * 2, [["x"]] * 2)["settings"] == f"Settings: {stated}"
 
 
 # strength and scale

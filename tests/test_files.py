@@ -157,7 +157,7 @@ def test_what_is_no_path_is_named(save_dir):
 
 def test_file_where_a_subfolder_has_to_be_is_refused_at_once(tmp_path):
     (tmp_path / "late").touch()
-    with pytest.raises(ValueError, match="late is no folder"):
+    with pytest.raises(ValueError, match="late is not a folder"):
         output_folder(tmp_path, ["early", "late"]).__enter__()
     assert listing(tmp_path) == ["late"]
 

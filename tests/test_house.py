@@ -82,8 +82,7 @@ def test_files_of_measures_draw_nothing():
 
 
 def test_only_their_own_mode_uses_the_figures_of_a_study():
-    others = {"faithfulness_figures": {"benchmark"}}  # evaluate's, of one photo and of a list
-    others["flow_figures"] = {"knockout_figures"}  # the same groups of tokens have the same colours
+    others = {"flow_figures": {"knockout_figures"}}  # the same groups of tokens have the same colours
     for figures in (ROOT / "studies").glob("*_figures.py"):
         users = {path.stem for path, ours in OURS.items() if figures in ours}
         assert users == {"test_gradcam"} | others.get(figures.stem, set())

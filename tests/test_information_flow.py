@@ -164,7 +164,7 @@ def test_answers_group_begins_where_its_first_token_is_predicted(model, own):
 
 def test_pictures_that_stand_apart_are_refused(reading):
     apart = dataclasses.replace(reading, positions=reading.positions[[0, 1, 3]])
-    with pytest.raises(ValueError, match="do not stand side by side"):
+    with pytest.raises(ValueError, match="are not contiguous"):
         token_groups(apart)
 
 
@@ -539,6 +539,7 @@ CURVES = {
     "a rise beyond the full value": ([0.1, 0.5, 1.0, 0.9, 0.8], 2),
     "needed to the end": ([0.1, 0.2, 0.3, 0.94, 1], 4),
     "exactly as much as counts": ([0.5, 1.9, 2], 1),
+    "four fifths are left": ([0.8, 0.5, 1, 1], None),
     "flat": ([0.5] * 5, None),
     "next to flat": ([0.96, 0.99, 0.97, 1], None),
     "better without": ([1, 0.9, 0.8], None),
@@ -609,6 +610,20 @@ def test_finding_names_the_cliff_and_what_is_left_there():
 def test_a_dip_is_no_cliff_where_the_photo_does_not_help(curve):
     assert find_cliff(np.array(curve)) is None
     assert "hardly needs the photo" in truncation_finding(np.array([curve]), "p")
+
+
+def test_half_of_the_gradient_is_no_less_than_half():
+    zero = np.zeros(3)
+    shares = {"system": zero + 0.5, "image": zero + 0.25, "user": zero + 0.25}
+    lines = flow_findings(shares, dict.fromkeys(shares, 2), {"image": np.array([0.5, 0.25, 0.2])})
+    assert lines[1].endswith("carries 0.50 of the score at the first layer, less than half of that from layer 2 on")
+
+
+@pytest.mark.parametrize(("length", "most"), [(101, 10), (901, 15), (1201, 20), (3001, 20)])
+def test_stretches_are_10_to_20_positions_by_the_length(monkeypatch, length, most):
+    monkeypatch.setattr("studies.flow.sequence_length", lambda reading: length)
+    monkeypatch.setattr("studies.flow.token_groups", lambda reading: {"all": slice(0, length)})
+    assert np.diff(flow.pooled_edges(None)).max() == most
 
 
 def test_share_of_the_gradient_that_is_zero_everywhere_is_told():
@@ -788,6 +803,7 @@ def test_accuracy_of_the_kept_tokens_is_that_of_their_runs(reading, monkeypatch)
     files, lines = sever([reading], ["a"], [None], keep=3, accuracy=True, quiet=True)
     assert "the image is needed to the last layer: accuracy 0.000 without it, 1.000 with it" in lines[0]
     assert lines[1].endswith("in the layer before: cliff 1, 1.000")
+    assert len(lines) == 2  # the model is right with the whole image, so nothing is said instead
     table = list(csv.DictReader(io.StringIO(files["knockout.csv"])))
     assert [row["answer_right"] for row in table] == [str(int(value)) for value in (*right, *kept)]
 

@@ -64,10 +64,10 @@ def number_of(text, path):
 def test_every_line_is_an_item_or_an_error_with_its_number(folder, found):
     path, numbers = write(folder, found)
     items = read_list([str(path)])
-    assert [number_of(item.where, path) for item in items] == numbers
+    assert [number_of(item.source, path) for item in items] == numbers
     for item in items:
         assert bool(item.error) != bool(item.name)
-        assert not item.error or number_of(item.error, path) == number_of(item.where, path)
+        assert not item.error or number_of(item.error, path) == number_of(item.source, path)
     names = [item.name for item in items if item.name]
     assert len(set(names)) == len(names) > 0
     assert all(Path(name).name == name and len(os.fsencode(name)) < 256 for name in names)
@@ -93,7 +93,7 @@ def test_answers_are_read_or_refused_with_the_number_of_a_line(folder, found):
 def test_a_list_of_anything_changes_nothing_but_its_output_folder(folder, found):
     """Each good item is worked on, each other one is one line and a record, and all records can be read."""
     path, numbers = write(folder, found)
-    items, told = read_list([str(path)]), []
+    items, reported = read_list([str(path)]), []
 
     def load(item):
         return item.image.stat().st_size
@@ -110,13 +110,21 @@ def test_a_list_of_anything_changes_nothing_but_its_output_folder(folder, found)
     before = snapshot()
     with tempfile.TemporaryDirectory() as out:
         records, _ = work_off(
-            items, Path(out, "out"), {}, Processes(cpu=True), load, explain, reason_of=str, quiet=True, tell=told.append
+            items,
+            Path(out, "out"),
+            {},
+            Processes(cpu=True),
+            load,
+            explain,
+            reason_of=str,
+            quiet=True,
+            report=reported.append,
         )
         text = Path(out, "out/results.jsonl").read_bytes().decode()
         there = [path.name for path in Path(out).iterdir()]
     assert [json.loads(line)["name"] for line in text.splitlines()] == [record["name"] for record in records]
     assert text.count("\n") == len(records) == len(numbers)
-    assert len(told) == sum("error" in record for record in records)
-    assert not any("\n" in line for line in told)
+    assert len(reported) == sum("error" in record for record in records)
+    assert not any("\n" in line for line in reported)
     assert there == ["out"]
     assert snapshot() == before

@@ -61,7 +61,7 @@ def test_photos_of_one_name_have_folders_of_their_own(tmp_path):
     assert [item.name for item in named([asked, c, b, a])] == names[3:1:-1] + names[1::-1]  # whatever the order
     first, other, again = named([a, c, a])
     assert (first.error, other.error, again.name) == ("", "", "")
-    assert again.error == f"{a.image} is there twice: the same photo, asked the same, as {a.image}"
+    assert again.error == f"{a.image} repeats {a.image}: the same photo with the same question"
 
 
 def test_names_are_folders_on_any_disk(tmp_path):
@@ -94,29 +94,29 @@ def test_what_is_not_named_has_to_be_a_photo(photos, tmp_path):
 
 
 BAD_LINES = {  # line: what is told
-    "{": " is no JSON (Expecting",
-    "[1]": " is no record: give {",
-    "[" * 100_000: " is no JSON (",
-    '{"image": "a.png", "x": %s}' % ("[" * 30 + "]" * 30): " is no JSON (nested deeper than 20)",
-    '{"image": "a.png", "x": %s}' % ("9" * 5000): " is no JSON (",
-    '{"image": "a.png", "image": "b.png"}': " is no JSON (a name is there twice)",
-    '{"image": "%s.png"}' % ("a" * 2**24): " is no JSON (longer than 16777216 bytes)",
-    b'{"image": "\xff.png"}': " is no JSON ('utf-8' codec can't decode",
+    "{": " is not valid JSON (Expecting",
+    "[1]": " is not a JSON object: give {",
+    "[" * 100_000: " is not valid JSON (",
+    '{"image": "a.png", "x": %s}' % ("[" * 30 + "]" * 30): " is not valid JSON (nested deeper than 20)",
+    '{"image": "a.png", "x": %s}' % ("9" * 5000): " is not valid JSON (",
+    '{"image": "a.png", "image": "b.png"}': " is not valid JSON (a name is there twice)",
+    '{"image": "%s.png"}' % ("a" * 2**24): " is not valid JSON (longer than 16777216 bytes)",
+    b'{"image": "\xff.png"}': " is not valid JSON ('utf-8' codec can't decode",
     '{"prompt": "Why?"}': " has no text for 'image'",
     '{"image": 3}': " has no text for 'image'",
     '{"image": NaN}': " has no text for 'image'",
     '{"image": "a.png", "target": ""}': " has no text for 'target'",
-    '{"image": "a.png", "prompt": "a\\u0000b"}': " has characters for 'prompt' that are no text",
-    '{"image": "a.png", "prompt": "\\ud800"}': " has characters for 'prompt' that are no text",
-    '{"image": "a.png", "box": [1], "mask": "m.png"}': " has mask and box where one of mask, box, segmentation can be",
-    '{"image": "a.png", "mask": 3}': " has a mask that is no path",
+    '{"image": "a.png", "prompt": "a\\u0000b"}': " has characters for 'prompt' that are not text",
+    '{"image": "a.png", "prompt": "\\ud800"}': " has characters for 'prompt' that are not text",
+    '{"image": "a.png", "box": [1], "mask": "m.png"}': " has mask and box where only one of mask, box, segmentation is",
+    '{"image": "a.png", "mask": 3}': " has a mask that is not a path",
     '{"image": "a\\u0000b.png"}': "b.png is not a usable path: embedded null byte",
     '{"image": "\\ud800.png"}': "\\ud800.png is not a usable path: 'utf-8' codec can't encode",
     '{"image": "%s.png"}' % ("a" * 300): "aaa.png is not a usable path: File name too long",
-    '{"image": "."}': " is no regular file",
-    '{"image": "fifo"}': "fifo is no regular file",
-    '{"image": "/dev/zero"}': ": /dev/zero is no regular file",
-    '{"image": "a.png", "mask": "/dev/zero"}': ": /dev/zero is no regular file",
+    '{"image": "."}': " is a folder, a pipe or a device",
+    '{"image": "fifo"}': "fifo is a folder, a pipe or a device",
+    '{"image": "/dev/zero"}': ": /dev/zero is a folder, a pipe or a device",
+    '{"image": "a.png", "mask": "/dev/zero"}': ": /dev/zero is a folder, a pipe or a device",
 }
 
 
@@ -128,7 +128,7 @@ def test_a_wrong_line_is_told_with_its_number_and_the_others_are_read(tmp_path, 
     path.write_bytes(b"\r\n".join(lines))
     one, wrong, other = read_list([str(path)])
     assert (one.image, other.image, one.error, other.error) == (tmp_path / "b.png", tmp_path / "c.png", "", "")
-    assert other.where == f"{path}, line 4"
+    assert other.source == f"{path}, line 4"
     assert wrong.error.startswith(f"{path}, line 3")
     assert reason in wrong.error
     assert len(wrong.error) < 1000
@@ -142,7 +142,7 @@ def test_only_a_regular_file_is_read_as_a_list(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "folder.jsonl/deep.jsonl").symlink_to("/dev/zero")
     for name in ("fifo.jsonl", "folder.jsonl/deep.jsonl"):
-        with pytest.raises(ValueError, match="is no regular file"):
+        with pytest.raises(ValueError, match="is a folder, a pipe or a device"):
             read_list([str(tmp_path / name)])
 
 
@@ -154,14 +154,19 @@ def test_what_the_tool_wrote_is_left_out_of_folders_and_globs_and_told(photos):
     for pattern, left_out in (("", "1 files"), ("**/*.png", "2 files"), ("**/*", "2 files")):
         with pytest.warns(ExplanationWarning, match=f"{left_out} that this tool wrote are left out of the list"):
             assert [item.name for item in read_list([str(photos / pattern)])] == names
-    with pytest.warns(ExplanationWarning), pytest.raises(ValueError, match="no photo"):
+    with pytest.warns(ExplanationWarning), pytest.raises(ValueError, match="there is no photo"):
         read_list([str(photos / "**/*.jsonl")])
     assert [item.name for item in read_list([str(photos / "p9.png")])] == ["p9"]
 
 
 def test_lists_of_nothing_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    reasons = {"empty.jsonl": "is empty", "no.jsonl": "cannot be read", ".": "no photo", "*.png": "no photo"}
+    reasons = {
+        "empty.jsonl": "is empty",
+        "no.jsonl": "cannot be read",
+        ".": "there is no photo",
+        "*.png": "there is no photo",
+    }
     for path, reason in reasons.items():
         with pytest.raises(ValueError, match=reason):
             read_list([str(tmp_path / path)])
@@ -182,16 +187,26 @@ def test_objects_of_coco_are_their_pixels():
         ({"box": [1, 2, 3]}, "the box cannot be read"),
         ({"box": "abcd"}, "the box cannot be read"),
         ({"box": "1234"}, "the box cannot be read"),
-        ({"box": [1, 1, float("inf"), 3]}, r"the box cannot be read \(it is \[1, 1, inf, 3\]\): give \[x, y,"),
+        (
+            {"box": [1, 1, float("inf"), 3]},
+            r"cannot be read \(the box has a number that is not finite\): give \[x",
+        ),
         ({"box": [1, 1, float("nan"), 3]}, "the box cannot be read"),
         ({"box": [1e308, 1, 1e308, 3]}, "the box cannot be read"),
         ({"box": ["a", "b", "c", "d"]}, "the box cannot be read"),
         ({"box": [10**400, 1, 2, 3]}, "the box cannot be read"),
-        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "far out of the photo"),
-        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "far out of the photo"),
+        ({"box": [True, True, True, 5]}, "the box must be a list of numbers"),
+        ({"box": [5, 1, 6, 3]}, "it reaches beyond the photo, which has 8 x 6 pixels the right way up"),
+        ({"box": [-20, -20, 23, 23]}, "it reaches beyond the photo"),
+        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "a polygon has a number that is not finite"),
+        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "it reaches beyond the photo"),
+        ({"segmentation": [[]]}, "a polygon of 0 numbers"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "a polygon of 4 numbers"),
+        ({"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "a polygon must be a list of numbers"),
+        ({"segmentation": [square] * 1001}, "1001 polygons, where up to 1000 are drawn"),
         ({"mask": "no.png"}, "the mask no.png: .*does not exist"),
-        ({"box": [9, 9, 2, 2]}, "the box holds nothing"),
-        ({"box": [0, 0, 8, 6]}, "the box holds all"),
+        ({"box": [3, 3, 0, 0]}, "the box covers none"),
+        ({"box": [0, 0, 8, 6]}, "the box covers all"),
         ({"segmentation": [[1, 2, 3]]}, "the segmentation cannot be read"),
         ({"segmentation": 3}, "the segmentation cannot be read"),
     ):
@@ -224,7 +239,7 @@ class Work:
 
     def __init__(self, folder, failing=(), error=None):
         self.folder, self.failing, self.error = folder, failing, error or ValueError("no good")
-        self.done, self.told = [], []
+        self.done, self.reported = [], []
 
     def load(self, item):
         return item.image.read_bytes()
@@ -240,7 +255,7 @@ class Work:
         }
 
     def run(self, items, settings=None, **options):
-        options = {"quiet": True, "tell": self.told.append} | options
+        options = {"quiet": True, "report": self.reported.append} | options
         self.done.clear()
         return work_off(items, self.folder, settings or {}, ALONE, self.load, self.explain, reason_of=str, **options)
 
@@ -350,7 +365,7 @@ def test_paths_may_be_relative(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     work = Work(Path("out"))
     records, _ = work.run(read_list(["photos"]))
-    assert work.told == []
+    assert work.reported == []
     assert [record["files"] for record in records] == [["a.txt", "b.txt"]] * 5
     assert work.run(read_list(["photos"]))[1] == 5
 
@@ -375,7 +390,7 @@ def test_a_bad_photo_is_told_and_the_others_go_on(photos, tmp_path):
     records, before = work.run(items)
     assert before == 0
     assert work.done == ["p0", "p2", "p3", "p4"]
-    assert work.told == [f"{photos / 'p1.png'}: no good"]
+    assert work.reported == [f"{photos / 'p1.png'}: no good"]
     assert records[1] == {"name": "p1", "image": str(photos / "p1.png"), "error": "no good"}
     assert not (tmp_path / "out/p1").exists()
     work.failing = ()
@@ -384,7 +399,7 @@ def test_a_bad_photo_is_told_and_the_others_go_on(photos, tmp_path):
     (photos / "p3.png").unlink()
     records, _ = work.run(items)
     assert "No such file" in records[3]["error"]
-    assert work.told[-1].endswith(f"(beware: {tmp_path / 'out/p3'} holds what was asked of it earlier)")
+    assert work.reported[-1].endswith(f"(note: {tmp_path / 'out/p3'} has the result of an earlier run)")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -405,7 +420,7 @@ def test_a_list_stops_at_the_first_photo_that_does_not_fit(photos, tmp_path, mon
     with pytest.raises(OSError, match="(?i)no space left"):
         work.run(items, overwrite=overwrite)
     assert work.done in (["p0", "p1", "p2"], ["p0", "p1"])
-    assert work.told == []
+    assert work.reported == []
     records = records_in(tmp_path / "out")
     assert [record["name"] for record in records] == [f"p{i}" for i in range(5 if overwrite else 2)]
     there = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -430,7 +445,7 @@ def test_a_name_that_is_not_utf8_gets_its_result_and_its_record(photos, tmp_path
         assert (work.folder / record["name"] / "a.txt").exists()
     work.failing, work.error = [record["name"]], ValueError("a\nb \udcff")
     work.run(read_list([str(tmp_path / "list.jsonl")]), overwrite=True)
-    assert "\n" not in work.told[0]
+    assert "\n" not in work.reported[0]
     assert records_in(work.folder)[0]["error"] == "a\nb \udcff"
 
 
@@ -550,11 +565,11 @@ def test_converter_joins_the_objects_of_a_category_and_leaves_crowds_and_crumbs_
     assert len(read_list([str(tmp_path / "one.jsonl")])) == 1
     (photos / "one.jpg").unlink()
     other = [{"image_id": 9, "category_id": 17, "area": 900, "segmentation": [[9, 9, 39, 9, 39, 39]]}]
-    wrong = {json.dumps(COCO | {"annotations": other}): "of the image 9, which is not there"}
+    wrong = {json.dumps(COCO | {"annotations": other}): "of the image 9, which does not exist"}
     other[0] |= {"image_id": 1, "category_id": 5}
-    wrong[json.dumps(COCO | {"annotations": other})] = "of the category 5, which is not there"
+    wrong[json.dumps(COCO | {"annotations": other})] = "of the category 5, which does not exist"
     wrong[json.dumps(COCO | {"annotations": []})] = "nothing is left"
-    wrong |= {json.dumps(COCO): "one.jpg", "{}": "images, annotations, categories is lacking", "[": "json"}
+    wrong |= {json.dumps(COCO): "one.jpg", "{}": "images, annotations, categories is missing", "[": "json"}
     for content, reason in wrong.items():
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(SystemExit):
@@ -578,3 +593,29 @@ def test_converter_replaces_none_of_its_inputs(tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     for _ in range(2):
         coco.main([str(annotations), str(tmp_path), "--output", str(tmp_path / "coco.jsonl")])
+
+
+def converted(capsys, *arguments):
+    """What the converter says, of a request that cannot be met: one line, which cannot steer the terminal."""
+    with pytest.raises(SystemExit) as ended:
+        coco.main([str(argument) for argument in arguments])
+    err = capsys.readouterr().err
+    assert (ended.value.code, err.count("\n"), "\x1b" in err) == (2, 1, False)
+    return err
+
+
+def test_annotations_that_cannot_be_read_are_one_line(tmp_path, capsys, photos):
+    os.mkfifo(tmp_path / "pipe.json")
+    assert "is a folder, a pipe or a device" in converted(capsys, tmp_path / "pipe.json", photos)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert "RecursionError" in converted(capsys, tmp_path / "deep.json", photos)
+    image = {"id": 1, "file_name": "\x1b]0;a\x07.png", "width": 40, "height": 30}
+    part = {"image_id": 1, "category_id": 1, "area": 400, "segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]]}
+    data = {"images": [image], "annotations": [part], "categories": [{"id": 1, "name": "dog"}]}
+    (tmp_path / "escape.json").write_text(json.dumps(data))
+    assert "photos are not in" in converted(capsys, tmp_path / "escape.json", photos)
+    assert "give a share, 0 to 1" in converted(capsys, tmp_path / "escape.json", photos, "--smallest", "nan")
+    make_image(30, 40).save(tmp_path / "turned.png")
+    image["file_name"] = "turned.png"
+    (tmp_path / "turned.json").write_text(json.dumps(data))
+    assert "has (30, 40) pixels the right way up" in converted(capsys, tmp_path / "turned.json", tmp_path)

@@ -15,7 +15,7 @@ from conftest import make_image
 from PIL import Image
 
 from smooth_gradcam import Look, Settings, TokenMaps, colour_table, overlay_cam, render_cam, upsample_cam
-from studies.words import page_data, words_page
+from studies.words import html_data, words_html
 
 TEMPLATE = Path(__file__).parents[1] / "studies/words_page.html"
 ANSWER = "A red cat sits on the old house."
@@ -119,7 +119,7 @@ class Page:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.media(**dict(media))
-        self.path.write_text(words_page(data), encoding="utf-8")
+        self.path.write_text(words_html(data), encoding="utf-8")
         self.driver.get("about:blank")  # else an address that differs in its hash alone would not load anew
         self.driver.get(self.path.as_uri() + address)
         self.wait("document.documentElement.dataset.ready === 'yes'")
@@ -264,7 +264,7 @@ def test_page_reads_what_python_writes(page):
         for i, span in enumerate(spans)
     ]
     photo = Image.new("RGB", SIZE, (120, 120, 120))  # which JPEG leaves as it is
-    data = page_data(photo, "photo.png", words, [[0.9], [0.8]], [["🐕"], [" Hund"]])
+    data = html_data(photo, "photo.png", words, [[0.9], [0.8]], [["🐕"], [" Hund"]])
     assert {*data} == {*make_data()[0]}
     assert {*data["words"][0]} == {*make_data()[0]["words"][0]}
     page.open(data, "#word=1&layer=5")
