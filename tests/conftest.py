@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the library is loaded: no test waits for a network
 
 import numpy as np
 import pytest

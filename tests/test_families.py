@@ -16,7 +16,6 @@ from conftest import CHAT_TEMPLATE, SPECIAL, _keep_float64, check_layout, make_i
 from PIL import Image
 from torch import nn
 
-import common.page
 import smooth_gradcam as core
 import test_gradcam
 from common.checkpoint import cap_pixels, load_model, load_processor
@@ -523,9 +522,8 @@ def folder(tmp_path_factory, family, tokenizer, processor):
 
 
 @pytest.fixture
-def drive(folder, image, tmp_path, capsys, monkeypatch):
+def drive(folder, image, tmp_path, capsys, blank_figures):
     """Run the driver; returns (exit code, stderr)."""
-    monkeypatch.setattr(common.page, "DPI", 40)
     image.save(tmp_path / "photo.png")
 
     def drive(*flags):
