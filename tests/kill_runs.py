@@ -85,12 +85,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="compute complete results anew")
-    parser.add_argument("--work", nargs="+", help="only work off a folder of photos: PHOTOS OUTPUT [DIES_AT]")
     options = parser.parse_args()
-    if options.work:
-        photos, folder, *dies_at = options.work
-        work(Path(photos), Path(folder), *dies_at)
-        return
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder, "photos")
         photos.mkdir()

@@ -76,9 +76,8 @@ def asked(monkeypatch):
 
 
 @pytest.fixture
-def drive(sound, asked, tmp_path, capsys, monkeypatch):
+def drive(sound, asked, tmp_path, capsys, blank_figures):
     """Run the driver on a checkpoint; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(common.page, "DPI", 40)  # quicker
     make_image(110, 90).save(tmp_path / "photo.png")
 
     def drive(*flags):

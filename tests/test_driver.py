@@ -20,7 +20,7 @@ import driver_process
 import numpy as np
 import pytest
 import torch
-from conftest import make_image
+from conftest import make_image, quick
 from PIL import Image
 
 import common.checkpoint
@@ -62,8 +62,13 @@ def photo_path(tmp_path_factory, image):
     return path
 
 
-load_once = functools.cache(load_model)  # tests that only want a run share the model
 read_once = functools.cache(load_processor)
+
+
+@functools.cache
+def load_once(*given):
+    """Tests that only want a run share the model."""
+    return quick(load_model(*given))
 
 
 @pytest.fixture

@@ -312,7 +312,7 @@ def ranked(rng, grid):
 
 
 def measure(reading, result, **options):
-    return insertion_deletion(reading, result, **{"steps": 6, "random_orders": 0} | options)
+    return insertion_deletion(reading, result, **{"steps": 6, "random_orders": 0, "batch_size": 8} | options)
 
 
 class Watched:
@@ -382,8 +382,7 @@ def test_baseline_pictures(image):
 SIZES = {"landscape": (168, 112), "portrait": (112, 168)}
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("cell", [(0, -1), (2, 1)])
+@pytest.mark.parametrize(("size", "cell"), [(SIZES["landscape"], (0, -1)), (SIZES["portrait"], (2, 1))], ids=SIZES)
 def test_patches_of_the_hottest_cell_are_those_removed_first(model, processor, size, cell):
     grid = size[1] // 28, size[0] // 28
     row, column = np.arange(grid[0])[cell[0]], np.arange(grid[1])[cell[1]]
@@ -468,14 +467,15 @@ def test_pictures_are_counted(reading, given):
     assert found.forwards - 2 == 2 * (steps - 1) * (2 + random_orders)
 
 
-@pytest.mark.parametrize("steps", [60, 10**12])
-def test_more_steps_than_tokens_are_as_many_as_tokens(reading, given, steps):
-    found, exact = measure(reading, given, steps=steps), measure(reading, given, steps=24)
-    assert found.shares == pytest.approx(np.arange(25) / 24)
-    np.testing.assert_array_equal(found.shares, exact.shares)
-    np.testing.assert_array_equal(found.insertion[0], exact.insertion[0])
-    np.testing.assert_array_equal(found.deletion[0], exact.deletion[0])
-    assert found.forwards == exact.forwards
+def test_more_steps_than_tokens_are_as_many_as_tokens(reading, given):
+    exact = measure(reading, given, steps=24)
+    assert exact.shares == pytest.approx(np.arange(25) / 24)
+    for steps in (60, 10**12):
+        found = measure(reading, given, steps=steps)
+        np.testing.assert_array_equal(found.shares, exact.shares)
+        np.testing.assert_array_equal(found.insertion[0], exact.insertion[0])
+        np.testing.assert_array_equal(found.deletion[0], exact.deletion[0])
+        assert found.forwards == exact.forwards
 
 
 def test_one_step_has_the_ends_only(reading, given):
@@ -887,9 +887,9 @@ def difference(demo, result, **options):
 
 
 def test_map_of_the_dog_is_faithful_and_more_so_than_the_papers_formula(demo, dog):
-    ours, chance = difference(demo, dog, random_orders=3)
+    ours, chance = difference(demo, dog, random_orders=2, steps=5)
     assert ours > 0.5
-    assert len(chance) == 3
+    assert len(chance) == 2
     assert ours > max(chance) + 0.2
     paper = maps_of(demo, "dog", [12], Settings(use_smooth=False, method="paper"))
     assert difference(demo, paper, steps=4)[0] < ours - 0.2

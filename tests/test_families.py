@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CHAT_TEMPLATE, SPECIAL, _keep_float64, check_layout, make_image
+from conftest import CHAT_TEMPLATE, SPECIAL, _keep_float64, check_layout, make_image, quick
 from PIL import Image
 from torch import nn
 
-import common.page
 import smooth_gradcam as core
 import test_gradcam
 from common.checkpoint import cap_pixels, load_model, load_processor
@@ -104,7 +103,7 @@ def make_random(family, tokenizer, dtype=torch.float64):
                 nn.init.normal_(parameter, float("weight" in name), 0.2)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
-    return model.to(dtype).eval()
+    return quick(model).to(dtype).eval()
 
 
 @pytest.fixture(scope="session")
@@ -523,9 +522,8 @@ def folder(tmp_path_factory, family, tokenizer, processor):
 
 
 @pytest.fixture
-def drive(folder, image, tmp_path, capsys, monkeypatch):
+def drive(folder, image, tmp_path, capsys, blank_figures):
     """Run the driver; returns (exit code, stderr)."""
-    monkeypatch.setattr(common.page, "DPI", 40)
     image.save(tmp_path / "photo.png")
 
     def drive(*flags):

@@ -7,7 +7,6 @@ import re
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
 import regex
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -50,12 +49,6 @@ TEXTS = st.lists(PIECES, max_size=8).map("".join)
 ANYTHING = st.lists(st.one_of(PIECES, st.sampled_from([*SPECIAL, "\ud800", "a\udcff"])), max_size=8).map("".join)
 SAID = st.tuples(st.sampled_from(["a cat ", "", "the dog"]), TEXTS).map("".join)
 BLANKS = st.text(" \t\n\u00a0\u3000", max_size=3)
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Figures are tested elsewhere."""
-    monkeypatch.setattr("common.page.figure_to_array", lambda figure: np.zeros((2, 2, 3), np.uint8))
 
 
 def bytes_of(tokenizer, token):
@@ -175,7 +168,7 @@ def stands_alone(answer, start, word):
 
 @pytest.mark.parametrize("answer", ["caf\u00e9", "cafe\u0301"])
 @pytest.mark.parametrize("target", ["\u00e9", "e\u0301"])
-def test_an_accent_may_be_typed_as_one_character_or_two(drive, no_pictures, answer, target):  # noqa: F811
+def test_an_accent_may_be_typed_as_one_character_or_two(drive, answer, target):  # noqa: F811
     code, out, err = drive("--answer", answer, "--target", f"caf{target}", "--layer", 0)
     assert (code, err) == (0, "")
     assert "explained: the whole answer" in out
@@ -382,7 +375,7 @@ def snapshot(folder):
 
 @RUNS
 @given(prompt=SAID, answer=SAID, data=st.data())
-def test_a_run_explains_any_text_or_refuses_it_in_one_line(drive, tmp_path, no_pictures, prompt, answer, data):  # noqa: F811
+def test_a_run_explains_any_text_or_refuses_it_in_one_line(drive, tmp_path, prompt, answer, data):  # noqa: F811
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(answer))] * 2)))
     target = data.draw(st.one_of(st.none(), st.just(answer[start:end] + " "), TEXTS))
     (tmp_path / "mine.txt").write_text("mine")
@@ -400,7 +393,7 @@ def test_a_run_explains_any_text_or_refuses_it_in_one_line(drive, tmp_path, no_p
         assert err.startswith("test_gradcam.py: error: ")
 
 
-def test_an_answers_escape_sequences_do_not_reach_the_terminal(drive, tmp_path, no_pictures):  # noqa: F811
+def test_an_answers_escape_sequences_do_not_reach_the_terminal(drive, tmp_path):  # noqa: F811
     hostile = "\x1b]0;owned\x07 cat\nwrote /etc/passwd \u202etac"
     code, out, err = drive("--answer", hostile, "--layer", 0)
     assert (code, err) == (0, "")
@@ -414,7 +407,7 @@ def test_an_answers_escape_sequences_do_not_reach_the_terminal(drive, tmp_path, 
 # long sequences
 
 
-def test_the_time_of_long_sequences_is_forecast(drive, no_pictures, monkeypatch):  # noqa: F811
+def test_the_time_of_long_sequences_is_forecast(drive, monkeypatch):  # noqa: F811
     monkeypatch.setattr(progress, "LONG", 60)
     prompt = ["--layer", 0, "--prompt", "a " * 40]
     out = drive(*prompt, "--max_new_tokens", 2)[1]
@@ -431,7 +424,7 @@ def test_the_time_of_long_sequences_is_forecast(drive, no_pictures, monkeypatch)
     assert "expected" not in drive(*prompt, "--answer", "cat")[1]
 
 
-def test_a_bar_counts_the_tokens_of_the_answer(drive, no_pictures, monkeypatch):  # noqa: F811
+def test_a_bar_counts_the_tokens_of_the_answer(drive, monkeypatch):  # noqa: F811
     bars, usual = [], progress.show_progress
 
     class Bar(tqdm):
