@@ -460,7 +460,7 @@ def report(answers: dict[str, str], paths: list[Path], lines: list[str]) -> None
     for line in [*lines, *(f"wrote {path.relative_to(here) if path.is_relative_to(here) else path}" for path in paths)]:
         say(line)
     if others := other_files(paths):
-        say(f"beware: {others[0].parent} holds files of another run too: {len(others)} such as {others[0].name}")
+        say(f"note: {others[0].parent} holds files of another run too: {len(others)} such as {others[0].name}")
 
 
 @contextmanager

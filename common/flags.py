@@ -14,7 +14,9 @@ from pathlib import Path
 
 from common.terminal import plain
 
-__all__ = ["CHOICES", "FOLDERS", "MODES_OF_FLAG", "OneLineParser", "parse_args"]
+__all__ = [
+    *("CHOICES", "EXAMPLES", "FOLDERS", "LAYER_NAMES", "MODES_OF_FLAG", "OneLineParser", "make_parser", "parse_args"),
+]
 
 HERE = Path(__file__).resolve().parents[1]
 FOLDERS = {  # of each mode

@@ -35,9 +35,7 @@ CODE = "wants to run code of its own ({key}), which this tool never does: use a 
 PICKLES = "only safetensors of its own folder are opened, as pickles (.bin, .pt) can run code"
 CLASSES = r"Qwen(2|2_5_|3)(VL)?(Image|Video)?(Processor|Tokenizer)(Fast|Pil)?|PreTrainedTokenizerFast|TokenizersBackend"
 SIZES = r"depth|(num_|num_attention_|num_key_value_)heads|(in_channels|in_chans|max_position_embeddings|num_labels)"
-SIZES += (
-    r"|num_labels|(hidden|out_hidden|intermediate|window|vocab|patch|temporal_patch|merge|spatial_merge)_size|head_dim"
-)
+SIZES += r"|(hidden|out_hidden|intermediate|window|vocab|patch|temporal_patch|merge|spatial_merge)_size|head_dim"
 LIMITS = {"depth": 1000, "patch_size": 1024, "num_labels": 10_000}
 LIMITS |= dict.fromkeys(("temporal_patch_size", "merge_size", "spatial_merge_size"), 64)
 QUANTISED = (None, "bitsandbytes", "awq", "gptq", "compressed-tensors")  # run by packages, without kernels from a hub
