@@ -227,7 +227,7 @@ def test_max_new_tokens_cuts_the_answer(raw):
 
 def test_raw_file_holds_what_the_pass_knows(raw, model_folder, image):
     file = raw("--answer", ANSWER, "--target", "red", "--seed", 5)
-    model = load_model(str(model_folder), "cpu", "auto")
+    model = load_once(str(model_folder), "cpu", "auto")
     processor = load_processor(str(model_folder), 10**6)
     prompt = str(file["prompt"])
     settings = {"num_samples": 2, "noise_std": 0.15, "seed": 5, "answer": ANSWER, "target": "red"}
