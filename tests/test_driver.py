@@ -182,7 +182,8 @@ def test_a_layer_without_gradient_is_said_and_grey(drive, tmp_path):
 
 def test_an_earlier_runs_layers_are_told_of_and_stay(drive, tmp_path):
     folder = tmp_path / "out/grid"
-    assert "files of another run" not in drive("--mode", "grid", "--layer_range", 0, 1, "--answer", ANSWER, "--save_raw")[1]
+    first = drive("--mode", "grid", "--layer_range", 0, 1, "--answer", ANSWER, "--save_raw")
+    assert "files of another run" not in first[1]
     (folder / "mine.png").write_bytes(b"mine")
     out = drive("--mode", "grid", "--layer_range", 1, 2, "--answer", ANSWER)[1]
     assert "grid holds files of another run too: 4 such as layer_0_heatmap.png" in out
