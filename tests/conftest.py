@@ -1,5 +1,6 @@
 """A random Qwen2.5-VL of the real classes with a real processor: tiny, and made without a download."""
 
+import functools
 import itertools
 import json
 import os
@@ -24,6 +25,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+import common.page
+import test_gradcam
+from common.checkpoint import load_model, load_processor
 from common.page import Paper
 from smooth_gradcam import METHODS, read
 
@@ -171,10 +175,86 @@ def make_image(width, height):
 
 
 @pytest.fixture
+def drawings(monkeypatch):
+    """The pages that are drawn, as matplotlib's figures, and the words on grey panels."""
+    pages, panels, real = [], [], common.page.figure_to_array
+
+    def keep(figure):
+        if figure.axes:
+            pages.append(figure)
+        else:
+            panels.append("".join(text.get_text() for text in figure.texts))
+        return real(figure)
+
+    monkeypatch.setattr(common.page, "figure_to_array", keep)
+    return pages, panels
+
+
+@pytest.fixture
+def pages(drawings):
+    return drawings[0]
+
+
+@pytest.fixture
 def blank_figures(monkeypatch):
     """Every figure has its names and no content: laying one out takes longer than a pass of the tiny model."""
     usual, blank = Paper.figure, np.zeros((2, 2, 3), np.uint8)
     monkeypatch.setattr(Paper, "figure", lambda *given: dict.fromkeys(usual(*given), blank))
+
+
+# the driver
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, make_model, processor):
+    folder = tmp_path_factory.mktemp("model")
+    make_model(torch.float32, layers=4).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_path(tmp_path_factory, image):
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    image.save(path)
+    return path
+
+
+read_once = functools.cache(load_processor)
+
+
+@functools.cache
+def load_once(*given):
+    """Tests that only want a run share the model."""
+    return quick(load_model(*given))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures are drawn, if coarsely; for tests without this fixture `drive` writes blank ones, which is quicker."""
+    monkeypatch.setattr(common.page, "DPI", 40)
+
+
+@pytest.fixture
+def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch, request):
+    """Run the driver on the tiny model; returns (exit code, stdout, stderr). Later flags win over the usual ones."""
+
+    monkeypatch.setattr(test_gradcam, "load_model", load_once)
+    monkeypatch.setattr(test_gradcam, "load_processor", read_once)
+    if "drawn" not in request.fixturenames:
+        request.getfixturevalue("blank_figures")
+
+    def drive(*flags):
+        usual = ["--model_path", model_folder, "--output_dir", tmp_path / "out", "--device", "cpu"]
+        usual += ["--image_path", photo_path] if "--answers" not in flags else []
+        usual += ["--num_samples", 2] if "knockout" not in flags else []
+        try:
+            code = test_gradcam.main([str(word) for word in (*usual, *flags)])
+        except SystemExit as exc:
+            code = exc.code
+        return code, *capsys.readouterr()
+
+    return drive
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The command line, in-process: what each mode writes, what each flag changes, what is refused before anything is."""
 
 import csv
-import functools
 import gc
 import json
 import os
@@ -20,7 +19,8 @@ import driver_process
 import numpy as np
 import pytest
 import torch
-from conftest import make_image, quick
+from conftest import load_once, make_image
+from flags_in_modes import DRIVER, OUTSIDE, PAIRS, ROOT
 from PIL import Image
 
 import common.checkpoint
@@ -30,8 +30,8 @@ import common.page
 import smooth_gradcam as core
 import test_gradcam
 import visualization_utils
-from common.checkpoint import cap_pixels, load_model, load_processor
-from common.flags import CHOICES, EXAMPLES, FOLDERS, MODES_OF_FLAG, make_parser, parse_args
+from common.checkpoint import cap_pixels, load_processor
+from common.flags import FOLDERS, MODES_OF_FLAG
 from smooth_gradcam import METHODS, ExplanationError, compute_token_maps, get_model_layers
 from studies import faithfulness, knockout
 from test_gradcam import single_layer_visualization
@@ -42,61 +42,8 @@ from visualization_utils import (
     visualize_multiple_layers,
 )
 
-ROOT = Path(__file__).parent.parent
 PICTURES = ("heatmap", "superimposed")
 ANSWER = "the red cat"
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, make_model, processor):
-    folder = tmp_path_factory.mktemp("model")
-    make_model(torch.float32, layers=4).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def photo_path(tmp_path_factory, image):
-    path = tmp_path_factory.mktemp("photo") / "photo.png"
-    image.save(path)
-    return path
-
-
-read_once = functools.cache(load_processor)
-
-
-@functools.cache
-def load_once(*given):
-    """Tests that only want a run share the model."""
-    return quick(load_model(*given))
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures are drawn, if coarsely; for tests without this fixture `drive` writes blank ones, which is quicker."""
-    monkeypatch.setattr(common.page, "DPI", 40)
-
-
-@pytest.fixture
-def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch, request):
-    """Run the driver on the tiny model; returns (exit code, stdout, stderr). Later flags win over the usual ones."""
-
-    monkeypatch.setattr(test_gradcam, "load_model", load_once)
-    monkeypatch.setattr(test_gradcam, "load_processor", read_once)
-    if "drawn" not in request.fixturenames:
-        request.getfixturevalue("blank_figures")
-
-    def drive(*flags):
-        usual = ["--model_path", model_folder, "--output_dir", tmp_path / "out", "--device", "cpu"]
-        usual += ["--image_path", photo_path] if "--answers" not in flags else []
-        usual += ["--num_samples", 2] if "knockout" not in flags else []
-        try:
-            code = test_gradcam.main([str(word) for word in (*usual, *flags)])
-        except SystemExit as exc:
-            code = exc.code
-        return code, *capsys.readouterr()
-
-    return drive
 
 
 @pytest.fixture
@@ -259,25 +206,6 @@ def test_cap_never_raises_what_the_processor_allows(model_folder):
 
 def test_progress_is_silent_where_there_is_no_terminal(drive):
     assert drive("--answer", ANSWER)[2] == ""
-
-
-def test_examples_of_the_help_can_be_parsed(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        test_gradcam.main(["--help"])
-    assert exit_info.value.code == 0
-    text = capsys.readouterr().out
-    lines = [line.strip() for line in EXAMPLES.splitlines()[1:]]
-    assert len(lines) == 4
-    for line in lines:
-        assert line in text
-        assert shlex.split(line)[:2] == ["python", "test_gradcam.py"]
-        test_gradcam.parse_args(shlex.split(line)[2:])
-
-
-def test_defaults_stand_in_the_help():
-    text = " ".join(make_parser()[0].format_help().split())
-    for default in ("single", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "gradcam"):
-        assert f"(default: {default})" in text
 
 
 def test_no_function_of_the_driver_looks_like_a_test():
@@ -643,17 +571,6 @@ def test_words_mode_says_where_no_gradient_is(drive):
 # which flag acts in which mode
 
 
-OUTSIDE = {"--layer": "1", "--layer_range": "late", "--layers": "1", "--save_raw": None, "--randomize": None}
-OUTSIDE |= {"--words": "cat", "--target": "red", "--target_occurrence": "2", "--contrast": "dog", "--mask": "{mask}"}
-OUTSIDE |= {"--baseline": "mean", "--steps": "3", "--compare": None, "--recompute": None}
-OUTSIDE |= {"--num_samples": "3", "--noise_std": "0.3", "--seed": "1", "--method": "hirescam", "--score": "logprob"}
-OUTSIDE |= {"--rules": "plain", "--tap": "output", "--attention_maps": None, "--taps": None}
-OUTSIDE |= {"--colormap": "jet", "--opacity": "fixed:0.5", "--upsample": "cells", "--scale": "all"}
-OUTSIDE |= {"--heatmaps": None, "--width": "column"}
-OUTSIDE |= {"--window": "2", "--keep": "3", "--answers": "list.jsonl"}
-PAIRS = [(flag, mode) for flag in MODES_OF_FLAG for mode in FOLDERS]
-
-
 @pytest.mark.parametrize(("flag", "mode"), [pair for pair in PAIRS if pair[1] not in MODES_OF_FLAG[pair[0]]])
 @pytest.mark.usefixtures("no_model")
 def test_flag_is_refused_in_a_mode_where_it_cannot_act(drive, tmp_path, flag, mode):
@@ -664,15 +581,6 @@ def test_flag_is_refused_in_a_mode_where_it_cannot_act(drive, tmp_path, flag, mo
     assert err.startswith(f"test_gradcam.py: error: {flag} acts in {acts} mode only; in {mode} mode ")
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_every_flag_of_some_modes_is_known_to_the_parser():
-    for flag, mode in PAIRS:
-        if mode in MODES_OF_FLAG[flag]:
-            value = [] if OUTSIDE[flag] is None else [OUTSIDE[flag]]
-            value += ["--target", "cat"] if flag in ("--target_occurrence", "--contrast") else []
-            value += ["--window", "2"] if (flag, mode) == ("--mask", "knockout") else []
-            assert parse_args(["--mode", mode, flag, *value]).mode == mode
 
 
 USUAL = ["--answer", "red cat, red dog", "--num_samples", "1", "--target", "red", "--steps", "4"]
@@ -912,6 +820,7 @@ def test_target_that_the_models_own_answer_lacks_is_left_out_of_a_benchmark(driv
 
 
 # flow and knockout
+
 
 FLOW = {"information_flow.png", "information_flow.csv", "information_flow.npz"}
 KNOCKOUT = {"knockout.png", "knockout.csv", "knockout.npz"}
@@ -1361,70 +1270,9 @@ def test_names_that_users_import_from_driver_and_figures_are_there():
 # layers, wherever they are taken
 
 
-@pytest.mark.parametrize("flag", ["--layers", "--layer_range"])
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["0-3"], [0, 1, 2, 3]),
-        (["3,0"], [3, 0]),
-        (["0-1,3", "-1"], [0, 1, 3, -1]),
-        (["-3,-1"], [-3, -1]),
-        (["-3--1"], [-3, -2, -1]),
-        (["1", "2"], [1, 2]),
-        (["late"], ["late"]),
-        (["all"], ["all"]),
-    ],
-)
-def test_layers_are_ranges_lists_and_names_in_each_mode_that_takes_them(flag, words, expected):
-    for mode in ("grid", "multi", "words", "evaluate"):
-        assert parse_args(["--mode", mode, flag, *words]).layers == expected
-
-
 def test_layers_act_in_grid_mode(drive, tmp_path):
     assert drive("--mode", "grid", "--layers", "1-2", "--answer", ANSWER)[0] == 0
     assert written(tmp_path / "out/grid") == {"layer_comparison_grid.png"} | of_layers(1, 2)
-
-
-# flags without torch
-
-
-def test_choices_of_the_flags_are_those_of_the_modules():
-    assert tuple(core.SCORES) == CHOICES["score"]
-    assert tuple(core.METHODS) == CHOICES["method"]
-    assert tuple(core.RULES) == CHOICES["rules"]
-    assert CHOICES["tap"] == core.TAPS
-    assert CHOICES["baseline"] == faithfulness.BASELINES
-    assert visualization_utils.LAYER_RANGES == common.flags.LAYER_NAMES
-    assert vars(test_gradcam.Request.of(parse_args([])).settings) == vars(core.Settings(noise_std=0.15))
-
-
-def test_flags_are_those_of_the_command_line_unless_given(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["test_gradcam.py", "--layer", "5"])
-    assert parse_args().layer == 5
-    assert parse_args([]).layer is None
-
-
-DRIVER = str(ROOT / "test_gradcam.py")
-WITHOUT_TORCH = """
-import runpy, sys
-class Refuse:
-    def find_spec(self, name, *_):
-        if name in ("torch", "transformers", "numpy", "matplotlib"):
-            raise SystemExit(f"{name} is imported")
-sys.meta_path.insert(0, Refuse())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize(
-    "flags", [["--help"], ["--lyer", "3"], ["--steps", "3"], ["--method", "cam"], ["--layer", "x"]]
-)
-def test_help_and_wrong_flags_are_answered_before_torch_is_imported(flags):
-    command = [sys.executable, "-c", WITHOUT_TORCH, DRIVER, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == (0 if flags == ["--help"] else 2), done.stderr
-    assert "is imported" not in done.stderr
 
 
 # the process

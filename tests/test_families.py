@@ -1,8 +1,6 @@
 """Qwen2-VL and Qwen3-VL take the code of Qwen2.5-VL: tiny random models of both, against independent oracles."""
 
 import copy
-import inspect
-import io
 import json
 import re
 from contextlib import contextmanager
@@ -12,98 +10,45 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CHAT_TEMPLATE, SPECIAL, _keep_float64, check_layout, make_image, quick
-from PIL import Image
+from conftest import make_image
+from family_models import (
+    ANSWER,
+    CLASSES,
+    FAMILIES,
+    LAYERS,
+    PROMPT,
+    SIDES,
+    autograd,
+    by_the_book,
+    decoder,
+    make_processor,
+    make_random,
+    map_by_hand,
+    of_all,
+)
 from torch import nn
 
 import smooth_gradcam as core
 import test_gradcam
 from common.checkpoint import cap_pixels, load_model, load_processor
-from common.page import Paper
 from common.passes import contrasted_passes, vision_kept, watched_passes
-from smooth_gradcam import Look, Settings, compute_token_maps, explain, find_target, get_model_layers, read
+from smooth_gradcam import Settings, compute_token_maps, explain, find_target, read
 from studies.decoder import token_groups
 from studies.faithfulness import insertion_deletion
-from studies.video import Video, animate, create_video_maps, read_video, strip_figure
 from studies.words import create_word_maps
 
-PROMPT = "What is it?"
-ANSWER = "the red cat 猫"
 CLEAN = {"use_smooth": False, "answer": ANSWER}
-FAMILIES = ("qwen2_vl", "qwen3_vl")
-ALL = (*FAMILIES, "qwen2_5_vl")  # where its own tests have nothing
-CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
-SIDES = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}  # pixels of an image token
+
+
 STDS = {"qwen2_vl": (0.26862954, 0.26130258, 0.27577711), "qwen3_vl": (0.5, 0.5, 0.5)}
-LAYERS = 5
+
+
 DEEPSTACK = 2  # Qwen3-VL adds vision features behind layers 0 and 1
-
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "max_position_embeddings": 1024}
-TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-TEXT |= {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 1, 1]}}
-OF_FAMILY = {
-    "qwen2_vl": (
-        {"use_sliding_window": False},
-        {"depth": 2, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2, "num_heads": 2},
-    ),
-    "qwen2_5_vl": (
-        {"use_sliding_window": False},
-        {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
-        | {"fullatt_block_indexes": [1], "window_size": 112},
-    ),
-    "qwen3_vl": (
-        {"head_dim": 8},
-        {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
-        | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
-    ),
-}
-
-
-of_all = pytest.mark.parametrize("family", ALL, indirect=True)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request):
     return request.param
-
-
-def make_processor(family, tokenizer):
-    """As the published checkpoints have it: Qwen3-VL's patches are 16 pixels wide, its pixels go from -1 to 1."""
-    side = SIDES[family]
-    images = {"min_pixels": 4 * side**2, "max_pixels": 200 * side**2}
-    if family == "qwen3_vl":
-        images = {"size": {"shortest_edge": 4 * side**2, "longest_edge": 200 * side**2}}
-        images |= {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    videos = {"size": {"shortest_edge": 4 * side**2, "longest_edge": 800 * side**2}}
-    videos = getattr(transformers, f"{CLASSES[family].replace('2_5_', '2')}VideoProcessor")(**videos)
-    make = getattr(transformers, f"{CLASSES[family]}Processor")
-    return make(transformers.Qwen2VLImageProcessor(**images), tokenizer, videos, chat_template=CHAT_TEMPLATE)
-
-
-def make_random(family, tokenizer, dtype=torch.float64):
-    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in SPECIAL}
-    text, vision = OF_FAMILY[family]
-    config = getattr(transformers, f"{CLASSES[family]}Config")(
-        text_config=TEXT | text | {"vocab_size": len(tokenizer)},
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")(config)
-        if dtype == torch.float64:
-            _keep_float64(model)
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-            elif "norm" in name or "bias" in name:  # as if they were trained
-                nn.init.normal_(parameter, float("weight" in name), 0.2)
-    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
-    return quick(model).to(dtype).eval()
 
 
 @pytest.fixture(scope="session")
@@ -127,122 +72,12 @@ def reading(model, processor, image):
     return read(model, processor, image, PROMPT, ANSWER)
 
 
-def decoder(model):
-    return get_model_layers(model)[0]
-
-
 # oracles: no hook and no rule of the core
-
-
-def norm_with(norm, denominator):
-    """An RMSNorm's forward in its own dtype, x / denominator(x)."""
-    return lambda x: norm.weight * (x / denominator((x.square().mean(-1, keepdim=True) + norm.eps).sqrt()))
-
-
-def layer_norm_with(norm, denominator):
-    def forward(x):
-        spread = denominator((x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt())
-        return norm.weight * ((x - x.mean(-1, keepdim=True)) / spread) + norm.bias
-
-    return forward
-
-
-def half(x, part=0.5):
-    return part * x + (1 - part) * x.detach()
-
-
-def mlp_by_the_rules(mlp):
-    def forward(x):
-        gate = mlp.gate_proj(x)
-        return mlp.down_proj(half(gate * torch.sigmoid(gate).detach()) * half(mlp.up_proj(x)))
-
-    return forward
-
-
-def attention_by_the_rules(attention):
-    """Softmax attention whose products share their relevance half and half; rotations are those of the model."""
-    module = inspect.getmodule(type(attention))
-    of_three = hasattr(module, "apply_multimodal_rotary_pos_emb")  # Qwen2-VL in transformers 4
-
-    def turned(q, k, cos, sin):
-        if of_three and cos.dim() == 4:
-            section = (attention.config.rope_scaling or {})["mrope_section"]
-            return module.apply_multimodal_rotary_pos_emb(q, k, cos, sin, section)
-        return module.apply_rotary_pos_emb(q, k, cos, sin)
-
-    def forward(hidden_states, position_embeddings, attention_mask=None, **_):
-        q, k, v = (
-            proj(hidden_states).unflatten(-1, (-1, attention.head_dim))
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = turned(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.transpose(1, 2).repeat_interleave(groups, 1)
-        scores = half(q) @ half(k).transpose(2, 3) * attention.scaling
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
-        mixed = half(weights) @ half(v)
-        return attention.o_proj(mixed.transpose(1, 2).flatten(2)), None
-
-    return forward
-
-
-def by_the_book(model, rules):
-    """A copy of the model whose plain gradients are those of the rules."""
-    model = copy.deepcopy(model)
-    constant = (lambda size: size) if rules == "plain" else torch.Tensor.detach
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = norm_with(module, constant)
-        elif type(module) is nn.LayerNorm:
-            module.forward = layer_norm_with(module, constant)
-    for layer in decoder(model) if rules == "attnlrp" else ():
-        layer.mlp.forward = mlp_by_the_rules(layer.mlp)
-        layer.self_attn.forward = attention_by_the_rules(layer.self_attn)
-    return model
 
 
 @pytest.fixture(scope="session")
 def oracles(model):
     return {rules: by_the_book(model, rules) for rules in core.RULES}
-
-
-def autograd(model, reading, modules, answer, at_input=True):
-    """{module's place in the list: (features, gradient)} of the answer's logits: full graph, full logits."""
-    ids = reading.inputs["input_ids"].new_tensor([answer])
-    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
-    inputs = {
-        name: torch.cat([value, more[name]], dim=1) if name in more else value for name, value in reading.inputs.items()
-    }
-    seen = {}
-
-    def keep(i, tensor):
-        seen[i] = tensor.clone()
-        return seen[i].clone()  # that nothing is added to in place
-
-    handles = []
-    for i, module in enumerate(modules):
-        if at_input:
-            hook = lambda m, args, i=i: (keep(i, args[0]), *args[1:])  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
-        else:
-
-            def hook(m, args, out, i=i):
-                return (keep(i, out[0]), *out[1:]) if isinstance(out, tuple) else keep(i, out)
-
-            handles.append(module.register_forward_hook(hook))
-    logits = model(**inputs, use_cache=False).logits[0]
-    for handle in handles:
-        handle.remove()
-    start = reading.inputs["input_ids"].shape[1] - 1
-    score = sum(logits[start + i, token] for i, token in enumerate(answer))
-    gradients = torch.autograd.grad(score, list(seen.values()), allow_unused=True)
-    return {
-        i: (a.detach(), torch.zeros_like(a) if g is None else g)
-        for (i, a), g in zip(seen.items(), gradients, strict=True)
-    }
 
 
 def found_by_core(reading, layers, **settings):
@@ -302,18 +137,6 @@ def test_gradients_within_the_vision_tower_are_autograds(model, oracles, reading
         for a, b in zip(found, right, strict=True):
             assert b.abs().max() > 1e-3
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # rotations of the tower are in float32
-
-
-def map_by_hand(features, gradient, method):
-    """(N, C) x 2 -> (N,): the formulas once more."""
-    features, gradient = features.numpy(), gradient.numpy()
-    if method == "paper":
-        return (features * gradient.mean(0)).sum(1).clip(0)
-    size = (features**2).mean(1, keepdims=True) ** 0.5
-    features, gradient = features / size - (features / size).mean(0), gradient * size
-    own = (features * gradient).sum(1).clip(0)
-    pooled = (features * (own[:, None] * gradient).sum(0) / own.sum()).sum(1).clip(0)
-    return {"gradcam": pooled, "hirescam": own, "product": (pooled**3 * own) ** 0.25}[method]
 
 
 @pytest.mark.parametrize("method", core.METHODS)
@@ -757,135 +580,3 @@ def test_lists_that_hold_no_photos_are_named(model, processor, image):
     ):
         with pytest.raises(ValueError, match=message):
             read(model, processor, given, PROMPT)
-
-
-# video
-
-
-@pytest.fixture(scope="session")
-def frames(family):
-    side = SIDES[family]
-    return [make_image(7 * side, 5 * side).rotate(90 * i).resize((7 * side, 5 * side)) for i in range(4)]
-
-
-VIDEO_TEMPLATE = CHAT_TEMPLATE.replace("{% else %}{{ part", "{% elif part['type'] == 'video' %}<|vision_start|>"
-                                       "<|video_pad|><|vision_end|>{% else %}{{ part")  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def film(model, processor, frames):
-    """Of four frames: two temporal patches of 5 x 7 tokens."""
-    processor.chat_template = VIDEO_TEMPLATE
-    return read_video(model, processor, Video(frames), PROMPT, ANSWER)
-
-
-@of_all
-def test_video_is_read_as_the_processor_has_it(film, frames, family):
-    assert film.grids == ((5, 7), (5, 7))
-    assert [photo.tobytes() for photo in film.photos] == [frames[0].tobytes(), frames[2].tobytes()]
-    assert film.inputs["video_grid_thw"].tolist() == [[2, 10, 14]]
-    assert "pixel_values" not in film.inputs
-    ids = film.inputs["input_ids"][0]
-    video = film.processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    assert (ids == video).nonzero()[:, 0].tolist() == film.positions.tolist()
-    if family == "qwen2_5_vl":  # two frames of two a second
-        assert film.inputs["second_per_grid_ts"].tolist() == [1.0]
-    if family == "qwen3_vl":  # in the middle of the two
-        assert "<0.2 seconds>" in film.processor.tokenizer.decode(ids)
-        assert "<1.2 seconds>" in film.processor.tokenizer.decode(ids)
-
-
-@of_all
-def test_each_temporal_patch_has_its_part_of_the_map(oracles, film):
-    found = explain(film, [(0, len(film.answer))], range(LAYERS), Settings(use_smooth=False))
-    assert [(one.image, one.grid) for one in found] == [(0, (5, 7)), (1, (5, 7))]
-    book = oracles["attnlrp"]
-    expected = autograd(book, film, decoder(book), film.tokens)
-    for layer in range(LAYERS):
-        pair = (tensor[0, film.positions] for tensor in expected[layer])
-        together = np.concatenate([one.maps[layer].ravel() for one in found])
-        np.testing.assert_allclose(together, map_by_hand(*pair, "gradcam"), rtol=1e-4, atol=1e-7)
-
-
-@of_all
-def test_vision_merger_of_a_video_is_in_raster_order(model, film):
-    settings = Settings(use_smooth=False, method="hirescam")
-    for one in explain(film, [(0, len(film.answer))], [0, model.model.visual.merger], settings):
-        np.testing.assert_allclose(one.maps["model.visual.merger"], one.maps[0], rtol=1e-5)
-
-
-@of_all
-def test_every_frame_gets_noise_of_its_own(film, family, monkeypatch):
-    seen, plain = [], core.add_noise
-    monkeypatch.setattr(core, "add_noise", lambda *args: seen.append(plain(*args)) or seen[-1])
-    explain(film, [(0, 3)], [1], Settings(num_samples=2, noise_std=0.2))
-    noise = (torch.stack(seen) - film.inputs["pixel_values_videos"]).unflatten(-1, (3, 2, -1))
-    std = torch.tensor(film.processor.video_processor.image_std)
-    for frame in noise.unbind(3):
-        torch.testing.assert_close(frame.std((0, 1, 3)) * std, torch.full((3,), 0.2), rtol=0.05, atol=0)
-    assert abs(np.corrcoef(noise[:, :, :, 0].flatten(), noise[:, :, :, 1].flatten())[0, 1]) < 0.05
-
-
-@of_all
-def test_model_answers_to_a_video(model, processor, film):
-    found = read_video(model, processor, Video(film.photos, fps=1), PROMPT, max_new_tokens=3)
-    assert 1 <= len(found.tokens) <= 3
-    assert len(found.grids) == 1
-
-
-@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
-def test_bad_videos_are_named(model, processor, film, frames, image):
-    with pytest.raises(ValueError, match="a video of 1 frames .196 x 140.: give two or more, all of one size"):
-        Video(frames[:1])
-    with pytest.raises(ValueError, match="a video of 2 frames .196 x 140, 168 x 112.: give two or more, all of one"):
-        Video([frames[0], image])
-    for fps in (0, -1, float("inf"), float("nan"), "2", True, 1e-300, 10**400):
-        with pytest.raises(ValueError, match=re.escape(f"fps={fps!r} must be frames per second, 0.01 to 1000")):
-            Video(frames, fps)
-    for odd in (None, 5, frames[0], "a.png"):
-        with pytest.raises(ValueError, match="must be a list of photos"):
-            Video(odd)
-    with pytest.raises(ValueError, match="is no processor"):
-        read_video(model, processor.tokenizer, Video(frames), PROMPT, ANSWER)
-    with pytest.raises(ValueError, match="^image of type Video must be a path"):
-        compute_token_maps(model, processor, Video(frames), PROMPT, [0])
-    with pytest.raises(ValueError, match="^the prompt has a video, and this takes one photo"):
-        read_video(model, processor, Video(frames[:2]), PROMPT, ANSWER).photo  # noqa: B018
-    with pytest.raises(ValueError, match="must be uint8 .height, width, 3., RGB"):
-        read(model, processor, np.stack([np.asarray(frame) for frame in frames]), PROMPT)
-
-
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"], indirect=True)
-@pytest.mark.parametrize("width", ["page", "column"])
-def test_strip_and_animation_show_each_temporal_patch(model, processor, film, frames, tmp_path, width):
-    """The animation has a frame for each frame; what differs between the two of a patch is the frames alone."""
-    options = {"answer": ANSWER, "target": "red", "num_samples": 2, "fps": 4, "quiet": True, "paper": Paper(width)}
-    patches = create_video_maps(model, processor, frames, PROMPT, -1, tmp_path / "out", **options)
-    with np.load(tmp_path / "out/maps.npz") as file:
-        assert file["maps"].shape == (2, 5, 7)
-        for one, cam in zip(patches, file["maps"], strict=True):
-            np.testing.assert_array_equal(one.maps[LAYERS - 1], cam)
-    with Image.open(tmp_path / "out/video.webp") as film_file:
-        assert (film_file.n_frames, film_file.size, film_file.info["loop"]) == (4, frames[0].size, 0)
-        film_file.load()
-        assert film_file.info["duration"] == 250
-    reading = read_video(model, processor, Video(frames, 4), PROMPT, ANSWER)
-    page = strip_figure(reading, patches, LAYERS - 1, 4, Look(), Paper(width))
-    np.asarray(page)  # drawn
-    said = [text.get_text() for text in page.figure.texts]
-    assert {"0.0 s", "0.5 s"} <= set(said)
-    check_layout(page.figure)
-
-
-def test_animation_has_one_scale_and_each_map_its_share_of_the_frames():
-    """By the colours of grey frames under maps of one cell: full, none, half. (WebP merges frames that are equal.)"""
-    grey = [Image.new("RGB", (32, 32), (60 * i,) * 3) for i in range(5)]
-    maps = [np.full((1, 1), value, np.float32) for value in (4, 0, 2)]
-    with Image.open(io.BytesIO(animate(grey, maps, 10))) as film:
-        seen = []
-        for i in range(film.n_frames):
-            film.seek(i)
-            seen.append(np.asarray(film.convert("RGB")).mean((0, 1)))
-    shown = zip(grey, (0, 0, 1, 1, 2), strict=True)
-    expected = [core.render_cam(frame, maps[i], Look(), 4)[0].mean((0, 1)) for frame, i in shown]
-    np.testing.assert_allclose(seen, expected, atol=8)

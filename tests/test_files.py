@@ -14,10 +14,7 @@ import pytest
 from PIL import Image
 
 import common.files
-from common.encoding import is_ours
 from common.files import MOVING, SIGN, STAGING, disk_full, other_files, output_folder, write_files
-from common.inputs import check_inputs
-from studies.video import animate
 
 ROOT = Path(__file__).parent.parent
 PIXELS = np.zeros((2, 2, 3), np.uint8)
@@ -224,61 +221,6 @@ def test_a_forged_staging_folder_moves_nothing_out_of_the_folder(tmp_path):
     write_files(tmp_path / "out", {"b.txt": ""})
     assert listing(tmp_path) == ["out", "out/a.txt", "out/b.txt", "victim", "victim/a.txt"]
     assert (tmp_path / "victim/a.txt").read_text() == "mine"
-
-
-# inputs
-
-
-@pytest.mark.parametrize("way", ["itself", "subfolder", "link there", "link from there", "linked folder", "part"])
-def test_an_input_in_the_folder_that_is_written_to_is_refused_before_anything_is_done(tmp_path, way):
-    """By whatever way it lies there; both are named."""
-    (tmp_path / "out/part/deep").mkdir(parents=True)
-    (tmp_path / "photos").mkdir()
-    photos = {
-        "itself": tmp_path / "out/a.png",
-        "subfolder": tmp_path / "out/part/deep/a.png",
-        "link there": tmp_path / "photos/link.png",
-        "link from there": tmp_path / "out/link.png",
-        "linked folder": tmp_path / "other/a.png",
-        "part": tmp_path / "photos/a.png",
-    }
-    photo = photos[way]
-    if way == "link there":
-        (tmp_path / "out/a.png").touch()
-        photo.symlink_to(tmp_path / "out/a.png")
-    elif way == "link from there":
-        (tmp_path / "photos/a.png").touch()
-        photo.symlink_to(tmp_path / "photos/a.png")
-    else:
-        (tmp_path / "other").symlink_to("out")
-        photo.touch()
-    if way == "part":
-        (tmp_path / "out/linked").symlink_to(tmp_path / "photos")
-    before = listing(tmp_path)
-    with pytest.raises(ValueError, match=r"the input .*png lies in .*, the folder that this run writes to: choose"):
-        output_folder(tmp_path / "out", ["linked"], inputs=[photo]).__enter__()
-    assert listing(tmp_path) == before
-
-
-def test_inputs_elsewhere_are_no_hindrance(tmp_path):
-    (tmp_path / "a.png").touch()
-    check_inputs([tmp_path / "out", tmp_path], [None, PIXELS, "Qwen/Qwen2.5", "a\0b", "a" * 300], "--output_dir")
-    with output_folder(tmp_path / "out", inputs=[tmp_path / "a.png", tmp_path / "none.png"]) as write:
-        write({"a.png": PIXELS})
-    check_inputs([tmp_path / "out"], [tmp_path / "out/../a.png"])
-    (tmp_path / "model").mkdir()
-    with pytest.raises(ValueError, match="model lies in"):
-        check_inputs([tmp_path / "model"], [str(tmp_path / "model")])
-
-
-def test_pictures_are_known_as_ours_and_photos_are_not(tmp_path):
-    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green")]
-    files = {"a.png": PIXELS, "wide.png": np.zeros((900, 900, 3), np.uint8)}
-    files["video.webp"] = animate(frames, [np.eye(3, dtype=np.float32)], 2)
-    assert all(map(is_ours, write_files(tmp_path, files)))
-    frames[0].save(tmp_path / "photo.png")
-    os.mkfifo(tmp_path / "fifo.png")
-    assert not any(is_ours(tmp_path / name) for name in ("photo.png", "fifo.png", "none.png", "."))
 
 
 # two runs

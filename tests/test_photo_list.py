@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 from dataclasses import replace
@@ -16,11 +15,8 @@ from conftest import make_image
 from kill_runs import count_lost, work
 
 from common.files import write_files
-from common.photos import object_mask
 from common.processes import Processes
 from smooth_gradcam import ExplanationWarning
-from studies import coco
-from studies.benchmark import basis, interval, summarise, to_latex, to_table
 from studies.photo_list import Item, key_of, named, read_list, work_off
 
 ROOT = Path(__file__).parent.parent
@@ -172,62 +168,6 @@ def test_lists_of_nothing_are_refused(tmp_path):
     for path, reason in reasons.items():
         with pytest.raises(ValueError, match=reason):
             read_list([str(tmp_path / path)])
-
-
-def test_objects_of_coco_are_their_pixels():
-    size = (8, 6)
-    expected = np.zeros((6, 8), bool)
-    expected[1:4, 2:7] = True
-    square = [2, 1, 7, 1, 7, 4, 2, 4]
-    assert (object_mask({"box": [2, 1, 5, 3]}, size) == expected).all()
-    assert (object_mask({"segmentation": [square]}, size) == expected).all()
-    both = object_mask({"segmentation": [[0, 0, 2, 0, 2, 2, 0, 2], [5, 3, 8, 3, 8, 6, 5, 6]]}, size)
-    assert both[0, 0]
-    assert both[5, 7]
-    assert not both[5, 0]
-    for given, reason in (
-        ({"box": [1, 2, 3]}, "the box cannot be read"),
-        ({"box": "abcd"}, "the box cannot be read"),
-        ({"box": "1234"}, "the box cannot be read"),
-        (
-            {"box": [1, 1, float("inf"), 3]},
-            r"cannot be read \(the box has a number that is not finite\): give \[x",
-        ),
-        ({"box": [1, 1, float("nan"), 3]}, "the box cannot be read"),
-        ({"box": [1e308, 1, 1e308, 3]}, "the box cannot be read"),
-        ({"box": ["a", "b", "c", "d"]}, "the box cannot be read"),
-        ({"box": [10**400, 1, 2, 3]}, "the box cannot be read"),
-        ({"box": [True, True, True, 5]}, "the box must be a list of numbers"),
-        ({"box": [5, 1, 6, 3]}, "it reaches beyond the photo, which has 8 x 6 pixels the right way up"),
-        ({"box": [-20, -20, 23, 23]}, "it reaches beyond the photo"),
-        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "a polygon has a number that is not finite"),
-        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "it reaches beyond the photo"),
-        ({"segmentation": [[]]}, "a polygon of 0 numbers"),
-        ({"segmentation": [[1, 2, 3, 4]]}, "a polygon of 4 numbers"),
-        ({"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "a polygon must be a list of numbers"),
-        ({"segmentation": [square] * 1001}, "1001 polygons, where up to 1000 are drawn"),
-        ({"mask": "no.png"}, "the mask no.png: .*does not exist"),
-        ({"box": [3, 3, 0, 0]}, "the box covers none"),
-        ({"box": [0, 0, 8, 6]}, "the box covers all"),
-        ({"segmentation": [[1, 2, 3]]}, "the segmentation cannot be read"),
-        ({"segmentation": 3}, "the segmentation cannot be read"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            object_mask(given, size)
-
-
-def test_run_lengths_need_pycocotools_and_the_photos_size():
-    part = {"size": [6, 8], "counts": [13, 3, 3, 3, 26]}
-    try:
-        import pycocotools  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="pip install pycocotools"):
-            object_mask({"segmentation": part}, (8, 6))
-        return
-    pixels = object_mask({"segmentation": part}, (8, 6))  # column by column
-    assert (pixels.T.ravel() == np.repeat([False, True, False, True, False], part["counts"])).all()
-    with pytest.raises(ValueError, match="run lengths are of 8 x 6 pixels"):
-        object_mask({"segmentation": part}, (8, 7))
 
 
 # what is done
@@ -496,135 +436,3 @@ def test_two_processes_one_of_them_killed_and_resumed_give_what_one_gives(photos
         for folder in (tmp_path / "one", tmp_path / "two")
     )
     assert one == two
-
-
-# a benchmark
-
-
-def test_interval_resamples_photos_and_not_words():
-    values, photos = np.array([1.0, 1, 1, 1, 0, 0]), np.array(list("aaaabc"))
-    mean, low, high = interval(values, photos)
-    assert mean == pytest.approx(4 / 6)
-    assert low == 0  # only b and c are drawn, which words alone would hardly give
-    assert high == 1
-    assert interval(np.ones(4), np.array(list("abcd"))) == (1, 1, 1)
-
-
-def test_table_has_means_over_the_words_that_have_the_measure():
-    def row(method, pointing, difference=None):
-        found = {"method": method, "layer": "7", "pointing": pointing}
-        return found if difference is None else found | {"difference": difference}
-
-    found = [
-        ("a", [row("gradcam", 1.0, 0.5), row("product", 0.0)]),
-        ("a", [row("gradcam", 0.0), row("product", 0.0)]),
-        ("b", [row("gradcam", 1.0, 0.7), row("product", 1.0)]),
-    ]
-    gradcam, product = summarise(found)
-    assert (gradcam["words"], gradcam["photos"]) == (3, 2)
-    assert gradcam["pointing"] == pytest.approx(2 / 3)
-    assert gradcam["difference"] == pytest.approx(0.6)
-    assert (gradcam["pointing_words"], gradcam["difference_words"]) == (3, 2)
-    assert basis([gradcam, product]) == "ins. − del. of 2 words; "
-    assert not basis([product])
-    assert "difference" not in product
-    head, first, second = to_table([gradcam, product])
-    assert head.split() == ["method", "layer", "pointing", "ins.", "−", "del."]
-    assert first.startswith("gradcam  7      0.67 (0.50-1.00)  0.60 (0.50-0.70)")
-    assert second.split() == ["product", "7", "0.33", "(0.00-1.00)"]
-    latex = to_latex([gradcam, product], "95 % of photos_1, ins. − del.")
-    assert "{$-$0.60}" in to_latex([gradcam | {"difference": -0.6}], "")
-    assert "\\caption{95 \\% of photos\\_1, ins. $-$ del.}" in latex
-    assert "gradcam & 7 & \\textbf{0.67}" in latex
-    assert "product & 7 & 0.33" in latex
-    assert " & -- \\\\" in latex
-
-
-COCO = {
-    "images": [
-        {"id": 1, "file_name": "one.jpg", "width": 100, "height": 50},
-        {"id": 2, "file_name": "two.jpg", "width": 100, "height": 50},
-    ],
-    "categories": [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}],
-    "annotations": [
-        {"image_id": 1, "category_id": 18, "iscrowd": 0, "area": 400, "segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]]},
-        {"image_id": 1, "category_id": 18, "iscrowd": 0, "area": 100, "segmentation": [[50, 0, 60, 0, 60, 10, 50, 10]]},
-        {"image_id": 1, "category_id": 17, "iscrowd": 0, "area": 9, "segmentation": [[0, 0, 3, 0, 3, 3, 0, 3]]},
-        {"image_id": 2, "category_id": 17, "iscrowd": 1, "area": 900, "segmentation": {"counts": [1]}},
-        {"image_id": 2, "category_id": 18, "iscrowd": 0, "area": 900, "segmentation": [[9, 9, 39, 9, 39, 39, 9, 39]]},
-    ],
-}
-
-
-def test_converter_joins_the_objects_of_a_category_and_leaves_crowds_and_crumbs_out(tmp_path, capsys):
-    photos = tmp_path / "val"
-    photos.mkdir()
-    for name in ("one.jpg", "two.jpg"):
-        make_image(100, 50).save(photos / name)
-    (tmp_path / "instances.json").write_text(json.dumps(COCO))
-    coco.main([str(tmp_path / "instances.json"), str(photos), "--output", str(tmp_path / "coco.jsonl")])
-    assert "2 words in 2 photos" in capsys.readouterr().out
-    first, second = read_list([str(tmp_path / "coco.jsonl")])
-    assert (first.name, first.target, second.target) == ("one", "dog", "dog")
-    mask = object_mask(first.object, (100, 50))
-    assert mask[10, 10]
-    assert mask[5, 55]
-    assert not mask[5, 40]
-    coco.main([str(tmp_path / "instances.json"), str(photos), "--output", str(tmp_path / "one.jsonl"), "--count", "1"])
-    assert len(read_list([str(tmp_path / "one.jsonl")])) == 1
-    (photos / "one.jpg").unlink()
-    other = [{"image_id": 9, "category_id": 17, "area": 900, "segmentation": [[9, 9, 39, 9, 39, 39]]}]
-    wrong = {json.dumps(COCO | {"annotations": other}): "of the image 9, which does not exist"}
-    other[0] |= {"image_id": 1, "category_id": 5}
-    wrong[json.dumps(COCO | {"annotations": other})] = "of the category 5, which does not exist"
-    wrong[json.dumps(COCO | {"annotations": []})] = "nothing is left"
-    wrong |= {json.dumps(COCO): "one.jpg", "{}": "images, annotations, categories is missing", "[": "json"}
-    for content, reason in wrong.items():
-        (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(SystemExit):
-            coco.main([str(tmp_path / "bad.json"), str(photos), "--output", str(tmp_path / "no.jsonl")])
-        assert reason in capsys.readouterr().err
-    assert not (tmp_path / "no.jsonl").exists()
-
-
-def test_converter_replaces_none_of_its_inputs(tmp_path, capsys):
-    for name in ("one.jpg", "two.jpg"):
-        make_image(100, 50).save(tmp_path / name)
-    annotations = tmp_path / "instances.json"
-    annotations.write_text(json.dumps(COCO))
-    (tmp_path / "link.jsonl").symlink_to("one.jpg")
-    os.link(annotations, tmp_path / "other.jsonl")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    for name in ("instances.json", "two.jpg", "link.jsonl", "other.jsonl"):
-        with pytest.raises(SystemExit):
-            coco.main([str(annotations), str(tmp_path), "--output", str(tmp_path / name), "--count", "1"])
-        assert re.search(rf"--output .*{name} is .*: it would be replaced", capsys.readouterr().err)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    for _ in range(2):
-        coco.main([str(annotations), str(tmp_path), "--output", str(tmp_path / "coco.jsonl")])
-
-
-def converted(capsys, *arguments):
-    """What the converter says, of a request that cannot be met: one line, which cannot steer the terminal."""
-    with pytest.raises(SystemExit) as ended:
-        coco.main([str(argument) for argument in arguments])
-    err = capsys.readouterr().err
-    assert (ended.value.code, err.count("\n"), "\x1b" in err) == (2, 1, False)
-    return err
-
-
-def test_annotations_that_cannot_be_read_are_one_line(tmp_path, capsys, photos):
-    os.mkfifo(tmp_path / "pipe.json")
-    assert "is a folder, a pipe or a device" in converted(capsys, tmp_path / "pipe.json", photos)
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    assert "RecursionError" in converted(capsys, tmp_path / "deep.json", photos)
-    image = {"id": 1, "file_name": "\x1b]0;a\x07.png", "width": 40, "height": 30}
-    part = {"image_id": 1, "category_id": 1, "area": 400, "segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]]}
-    data = {"images": [image], "annotations": [part], "categories": [{"id": 1, "name": "dog"}]}
-    (tmp_path / "escape.json").write_text(json.dumps(data))
-    assert "photos are not in" in converted(capsys, tmp_path / "escape.json", photos)
-    assert "give a share, 0 to 1" in converted(capsys, tmp_path / "escape.json", photos, "--smallest", "nan")
-    make_image(30, 40).save(tmp_path / "turned.png")
-    image["file_name"] = "turned.png"
-    (tmp_path / "turned.json").write_text(json.dumps(data))
-    assert "has (30, 40) pixels the right way up" in converted(capsys, tmp_path / "turned.json", tmp_path)

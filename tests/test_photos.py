@@ -18,10 +18,10 @@ import common.bands
 import common.files
 import common.photos
 import smooth_gradcam as core
-from common.bands import lay_on_white, render_heatmap, render_overlay
+from common.bands import render_heatmap, render_overlay
 from common.files import write_files
 from common.inputs import open_regular
-from common.photos import load_mask, load_photo, open_photo, readable
+from common.photos import load_mask, load_photo, object_mask, open_photo, readable
 from smooth_gradcam import Look, SmoothQwenGradCAM, load_rgb
 from studies.photo_list import digest, read_list
 from studies.words import compute_word_maps
@@ -359,48 +359,6 @@ def test_texts_with_such_a_name_are_written_and_read_again(tmp_path):
 # large photos
 
 
-@pytest.mark.parametrize("how", ["smooth", "cells"])
-@pytest.mark.parametrize("opacity", [None, 0.37])
-@pytest.mark.parametrize(("size", "grid"), [((331, 777), (7, 11)), ((1009, 301), (40, 3)), ((97, 1501), (1, 53))])
-def test_pictures_drawn_in_bands_are_those_drawn_at_once(monkeypatch, how, opacity, size, grid):
-    numbers, look = np.random.default_rng(1), Look(upsample=how, opacity=opacity)
-    photo, cam = numbers.integers(0, 256, (*size, 3), np.uint8), numbers.random(grid, np.float32) ** 3
-    share = core.upsample_cam(core.normalize_cam(cam), size, how)
-    heatmap = core.colorize_cam(share, look.colormap)
-    overlay = core.overlay_cam(photo, heatmap, core.opacity_of(share, look))
-    for band in (2**30, 2**16, 1):
-        monkeypatch.setattr(common.bands, "BAND_PIXELS", band)
-        np.testing.assert_array_equal(render_overlay(Image.fromarray(photo), cam, look), overlay)
-        np.testing.assert_array_equal(render_heatmap(cam, size, look), heatmap)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
-def test_transparency_is_laid_on_white_in_bands_as_at_once(monkeypatch, mode):
-    pixels = np.random.default_rng(2).integers(0, 256, (70, 500, 4), np.uint8)
-    image = Image.fromarray(pixels).convert({"P": "RGB"}.get(mode, mode))
-    if mode == "P":
-        image = image.quantize(16)
-        image.info["transparency"] = 3
-    white = Image.new("RGBA", image.size, "white")
-    expected = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    for band in (2**30, 1):
-        monkeypatch.setattr(common.bands, "BAND_PIXELS", band)
-        assert lay_on_white(image).tobytes() == expected.tobytes()
-
-
-@pytest.mark.parametrize("size", [(61, 83), (1, 5), (400, 1)])
-def test_large_pictures_are_written_as_small_ones_are(tmp_path, monkeypatch, size):
-    picture = np.random.default_rng(3).integers(0, 256, (*size, 3), np.uint8)
-    kinds = {"a.png": picture, "b.png": Image.fromarray(picture), "c.png": lambda: picture}
-    small = write_files(tmp_path / "small", kinds)
-    monkeypatch.setattr(common.files, "LARGE_PICTURE", 3)
-    large = write_files(tmp_path / "large", kinds)
-    for path, other in zip(small, large, strict=True):
-        with Image.open(path) as one, Image.open(other) as another:
-            assert one.tobytes() == another.tobytes() == picture.tobytes()
-            assert one.info["dpi"] == another.info["dpi"]
-
-
 def test_large_pictures_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
     """The next is drawn once the one before is written."""
     monkeypatch.setattr(common.files, "LARGE_PICTURE", 3)
@@ -479,3 +437,119 @@ def test_documented_functions_take_grey_values_of_any_kind(model, processor, tmp
         )
         with Image.open(tmp_path / "multi/original_image.png") as drawn:
             assert drawn.tobytes() == expected
+
+
+# the object's mask
+
+
+def white_on_black():
+    """8 x 6 pixels, white at the top left in 3 of 8 columns and 2 of 6 rows."""
+    mask = Image.new("L", (8, 6), 0)
+    mask.paste(255, (0, 0, 3, 2))
+    return mask
+
+
+TOP_LEFT = np.zeros((6, 8), bool)
+TOP_LEFT[:2, :3] = True
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "F", "I;16"])
+def test_white_is_the_object_in_every_mode(tmp_path, mode):
+    if mode == "I;16":
+        mask = Image.fromarray(np.asarray(white_on_black()).astype(np.uint16) * 257)
+    else:
+        mask = white_on_black().convert("RGB").convert(mode)
+    np.testing.assert_array_equal(load_mask(mask, (8, 6)), TOP_LEFT)
+    if mode not in ("CMYK", "F"):
+        mask.save(tmp_path / "mask.png")
+        np.testing.assert_array_equal(load_mask(tmp_path / "mask.png", (8, 6)), TOP_LEFT)
+
+
+def test_mask_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    white_on_black().rotate(90, expand=True).save(tmp_path / "mask.png", exif=exif)
+    np.testing.assert_array_equal(load_mask(tmp_path / "mask.png", (8, 6)), TOP_LEFT)
+
+
+def test_object_is_what_is_lighter_than_mid_grey():
+    mask = Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8))
+    assert load_mask(mask, (4, 1)).tolist() == [[False, False, True, True]]
+
+
+def test_transparent_parts_of_a_mask_are_white():
+    mask = Image.new("RGBA", (8, 6), "black")
+    mask.paste((0, 0, 0, 0), (0, 0, 3, 2))
+    np.testing.assert_array_equal(load_mask(mask, (8, 6)), TOP_LEFT)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (8, 7), (16, 12)])
+def test_mask_of_another_size_names_both(size):
+    expected = rf"the mask has 8 x 6 pixels, the photo {size[0]} x {size[1]}\b"
+    with pytest.raises(ValueError, match=expected):
+        load_mask(white_on_black(), size)
+
+
+@pytest.mark.parametrize("colour", ["black", "white", "#010101"])
+def test_mask_without_object_or_without_the_rest_is_refused(colour):
+    with pytest.raises(ValueError, match="all white or all black"):
+        load_mask(Image.new("RGB", (8, 6), colour), (8, 6))
+
+
+# what is in it
+
+
+def test_objects_of_coco_are_their_pixels():
+    size = (8, 6)
+    expected = np.zeros((6, 8), bool)
+    expected[1:4, 2:7] = True
+    square = [2, 1, 7, 1, 7, 4, 2, 4]
+    assert (object_mask({"box": [2, 1, 5, 3]}, size) == expected).all()
+    assert (object_mask({"segmentation": [square]}, size) == expected).all()
+    both = object_mask({"segmentation": [[0, 0, 2, 0, 2, 2, 0, 2], [5, 3, 8, 3, 8, 6, 5, 6]]}, size)
+    assert both[0, 0]
+    assert both[5, 7]
+    assert not both[5, 0]
+    for given, reason in (
+        ({"box": [1, 2, 3]}, "the box cannot be read"),
+        ({"box": "abcd"}, "the box cannot be read"),
+        ({"box": "1234"}, "the box cannot be read"),
+        (
+            {"box": [1, 1, float("inf"), 3]},
+            r"cannot be read \(the box has a number that is not finite\): give \[x",
+        ),
+        ({"box": [1, 1, float("nan"), 3]}, "the box cannot be read"),
+        ({"box": [1e308, 1, 1e308, 3]}, "the box cannot be read"),
+        ({"box": ["a", "b", "c", "d"]}, "the box cannot be read"),
+        ({"box": [10**400, 1, 2, 3]}, "the box cannot be read"),
+        ({"box": [True, True, True, 5]}, "the box must be a list of numbers"),
+        ({"box": [5, 1, 6, 3]}, "it reaches beyond the photo, which has 8 x 6 pixels the right way up"),
+        ({"box": [-20, -20, 23, 23]}, "it reaches beyond the photo"),
+        ({"segmentation": [[1, 2, 3, 4, float("nan"), 6]]}, "a polygon has a number that is not finite"),
+        ({"segmentation": [[1, 2, 3, 4, 1e12, 6]]}, "it reaches beyond the photo"),
+        ({"segmentation": [[]]}, "a polygon of 0 numbers"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "a polygon of 4 numbers"),
+        ({"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "a polygon must be a list of numbers"),
+        ({"segmentation": [square] * 1001}, "1001 polygons, where up to 1000 are drawn"),
+        ({"mask": "no.png"}, "the mask no.png: .*does not exist"),
+        ({"box": [3, 3, 0, 0]}, "the box covers none"),
+        ({"box": [0, 0, 8, 6]}, "the box covers all"),
+        ({"segmentation": [[1, 2, 3]]}, "the segmentation cannot be read"),
+        ({"segmentation": 3}, "the segmentation cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            object_mask(given, size)
+
+
+def test_run_lengths_need_pycocotools_and_the_photos_size():
+    part = {"size": [6, 8], "counts": [13, 3, 3, 3, 26]}
+    try:
+        import pycocotools  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="pip install pycocotools"):
+            object_mask({"segmentation": part}, (8, 6))
+        return
+    pixels = object_mask({"segmentation": part}, (8, 6))  # column by column
+    assert (pixels.T.ravel() == np.repeat([False, True, False, True, False], part["counts"])).all()
+    with pytest.raises(ValueError, match="run lengths are of 8 x 6 pixels"):
+        object_mask({"segmentation": part}, (8, 7))

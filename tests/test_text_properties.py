@@ -1,54 +1,26 @@
 """Any text, number and list of layers: the right result, or one line that names what is wrong, in bounded time."""
 
-import ast
-import functools
-import io
 import re
 import unicodedata
-from pathlib import Path
 
 import pytest
 import regex
-from hypothesis import HealthCheck, assume, example, given, settings
+from any_text import ANYTHING, BLANKS, QUICK, SPECIAL, TEXTS
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_driver import drive, model_folder, photo_path  # noqa: F401  (fixtures)
-from tqdm.auto import tqdm
 
-import test_gradcam
-from common import progress
-from common.flags import LAYER_NAMES, parse_args
 from common.page import excerpt, font_families, split_at_span, text_width, wrap
 from common.terminal import plain
 from smooth_gradcam import Settings, decode, find_target, occurrences, read, token_spans
 from studies.words import split_words
-from visualization_utils import select_layers
 
-ROOT = Path(__file__).parent.parent
-QUICK = settings(max_examples=60, deadline=2000, suppress_health_check=list(HealthCheck))
 RUNS = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>"]
+
 
 # texts
 
-CONTROL = "\x00\x07\x08\x1b\r\n\t\x7f\x9b\u200e\u202e\u2066\u2029\ufffd"
-SCRIPTS = [
-    "the red cat",
-    "猫狗。",
-    "फलाम्",
-    "قطةِّ",
-    "กขิ้",
-    "한글",
-    "é e\u0301\u0323",
-    "😀👨\u200d👩\u200d👧❤\ufe0f",
-    "𠮷²½_-'’",
-]
-ESCAPES = ["\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "\u202egpj.exe", "cat\nwrote /etc/passwd"]
-CHARACTERS = st.one_of(st.sampled_from("".join(SCRIPTS) + CONTROL), st.characters(codec="utf-8"))
-PIECES = st.one_of(st.text(CHARACTERS, max_size=6), st.sampled_from([*SCRIPTS, *ESCAPES, " ", "\n"]))
-TEXTS = st.lists(PIECES, max_size=8).map("".join)
-ANYTHING = st.lists(st.one_of(PIECES, st.sampled_from([*SPECIAL, "\ud800", "a\udcff"])), max_size=8).map("".join)
+
 SAID = st.tuples(st.sampled_from(["a cat ", "", "the dog"]), TEXTS).map("".join)
-BLANKS = st.text(" \t\n\u00a0\u3000", max_size=3)
 
 
 def bytes_of(tokenizer, token):
@@ -168,7 +140,7 @@ def stands_alone(answer, start, word):
 
 @pytest.mark.parametrize("answer", ["caf\u00e9", "cafe\u0301"])
 @pytest.mark.parametrize("target", ["\u00e9", "e\u0301"])
-def test_an_accent_may_be_typed_as_one_character_or_two(drive, answer, target):  # noqa: F811
+def test_an_accent_may_be_typed_as_one_character_or_two(drive, answer, target):
     code, out, err = drive("--answer", answer, "--target", f"caf{target}", "--layer", 0)
     assert (code, err) == (0, "")
     assert "explained: the whole answer" in out
@@ -219,153 +191,6 @@ def test_words_follow_each_other(text):
     assert all(a < b <= c < d for (a, b), (c, d) in zip(words, words[1:], strict=False))
 
 
-# flags
-
-
-def refused(capsys, flags):
-    """The one line with which the flags are refused."""
-    with pytest.raises(SystemExit) as exc:
-        parse_args(flags)
-    assert exc.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("test_gradcam.py: error: ")
-    assert len(err.splitlines()) == 1
-    assert plain(err[:-1]) == err[:-1]
-    return err
-
-
-def layers_by_hand(text):
-    """The layers of "0-3,7,-1", or None."""
-    if text.strip() in LAYER_NAMES:
-        return [text.strip()]
-    found = []
-    for part in text.strip().split(","):
-        ends = [part.strip()]
-        for i, character in enumerate(part.strip()):
-            if character == "-" and i > 0 and part.strip()[i - 1] != "-":
-                ends = [part.strip()[:i], part.strip()[i + 1 :]]
-                break
-        digits = [end.removeprefix("-") for end in ends]
-        if not all(end.isdecimal() and len(end) < 5 for end in digits):
-            return None
-        first, last = int(ends[0]), int(ends[-1])
-        if first > last or (ends[0][0] == "-") != (ends[-1][0] == "-") and first < 0:
-            return None
-        found += range(first, last + 1)
-    return found
-
-
-NUMBER = st.one_of(
-    st.integers(-40, 40).map(str), st.sampled_from(["", "٣", "²", "07", "99999", "1e3", "x", "--1", "-"])
-)
-SPAN = st.one_of(NUMBER, st.tuples(NUMBER, NUMBER).map("-".join))
-LAYERS = st.one_of(
-    st.lists(st.tuples(BLANKS, SPAN).map("".join), min_size=1, max_size=4).map(",".join),
-    st.sampled_from([*LAYER_NAMES, "auto ", "AUTO", "all,1"]),
-    TEXTS,
-)
-
-
-@QUICK
-@given(text=LAYERS, total=st.integers(1, 40))
-def test_layers_are_those_that_an_independent_parser_finds_or_refused(capsys, text, total):
-    expected = layers_by_hand(text)
-    flags = ["--mode", "grid", f"--layers={text}"]
-    if expected is None:
-        assert "--layers" in refused(capsys, flags)
-        return
-    layers = parse_args(flags).layers
-    assert layers == expected
-    if layers[0] in LAYER_NAMES:
-        assume(total >= 3)
-        assert set(select_layers(layers[0], total)) <= set(range(total))
-    elif all(-total <= layer < total for layer in expected):
-        assert select_layers(layers, total) == list(dict.fromkeys(layer % total for layer in expected))
-    else:
-        with pytest.raises(ValueError, match=rf"does not exist: the model has 0 to {total - 1}"):
-            select_layers(layers, total)
-
-
-COUNTS = ["num_samples", "max_new_tokens", "max_pixels", "target_occurrence", "steps", "window", "keep", "batch_size"]
-MODE = {"target_occurrence": "single --target=a", "steps": "evaluate", "window": "knockout", "keep": "knockout"}
-NUMBERS = st.one_of(
-    st.integers().map(str),
-    st.floats().map(str),
-    st.sampled_from(["9" * 19, str(2**63 - 1), str(2**63), "9" * 5000, "-0", "٣", "1_0", "0x1", "١.٥", ".5", "1e-3"]),
-    st.text(st.sampled_from("0123456789.-_e infa٣²\x1b"), max_size=6),
-)
-
-
-@QUICK
-@example(flag="seed", text="--")
-@given(flag=st.sampled_from([*COUNTS, "seed", "layer"]), text=NUMBERS)
-def test_whole_numbers_are_what_python_reads_within_their_range_or_refused(capsys, flag, text):
-    try:
-        number = int(text)
-    except ValueError:
-        number = None
-    least = {"seed": 0, "layer": -(10**9)}.get(flag, 1)
-    flags = ["--mode", *MODE.get(flag, "single").split(), f"--{flag}={text}"]
-    if number is not None and flag in ("num_samples", "seed") and not least <= number < 2**63:
-        with pytest.raises(ValueError, match=f"^{flag}="):
-            test_gradcam.Request.of(parse_args(flags))
-    elif number is None or (flag != "layer" and not least <= number < 2**63):
-        assert f"--{flag}" in refused(capsys, flags)
-    else:
-        assert getattr(parse_args(flags), flag) == number
-
-
-@QUICK
-@given(text=NUMBERS)
-def test_shares_are_what_python_reads_from_0_to_1_or_refused(capsys, text):
-    try:
-        number = float(text)
-    except ValueError:
-        number = None
-    inside = number is not None and 0 <= number <= 1
-    if inside:
-        assert test_gradcam.Request.of(parse_args([f"--noise_std={text}"])).settings.noise_std == number
-    elif number is None:
-        assert "--noise_std" in refused(capsys, [f"--noise_std={text}"])
-    else:
-        with pytest.raises(ValueError, match="^noise_std="):
-            test_gradcam.Request.of(parse_args([f"--noise_std={text}"]))
-    flags = [f"--opacity=fixed:{text}"]
-    if inside and regex.fullmatch(r"\p{Nd}*\.?\p{Nd}+", text):
-        assert parse_args(flags).opacity == number
-    else:
-        assert "--opacity" in refused(capsys, flags)
-
-
-# what is printed
-
-
-@QUICK
-@given(ANYTHING)
-def test_a_printed_line_is_one_line_that_steers_nothing(text):
-    said = plain(text)
-    assert not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in said)
-    assert not any(
-        unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI") for c in said
-    )
-    assert plain("猫 👨\u200d👩 قطة a\\b") == "猫 👨\u200d👩 قطة a\\b"
-
-
-def test_all_that_a_run_prints_passes_one_function():
-    """But for the line that a parser ends with, which passes `plain`."""
-    files = [ROOT / "test_gradcam.py", ROOT / "visualization_utils.py", *(ROOT / "common").glob("*.py")]
-    files += [path for path in (ROOT / "studies").glob("*.py") if path.name != "coco.py"]  # a script of its own
-    calls = {
-        path.name
-        for path in files
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call)
-        and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("print", "print_exc")
-    }
-    assert calls == {"terminal.py", "template.py"}  # that is the child of a process that reads what it prints
-
-
 # whole runs
 
 
@@ -375,7 +200,7 @@ def snapshot(folder):
 
 @RUNS
 @given(prompt=SAID, answer=SAID, data=st.data())
-def test_a_run_explains_any_text_or_refuses_it_in_one_line(drive, tmp_path, prompt, answer, data):  # noqa: F811
+def test_a_run_explains_any_text_or_refuses_it_in_one_line(drive, tmp_path, prompt, answer, data):
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(answer))] * 2)))
     target = data.draw(st.one_of(st.none(), st.just(answer[start:end] + " "), TEXTS))
     (tmp_path / "mine.txt").write_text("mine")
@@ -393,7 +218,7 @@ def test_a_run_explains_any_text_or_refuses_it_in_one_line(drive, tmp_path, prom
         assert err.startswith("test_gradcam.py: error: ")
 
 
-def test_an_answers_escape_sequences_do_not_reach_the_terminal(drive, tmp_path):  # noqa: F811
+def test_an_answers_escape_sequences_do_not_reach_the_terminal(drive, tmp_path):
     hostile = "\x1b]0;owned\x07 cat\nwrote /etc/passwd \u202etac"
     code, out, err = drive("--answer", hostile, "--layer", 0)
     assert (code, err) == (0, "")
@@ -402,45 +227,3 @@ def test_an_answers_escape_sequences_do_not_reach_the_terminal(drive, tmp_path):
     path.write_bytes(b"no photo")
     code, _, err = drive("--answer", "cat", "--image_path", path)
     assert (code, "\x1b" in err, r"\x1b[2Ja.png" in err) == (2, False, True)
-
-
-# long sequences
-
-
-def test_the_time_of_long_sequences_is_forecast(drive, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(progress, "LONG", 60)
-    prompt = ["--layer", 0, "--prompt", "a " * 40]
-    out = drive(*prompt, "--max_new_tokens", 2)[1]
-    length = int(re.match(r"reading (\d+) tokens of photo and prompt", out)[1])
-    assert length > 80
-    assert re.search(rf"\nexpected: 2 noisy copies of {length + 2} tokens, \d+ s each: about \d+ seconds\n", out)
-    out = drive(*prompt, "--answer", "cat")[1]
-    assert "reading" not in out
-    assert "expected: 2 noisy copies" in out
-    out = drive(*prompt[2:], "--answer", "cat", "--mode", "evaluate", "--compare", "--steps", 1, "--layers", 0)[1]
-    assert "expected: 8 noisy copies" in out
-    assert "expected" not in drive(*prompt, "--answer", "cat", "--quiet")[1]
-    monkeypatch.setattr(progress, "LONG", 600)
-    assert "expected" not in drive(*prompt, "--answer", "cat")[1]
-
-
-def test_a_bar_counts_the_tokens_of_the_answer(drive, monkeypatch):  # noqa: F811
-    bars, usual = [], progress.show_progress
-
-    class Bar(tqdm):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options | {"disable": False, "file": io.StringIO(), "mininterval": 0})
-            bars.append(self)
-
-    def watched(quiet, *about):
-        assert not quiet
-        return functools.partial(Bar, **usual(quiet, *about).keywords)
-
-    for module in (progress, test_gradcam):
-        monkeypatch.setattr(module, "show_progress", watched)
-    code, _, err = drive("--layer", 0, "--max_new_tokens", 3)
-    assert (code, err) == (0, "")
-    assert [(bar.desc, bar.unit, bar.total, bar.n) for bar in bars] == [
-        ("answer", "token", 3, 3),
-        ("noisy copies", "copy", 2, 2),
-    ]

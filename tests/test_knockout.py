@@ -1,42 +1,21 @@
-"""What reads the photo and what needs it: against full attention, full gradients, and masks made by hand."""
+"""What needs the photo: against masks made by hand."""
 
 import copy
 import csv
 import dataclasses
 import io
-import itertools
 
 import numpy as np
 import pytest
 import torch
-from conftest import DESCRIBE, check_layout, make_image
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from conftest import DESCRIBE, make_image
+from flow_by_hand import GROUPS, LAYERS, chosen, names_by_hand, prompt_length
 from PIL import Image, ImageOps
 from test_core import ANSWER, PROMPT, decoder, forced_by_hand, state_of, unruly
 
-from common.page import WIDTHS, Paper
 from common.passes import token_probabilities
-from smooth_gradcam import (
-    ExplanationError,
-    Settings,
-    add_noise,
-    explain,
-    find_target,
-    read,
-    score_parts,
-)
-from studies import flow
-from studies.decoder import covered_tokens, token_groups
-from studies.flow import (
-    attention_flow,
-    attention_maps,
-    flow_findings,
-    flow_rows,
-    gradient_flow,
-    group_sums,
-    trace_photo,
-)
-from studies.flow_figures import trace
+from smooth_gradcam import find_target, read, score_parts
+from studies.flow import attention_flow, attention_maps, gradient_flow
 from studies.knockout import (
     Edge,
     Severed,
@@ -54,10 +33,6 @@ from studies.knockout import (
 )
 from studies.knockout_figures import sever
 from studies.randomization import randomize_weights
-
-LAYERS = 3  # of the model
-PLAIN = Settings(use_smooth=False, rules="plain")
-GROUPS = ["system", "image", "user", "answer"]
 
 
 @pytest.fixture(scope="module")
@@ -79,217 +54,6 @@ def full(reading):
     with torch.no_grad():
         found = model(**forced_by_hand(reading.inputs, reading.tokens), output_attentions=True)
     return torch.cat(found.attentions).numpy()
-
-
-def prompt_length(reading):
-    return reading.inputs["input_ids"].shape[1]
-
-
-def chosen(reading, word):
-    """The span of the word, None for all, and the positions that predict its tokens."""
-    span = word and find_target(reading.answer, word)
-    part = reading.tokens_of(span) if span else range(len(reading.tokens))
-    return span, [prompt_length(reading) - 1 + i for i in part]
-
-
-# attention
-
-
-@pytest.mark.parametrize("word", [None, "cat"])
-@pytest.mark.parametrize("chunk", [3, 64, 1000])
-def test_attention_flow_is_the_mean_of_full_attention_however_it_is_cut(reading, full, monkeypatch, word, chunk):
-    monkeypatch.setattr(flow, "CHUNK", chunk)
-    span, rows = chosen(reading, word)
-    found = attention_flow(reading, span)
-    np.testing.assert_allclose(found, full[:, :, rows].mean((1, 2)), rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
-    np.testing.assert_allclose(sum(found[:, part].sum(1) for part in token_groups(reading).values()), 1, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("pool", "chunk"), [(None, 64), (1, 5), (7, 1000), (500, 3)])
-def test_attention_maps_are_full_attention_averaged_over_stretches_of_one_group(
-    reading, full, monkeypatch, pool, chunk
-):
-    monkeypatch.setattr(flow, "CHUNK", chunk)
-    maps, edges = attention_maps(reading, [2, 0], pool)
-    stretches = list(itertools.pairwise(edges.tolist()))
-    groups = names_by_hand(reading)[:-1]  # the last token predicts nothing
-    assert [name for a, b in stretches for name in groups[a:b]] == groups
-    assert all(len(set(groups[a:b])) == 1 and b - a <= (pool or 10) for a, b in stretches)
-    assert list(maps) == [2, 0]
-    for layer, found in maps.items():
-        mean = full[layer].mean(0)
-        visible = [
-            (mean[a:b, c:d], np.tri(len(mean), dtype=bool)[a:b, c:d]) for a, b in stretches for c, d in stretches
-        ]
-        expected = [part[seen].mean() if seen.any() else np.nan for part, seen in visible]
-        np.testing.assert_allclose(found.ravel(), expected, rtol=1e-4, atol=1e-7)
-
-
-def test_attention_is_not_read_where_the_model_gives_no_weights(model, reading, monkeypatch):
-    attention = decoder(model)[1].self_attn
-    forward = attention.forward
-    monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: (forward(*args, **kwargs)[0], None))
-    for look in (attention_flow, lambda reading: attention_maps(reading, [0])):
-        with pytest.raises(ExplanationError, match="gives no attention weights"):
-            look(reading)
-
-
-# groups
-
-
-def names_by_hand(reading):
-    """The group of each of the L positions."""
-    ids = reading.inputs["input_ids"][0].tolist()
-    seen = [token == reading.model.config.image_token_id for token in ids]
-    first, count = seen.index(True), sum(seen)
-    user = len(ids) - first - count - 1
-    return ["system"] * first + ["image"] * count + ["user"] * user + ["answer"] * (1 + len(reading.tokens))
-
-
-def test_groups_cover_all_positions_in_their_order(reading):
-    groups = token_groups(reading)
-    assert list(groups) == GROUPS
-    positions = range(prompt_length(reading) + len(reading.tokens))
-    assert [i for part in groups.values() for i in positions[part]] == list(positions)
-    assert [name for name, part in groups.items() for _ in positions[part]] == names_by_hand(reading)
-    assert list(positions[groups["image"]]) == reading.positions.tolist()
-
-
-def test_answers_group_begins_where_its_first_token_is_predicted(model, own):
-    with torch.no_grad():
-        logits = model(**own.inputs).logits[0]
-    assert logits[token_groups(own)["answer"].start].argmax() == own.tokens[0]
-
-
-def test_pictures_that_stand_apart_are_refused(reading):
-    apart = dataclasses.replace(reading, positions=reading.positions[[0, 1, 3]])
-    with pytest.raises(ValueError, match="are not contiguous"):
-        token_groups(apart)
-
-
-def test_shares_of_groups_by_hand():
-    groups = {"system": slice(0, 1), "image": slice(1, 3), "user": slice(3, 4), "answer": slice(4, 5)}
-    flow = np.array([[1.0, 2, 3, 2, 8], [0, 0, 0, 0, 7]])
-    found = group_sums(flow, groups, only=("system", "image", "user"))
-    assert {name: values[0] for name, values in found.items()} == {"system": 1 / 8, "image": 5 / 8, "user": 2 / 8}
-    assert all(np.isnan(values[1]) for values in found.values())  # nothing there
-    assert group_sums(flow, groups)["image"].tolist() == [5 / 16, 0]
-    assert group_sums(flow[0], groups)["answer"] == 0.5
-
-
-# gradients
-
-
-@pytest.mark.parametrize("word", [None, "cat"])
-def test_gradient_flow_is_gradient_times_hidden_state_of_full_autograd(model, reading, word):
-    span, rows = chosen(reading, word)
-    hidden, forced = {}, forced_by_hand(reading.inputs, reading.tokens)
-
-    def keep(module, args, kwargs):
-        hidden[module] = args[0] if args else kwargs["hidden_states"]
-
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in decoder(model)]
-    logits = model(**forced).logits[0]
-    for handle in handles:
-        handle.remove()
-    score = sum(logits[row, forced["input_ids"][0, row + 1]] for row in rows)
-    gradients = torch.autograd.grad(score, list(hidden.values()))
-    expected = [(a * g)[0].sum(-1).abs().detach().numpy() for a, g in zip(hidden.values(), gradients, strict=True)]
-    np.testing.assert_allclose(gradient_flow(reading, span, PLAIN), expected, rtol=1e-5, atol=1e-6 * np.max(expected))
-
-
-def test_gradient_flow_is_the_mean_of_the_noisy_copies(reading):
-    settings = Settings(num_samples=2, noise_std=0.2, seed=3, rules="plain")
-    generator, alone = torch.Generator().manual_seed(3), []
-    for _ in range(2):
-        pixels = add_noise(reading.inputs["pixel_values"], 0.2, reading.processor.image_processor, generator)
-        noisy = dataclasses.replace(reading, inputs=reading.inputs | {"pixel_values": pixels})
-        alone.append(gradient_flow(noisy, None, PLAIN))
-    assert not np.allclose(*alone, rtol=1e-2)
-    np.testing.assert_allclose(gradient_flow(reading, None, settings), np.mean(alone, axis=0), rtol=1e-5)
-
-
-# the tables of attention and gradients
-
-
-def test_trace_keeps_attention_gradients_and_maps_as_they_are_alone(reading):
-    span, settings = find_target(reading.answer, "red"), Settings(num_samples=2, noise_std=0.2)
-    files, lines = trace([reading], ["photo"], [span], [0, 2], settings, quiet=True)
-    arrays = files["information_flow.npz"]
-    (alone,) = explain(reading, [span], range(LAYERS), settings)
-    np.testing.assert_array_equal(arrays["maps_0"], np.stack([alone.maps[i] for i in range(LAYERS)]))
-    np.testing.assert_array_equal(arrays["attention_0"], attention_flow(reading, span))
-    np.testing.assert_array_equal(arrays["gradient_0"], gradient_flow(reading, span, settings))
-    assert arrays["maps_0"].max() > 0
-    assert any("the image gets" in line for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("size", "width"),
-    [((56, 280), "column"), ((84, 112), "page"), ((224, 112), "column"), ((280, 56), "page")],
-    ids=["1:5", "3:4", "2:1", "5:1"],
-)
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_figures_of_the_flow_fit_on_page_and_column(model, processor, size, width):
-    photo, paper = make_image(*size), Paper(width)
-    mask = np.tri(*photo.size[::-1], dtype=bool)
-    several = [read(model, processor, photo, PROMPT, answer) for answer in (ANSWER, ANSWER + " " + ANSWER)]
-    settings = Settings(use_smooth=False)
-    for readings in (several[:1], several):
-        names, spans = ["a.jpg", "b.jpg"][: len(readings)], [find_target(reading.answer, "red") for reading in readings]
-        options, part = {"quiet": True, "paper": paper}, mask if len(readings) == 1 else None
-        files = trace(readings, names, spans, range(LAYERS), settings, attention_map=True, taps=True, **options)[0]
-        files |= sever(readings, names, spans, window=1, keep=3, mask=part, **options)[0]
-        figures = {name: content for name, content in files.items() if name.endswith(".png")}
-        assert set(figures) == {"information_flow.png", "attention_maps.png", "taps.png", "knockout.png"}
-        for draw in figures.values():
-            page = draw()
-            assert page.figure.get_size_inches()[0] == WIDTHS[width]
-            FigureCanvasAgg(page.figure)
-            check_layout(page.figure)
-
-
-def test_rows_of_each_photo_and_layer_have_the_groups_shares(reading, own, full):
-    span, rows = chosen(reading, "cat")
-    traced = [trace_photo(own, (0, len(own.answer)), PLAIN), trace_photo(reading, span, PLAIN)]
-    table = flow_rows(traced, ["own", "given"])
-    assert [(row["photo"], row["layer"]) for row in table] == list(itertools.product(["own", "given"], range(LAYERS)))
-    names = np.array(names_by_hand(reading))
-    for layer, row_of in enumerate(table[LAYERS:]):
-        mean = full[layer][:, rows].mean((0, 1))
-        sums = {name: mean[names == name].sum() for name in GROUPS}
-        seen = sums["system"] + sums["image"] + sums["user"]
-        for name, value in sums.items():
-            assert float(row_of[f"attention_{name}"]) == pytest.approx(value, rel=1e-3)
-            visible = np.mean([(names[: row + 1] == name).sum() for row in rows])  # of those that explain, each
-            assert float(row_of[f"per_token_{name}"]) == pytest.approx(value / visible, rel=1e-3)
-            if name != "answer":
-                assert float(row_of[f"share_{name}"]) == pytest.approx(value / seen, rel=1e-3)
-        assert sum(float(row_of[f"gradient_{name}"]) for name in GROUPS) == pytest.approx(1, abs=1e-3)
-
-
-def test_findings_on_the_flow_by_hand():
-    shares = {
-        "system": np.array([0.4, 0.6, 0.6]),
-        "image": np.array([0.5, 0.2, 0.1]),
-        "user": np.array([0.1, 0.2, 0.3]),
-    }
-    sizes = {"system": 2, "image": 4, "user": 1}  # per token, in the mean of the layers: 0.267, 0.067, 0.2
-    gradient = {"image": np.array([0.8, 0.3, 0.5, 0.39, 0.1])}
-    attention, carried = flow_findings(shares, sizes, gradient)
-    assert "0.10 (layer 2) to 0.50 (layer 0)" in attention
-    assert "a system token 4.0 and a user token 3.0 times as much as an image token" in attention
-    assert "0.80 of the score at the first layer, less than half of that from layer 3 on" in carried
-    gradient["image"] = np.array([np.nan, 0.4, 0.3, np.nan])
-    assert (
-        "0.40 of the score at the first layer, less than half of that from layer 3 on"
-        in flow_findings(shares, sizes, gradient)[1]
-    )
-    gradient["image"] = np.array([0.4, 0.1, 0.3])
-    assert "half of that or more" in flow_findings(shares, sizes, gradient)[1]
-    gradient["image"] = np.full(3, np.nan)
-    assert flow_findings(shares, sizes, gradient)[1].startswith("gradient: none reaches")
 
 
 # knockout
@@ -612,26 +376,6 @@ def test_a_dip_is_no_cliff_where_the_photo_does_not_help(curve):
     assert "hardly needs the photo" in truncation_finding(np.array([curve]), "p")
 
 
-def test_half_of_the_gradient_is_no_less_than_half():
-    zero = np.zeros(3)
-    shares = {"system": zero + 0.5, "image": zero + 0.25, "user": zero + 0.25}
-    lines = flow_findings(shares, dict.fromkeys(shares, 2), {"image": np.array([0.5, 0.25, 0.2])})
-    assert lines[1].endswith("carries 0.50 of the score at the first layer, less than half of that from layer 2 on")
-
-
-@pytest.mark.parametrize(("length", "most"), [(101, 10), (901, 15), (1201, 20), (3001, 20)])
-def test_stretches_are_10_to_20_positions_by_the_length(monkeypatch, length, most):
-    monkeypatch.setattr("studies.flow.sequence_length", lambda reading: length)
-    monkeypatch.setattr("studies.flow.token_groups", lambda reading: {"all": slice(0, length)})
-    assert np.diff(flow.pooled_edges(None)).max() == most
-
-
-def test_share_of_the_gradient_that_is_zero_everywhere_is_told():
-    zero = np.zeros(3)
-    shares = {"system": zero + 0.5, "image": zero + 0.25, "user": zero + 0.25}
-    assert "carries 0.00 of the score" in flow_findings(shares, dict.fromkeys(shares, 2), {"image": zero})[1]
-
-
 def test_no_edge_and_a_layer_that_is_not_there_are_told(reading):
     with pytest.raises(ValueError, match=r"edges=\[\] is no run"):
         knockout(reading, [])
@@ -659,21 +403,6 @@ def test_finding_says_where_there_is_no_cliff(reading):
 
 
 # the sweep of one photo
-
-
-def test_covered_tokens_by_hand():
-    mask = np.zeros((112, 168), bool)  # 4 x 6 image tokens of 28 pixels
-    mask[28:56, 56:84] = True
-    assert np.flatnonzero(covered_tokens(mask, (4, 6))).tolist() == [1 * 6 + 2]
-    mask[84:98, :14] = True  # a quarter
-    mask[84:98, 28:41] = True  # less
-    assert np.flatnonzero(covered_tokens(mask, (4, 6))).tolist() == [1 * 6 + 2, 3 * 6]
-
-
-def test_object_too_small_for_any_token_is_in_the_one_that_it_covers_most():
-    mask = np.zeros((112, 168), bool)
-    mask[50:60, 60:65] = True  # 6 rows above the border, 4 below
-    assert np.flatnonzero(covered_tokens(mask, (4, 6))).tolist() == [1 * 6 + 2]
 
 
 def test_truncation_keeps_the_tokens_with_most_attention_in_the_layer_before(reading, full):

@@ -1,0 +1,28 @@
+"""What the tests of flow, knockout and decoder share: the texts of a reading, its groups and its full attention."""
+
+from smooth_gradcam import find_target
+
+LAYERS = 3  # of the model
+
+
+GROUPS = ["system", "image", "user", "answer"]
+
+
+def prompt_length(reading):
+    return reading.inputs["input_ids"].shape[1]
+
+
+def chosen(reading, word):
+    """The span of the word, None for all, and the positions that predict its tokens."""
+    span = word and find_target(reading.answer, word)
+    part = reading.tokens_of(span) if span else range(len(reading.tokens))
+    return span, [prompt_length(reading) - 1 + i for i in part]
+
+
+def names_by_hand(reading):
+    """The group of each of the L positions."""
+    ids = reading.inputs["input_ids"][0].tolist()
+    seen = [token == reading.model.config.image_token_id for token in ids]
+    first, count = seen.index(True), sum(seen)
+    user = len(ids) - first - count - 1
+    return ["system"] * first + ["image"] * count + ["user"] * user + ["answer"] * (1 + len(reading.tokens))

@@ -1,0 +1,205 @@
+"""The figure of words: each stands under its text and beside its layer, on as many pages as it takes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import check_layout, make_image
+from drawn_maps import (
+    ASPECTS,
+    CLOSE,
+    FAR,
+    FORMATS,
+    LONG,
+    SHAPES,
+    box_of,
+    crops,
+    drawn,
+    greyish,
+    hot_spot,
+    laid_out,
+    make_maps,
+    make_photo,
+    middle,
+    numbered_words,
+    of_all_sizes,
+    prose_of,
+    share_of,
+    texts_of,
+    unlike,
+    worded,
+    words_files,
+)
+
+import common.page
+from common.page import Paper
+from smooth_gradcam import Look, colorize_cam
+from studies.words import draw_words, html_data
+
+
+@pytest.fixture(autouse=True)
+def _coarse(monkeypatch):
+    monkeypatch.setattr(common.page, "DPI", 100)  # quicker
+
+
+# figures of measures and words
+
+
+@of_all_sizes(1, 40, 100, 300)
+def test_any_number_of_words_of_any_photo_fits_on_page_and_column(aspect, count, width):
+    size = ASPECTS[aspect]
+    answer = " ".join(f"a w{i:03d}," for i in range(count))
+    maps = worded([f"w{i:03d}" for i in range(count)], answer, (size[1] // 28, size[0] // 28), [3, 27], [27])
+    files = words_files(make_image(*size), maps, paper=Paper(width))
+    names = [name for name in files if name.endswith(".png")]
+    for name in {names[0], names[-1]}:
+        assert laid_out(files[name](), width).get_size_inches()[1] < 10.5
+
+
+def draw_pages(files):
+    """The drawn pages of the words' figure."""
+    return [drawn(content) for name, content in files.items() if name.endswith(".png")]
+
+
+PLACES = "There is a plane at the top left, a house on the right, a dog at the bottom left and a bicycle at the bottom."
+PARTS = {
+    "one": ["dog"],
+    "ten": ["plane", "top", "left", "house", "right", "dog", "bottom", "left", "bicycle", "bottom"],
+    "all": PLACES.replace(",", "").replace(".", "").split(),
+}
+GREY_WORDS = "Grey: the word has no map at that layer, for the reason that stands there."
+SCRIPTS = "左上角有一只狗 🐕, extraordinarilylongcompoundword 中间有"
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "shape", "layers", "blind"),
+    [
+        (PARTS["one"], PLACES, "landscape", [12], []),
+        (PARTS["ten"], PLACES, "landscape", [0, 12, 27], [27]),
+        (PARTS["all"], PLACES, "portrait", [0], []),
+        (PARTS["one"], LONG, "portrait", range(28), []),
+        (PARTS["ten"], PLACES, "wide", [0, 12], []),
+        (PARTS["ten"], PLACES, "tall", [0, 12], [12]),
+        (["左", "狗", "🐕", "extraordinarilylongcompoundword", "中间"], SCRIPTS, "landscape", [3, 9], []),
+    ],
+    ids=["one", "ten", "all", "28 layers", "wide", "tall", "scripts"],
+)
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_figure_of_words_has_room_for_all(pages, words, answer, shape, layers, blind):
+    grid = SHAPES[shape]
+    maps = worded(words, answer, grid, layers, blind)
+    drawn_pages = draw_pages(words_files(make_photo(grid), maps))
+    cells, found, rows = 0, "", []
+    for figure, page in zip(pages, drawn_pages, strict=True):
+        check_layout(figure)
+        cells += len([axes for axes in figure.axes if axes.images]) - 2  # but the photo and the colour scale
+        found += "".join(texts_of(figure)).replace(" ", "")
+        rows += [text for text in texts_of(figure) if text.startswith("layer ")]
+        assert len(page) < 10.5 * common.page.DPI
+    assert cells == len(words) * len(layers)
+    assert all(word in found for word in words)
+    assert set(rows) == {f"layer {layer}" for layer in layers}
+    grey = max(share_of(page, greyish) for page in drawn_pages)
+    assert grey > 0.01 if blind else grey < 0.005
+    assert (GREY_WORDS in " ".join(map(prose_of, pages))) == bool(blind)
+
+
+def test_text_before_a_word_is_that_next_to_it(pages):
+    maps = worded(["bicycle"], PLACES, SHAPES["landscape"], [3])
+    drawn(words_files(make_photo(maps[0].grid), maps)["words_by_layer.png"])
+    assert any(text.endswith("left and a") for text in texts_of(pages[0]))
+
+
+# what stands where in a figure
+
+
+def check_words(figure, page, maps, results):
+    """Rows stand beside their layer, columns under their word, which stands under the text before it."""
+    layers = [f"layer {layer}" for layer in maps[0].maps]
+    numbers = {text: box_of(text) for text in figure.texts if text.get_text() in layers}
+    heads = {text: box_of(text) for text in figure.texts if (text.get_weight(), text.get_size()) == ("bold", 7)}
+    before = {text: box_of(text) for text in figure.texts if text.get_color() == "0.45"}
+    words, cells = {f"w{i:02d}": f"a{i:02d}" for i in range(len(maps))}, []
+    assert unlike(crops(figure, page)[0][1], np.asarray(make_image(336, 224))) < CLOSE
+    for box, crop in crops(figure, page)[1:]:
+
+        def above(texts, box=box):
+            """The nearest of those that begin where the box does."""
+            here = [text for text, at in texts.items() if abs(at[0] - box[0]) < 3 and at[3] < box[1] + 3]
+            return max(here, key=lambda text: texts[text][3])
+
+        row = min(numbers, key=lambda text: abs(middle(numbers[text]) - middle(box))[1])
+        assert abs(middle(numbers[row]) - middle(box))[1] < 3
+        head = above(heads)
+        word, layer = head.get_text().strip(",."), int(row.get_text().split()[1])
+        text = above(before, heads[head])
+        assert text.get_text() == words[word]
+        assert heads[head][1] - before[text][3] < 8
+        assert unlike(crop, results[word][layer]["superimposed"]) < CLOSE
+        cells.append((word, layer))
+    return cells
+
+
+def test_pictures_of_words_stand_under_their_word_and_beside_their_layer(pages):
+    photo, maps = numbered_words(13, [3, 27, 9])
+    results, files = draw_words(photo, "", maps, [[0.5]] * 13, [["x"]] * 13)
+    page = drawn(files["words_by_layer.png"])
+    blocks = [maps[:7], maps[7:]]
+    expected = [(word.target, layer) for block in blocks for layer in (3, 27, 9) for word in block]
+    assert check_words(pages[0], page, maps, results) == expected
+    assert "Smooth Grad-CAM, word by word" in texts_of(pages[0])
+    first, second = results["w00"][3]["superimposed"], results["w01"][3]["superimposed"]
+    assert unlike(first, second) > FAR < unlike(first, results["w00"][27]["superimposed"])
+
+
+@pytest.mark.parametrize(("count", "layers"), [(9, range(10)), (25, [0, 9, 27]), (50, [5])], ids=["9", "25", "50"])
+def test_long_answers_take_several_pages_and_each_word_stands_once(pages, count, layers):
+    photo, maps = numbered_words(count, layers)
+    results, files = draw_words(photo, "", maps, [[0.5]] * count, [["x"]] * count)
+    names = [name for name in files if name.endswith(".png")]
+    assert names == ["words_by_layer.png", *(f"words_by_layer_{i}.png" for i in range(2, len(names) + 1))]
+    found = []
+    for i, name in enumerate(names):
+        page = drawn(files[name])
+        assert len(page) < 10.5 * common.page.DPI  # on a page of a paper
+        check_layout(pages[i])
+        cells = check_words(pages[i], page, maps, results)
+        words, rows = sorted({int(word[1:]) for word, _ in cells}), sorted({layer for _, layer in cells})
+        (title,) = (text for text in texts_of(pages[i]) if text.startswith("Smooth Grad-CAM, word by word"))
+        assert f" ({words[0] + 1}–{words[-1] + 1} of {count})" in title
+        assert f", layers {rows[0]}–{rows[-1]}" in prose_of(pages[i]) or len(rows) == len(layers)
+        found += cells
+    assert sorted(found) == sorted((word.target, layer) for word in maps for layer in layers)
+
+
+# layers without a map
+
+
+@pytest.mark.parametrize("why", ["no gradient", "zero everywhere"])
+def test_a_word_without_a_map_is_a_grey_panel_and_has_no_map_in_the_page(drawings, why):
+    pages, panels = drawings
+    photo, maps = numbered_words(2, [3, 9])
+    zero = {3: np.zeros((4, 6), np.float32), 9: maps[1].maps[9]}
+    maps[1] = dataclasses.replace(maps[1], maps=zero, no_gradient=frozenset([3] * (why == "no gradient")))
+    page = drawn(words_files(photo, maps)["words_by_layer.png"])
+    assert [" ".join(words.split()) for words in panels] == [f"{why}: no map"]
+    assert [np.ptp(crop, axis=-1).max() == 0 for _, crop in crops(pages[0], page)[1:]] == [False, True, False, False]
+    assert GREY_WORDS in prose_of(pages[0])
+    data = html_data(photo, "", maps, [[0.5]] * 2, [["x"]] * 2)
+    assert [[bool(text) for text in word["maps"]] for word in data["words"]] == [[True, True], [False, True]]
+    assert data["words"][1]["maps"][0] == ""
+
+
+# strength and scale
+
+
+@pytest.mark.parametrize(("scale", "shares"), [("map", [1, 1, 1]), ("word", [1, 0.5, 1]), ("all", [0.5, 0.25, 1])])
+def test_full_colour_is_at_the_maximum_of_map_word_or_all(scale, shares):
+    grid, look = FORMATS["square"], Look(scale=scale)
+    one = {3: hot_spot(grid, (0, 0)), 9: hot_spot(grid, (0, 0)) / 2}
+    words = [make_maps(one, target="dog"), make_maps({3: 2 * one[3], 9: one[9]}, target="car")]
+    photo = make_photo(grid)
+    results = draw_words(photo, "", words, [[0.5]] * 2, [["x"]] * 2, look)[0]
+    found = [results["dog"][3], results["dog"][9], results["car"][3]]
+    for pictures, share in zip(found, shares, strict=True):
+        assert (pictures["heatmap"][0, 0] == colorize_cam(np.array(share))).all()
