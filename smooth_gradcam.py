@@ -4,11 +4,12 @@ The method is that of "From Redundancy to Relevance" (NAACL 2025): Grad-CAM of t
 averaged over noisy copies of the photo as in SmoothGrad, 1/n sum M(photo + noise). Gradients pass the decoder by
 AttnLRP's rules (`attnlrp`): without them, the maps of a transformer are mostly noise.
 
-The mathematics stands first. Then the file reads in the order in which data flows: settings, photo, the reading of
-photo, prompt and answer, features and gradients, token maps, pictures; the documented class is its end.
+The mathematics of a map stands first. Then the file reads in the order in which data flows: settings, photo, reading
+(photo, prompt and answer), features and gradients with their rules, token maps, pictures, the documented class.
 
 Shapes:  H, W  rows and columns of image tokens     N = H * W     C  channels of a layer     V  vocabulary
-         P  prompt tokens (the N included)          A  answer tokens     L = P + A     T  answer tokens that are scored
+         P  prompt tokens (the N included)          A  answer tokens     T  answer tokens that are scored
+         L  positions that are run: P, and the answer up to its last scored token
          B  noisy copies that go through the model at once
 """
 
@@ -31,13 +32,14 @@ import cv2
 import numpy as np
 import regex
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 __all__ = [
     *("SmoothQwenGradCAM", "get_model_layers", "compute_token_maps", "render_cam"),
-    *("Settings", "Look", "Reading", "read", "explain", "TokenMaps", "ExplanationError", "ExplanationWarning"),
+    *("Settings", "Look", "Reading", "read", "find_target", "explain", "TokenMaps"),
+    *("ExplanationError", "ExplanationWarning"),
 ]
 
 
@@ -48,8 +50,8 @@ def standardised(features: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """Features as the next norm sees them, centred, and the gradients with respect to them: (N, C), (N, C).
 
     Each token is divided by its root mean square r and its gradient multiplied by it, so that g_i . A_i stays the same;
-    then the mean over the tokens, which is the same everywhere, is subtracted. A token that is long in a few channels,
-    as attention sinks are, counts as much as any other.
+    then the mean over the tokens is subtracted: what all places share says nothing about a place. A token that is long
+    in a few channels, as attention sinks are, counts as much as any other.
     """
     size = features.square().mean(-1, keepdim=True).sqrt()  # (N, 1)
     features = features / size.clamp_min(torch.finfo(features.dtype).tiny)
@@ -233,7 +235,7 @@ class TokenMaps:
 # photo
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # for EPS, Pillow would start Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # not EPS: Pillow would start Ghostscript
 LARGE = 25_000_000  # pixels from which on a photo is made smaller before the processor gets it
 
 
@@ -267,7 +269,8 @@ def open_image(image) -> Image.Image:
                 return ImageOps.exif_transpose(picture)
         except Exception as exc:  # Pillow raises anything for a damaged file
             reasons = {FileNotFoundError: "does not exist", Image.DecompressionBombError: f"is too large: {exc}"}
-            why = reasons.get(type(exc), f"cannot be read as an image (damaged, or none?): {exc}")
+            reasons[UnidentifiedImageError] = f"cannot be read as an image of one of the formats {', '.join(FORMATS)}"
+            why = reasons.get(type(exc), f"cannot be read as an image (damaged?): {exc}")
             raise ValueError(f"the image {image} {' '.join(why.split())}") from exc
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
@@ -403,15 +406,15 @@ def answered(
 
 
 def warn(message: str) -> None:
-    """Issue an ExplanationWarning at the line that called `read`."""
+    """Issue an ExplanationWarning."""
     warnings.warn(message, ExplanationWarning, stacklevel=4)
 
 
 def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, Tensor]:
     """What the processor makes of photos and a prompt behind them, with its chat template.
 
-    With `video`, the processor's arguments for one, that takes the place of the photos. The tensors are where the
-    model's embeddings are.
+    `video`, the processor's arguments for one, takes the place of the photos. The tensors are where the model's
+    embeddings are.
     """
     for marker in processor.tokenizer.all_special_tokens:
         if marker in prompt and not re.search("object|box|quad", marker):  # except those of grounding
@@ -448,7 +451,7 @@ def reduced(photo: Image.Image, image_processor) -> Image.Image:
 def grid_from_count(count: int) -> tuple[int, int]:
     """(H, W), H <= W: the factors of a bare count of image tokens nearest to a square; 3577 gives (49, 73).
 
-    Only for inputs without grid sizes: a portrait photo has H > W, and many counts have several factor pairs.
+    For inputs without grid sizes only: a portrait photo has H > W, and many counts have several factor pairs.
     """
     height = next(h for h in range(math.isqrt(count), 0, -1) if count % h == 0)
     return height, count // height
@@ -690,8 +693,8 @@ def captured(taps: list[Tap]):
 
         return hook
 
-    def at_output(key):  # a tensor, or a tuple that begins with it (decoder layers before 5.6)
-        def hook(module, args, out):  # copied, because Qwen3-VL adds to its first layers' outputs in place (before 5)
+    def at_output(key):  # a tensor, or a tuple that begins with it (decoder layers before transformers 5.6)
+        def hook(module, args, out):  # copied, because Qwen3-VL adds to its first layers' outputs in place before 5
             return (keep(key, out[0]).clone(), *out[1:]) if isinstance(out, tuple) else keep(key, out).clone()
 
         return hook
@@ -706,7 +709,7 @@ def captured(taps: list[Tap]):
 
 
 def identity_rule(module, args, output):
-    """Hook: y = f(x) taken as x [f(x) / x] with the ratio held constant; of an RMSNorm, y = w x / rms(x), with rms(x).
+    """Hook: y = f(x) taken as x [f(x) / x] with the ratio held constant. For an RMSNorm, w x / rms(x), that is rms(x).
 
     Such a norm does not change with the length of x, so the gradient that comes back through it is orthogonal to x:
     what a token contributes through it, sum_k g_k x_k, is zero but for eps. With the ratio held it is what y

@@ -43,7 +43,7 @@ __all__ = [
     "work_off",
 ]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")  # of photos in a folder
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".mpo", ".ppm")  # in a folder
 TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")
 MAX_LIST, MAX_LINE, MAX_NAME = 2**30, 2**24, 200  # bytes of a list, of a line in it, and of a folder's name

@@ -1002,7 +1002,7 @@ def bad(tmp_path_factory, image, model_folder):
 
 BAD = {  # flags: what the message says
     "--image_path {bad}/none.png": "none.png does not exist",
-    "--image_path {bad}/no_config": "there is no photo (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif)",
+    "--image_path {bad}/no_config": "there is no photo (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif, .avif,",
     "--image_path {bad}/*.jpeg": "no photo",
     "--image_path {bad}/none.jsonl": "none.jsonl cannot be read",
     "--mode evaluate --image_path {bad} --mask {bad}/black.png": "--mask cannot be combined with a list of photos",
