@@ -11,8 +11,6 @@ import smooth_gradcam as core
 from common.bands import lay_on_white, render_heatmap, render_overlay
 from smooth_gradcam import Look
 
-# large photos
-
 
 @pytest.mark.parametrize("how", ["smooth", "cells"])
 @pytest.mark.parametrize("opacity", [None, 0.37])

@@ -2,23 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import make_image
 
 from studies.benchmark import basis, interval, summarise, to_latex, to_table
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """A folder of five photos."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(5):
-        make_image(40 + i, 30).save(folder / f"p{i}.png")
-    (folder / "notes.txt").write_text("no photo")
-    return folder
-
-
-# a benchmark
 
 
 def test_interval_resamples_photos_and_not_words():

@@ -23,9 +23,6 @@ def photos(tmp_path):
     return folder
 
 
-# a benchmark
-
-
 COCO = {
     "images": [
         {"id": 1, "file_name": "one.jpg", "width": 100, "height": 50},

@@ -16,9 +16,6 @@ from studies.video import animate
 PIXELS = np.zeros((2, 2, 3), np.uint8)
 
 
-# inputs
-
-
 def test_pictures_are_known_as_ours_and_photos_are_not(tmp_path):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green")]
     files = {"a.png": PIXELS, "wide.png": np.zeros((900, 900, 3), np.uint8)}
@@ -27,9 +24,6 @@ def test_pictures_are_known_as_ours_and_photos_are_not(tmp_path):
     frames[0].save(tmp_path / "photo.png")
     os.mkfifo(tmp_path / "fifo.png")
     assert not any(is_ours(tmp_path / name) for name in ("photo.png", "fifo.png", "none.png", "."))
-
-
-# large photos
 
 
 @pytest.mark.parametrize("size", [(61, 83), (1, 5), (400, 1)])

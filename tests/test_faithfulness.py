@@ -1,7 +1,6 @@
 """Insertion and deletion: against forward passes of their own, pictures pasted by hand, and rows by hand."""
 
 import copy
-import dataclasses
 import inspect
 
 import numpy as np
@@ -14,7 +13,7 @@ from scipy import ndimage
 from test_core import decoder, raising, state_of, unruly
 
 from smooth_gradcam import Settings, read
-from studies import faithfulness, randomization
+from studies import faithfulness
 from studies.faithfulness import (
     BASELINES,
     SHARE,
@@ -27,7 +26,7 @@ from studies.faithfulness import (
 )
 from studies.randomization import cascading_randomization
 
-# likeness of two maps, area under a curve
+# area under a curve
 
 
 def test_area_under_a_curve_by_hand():
@@ -473,22 +472,6 @@ def test_low_precision_gives_about_the_curves_of_float64(make_model, processor, 
     expected = measure(reading, given)
     found = measure(read(make_model(dtype), processor, image, PROMPT, ANSWER), given)
     assert found.insertion[0] == pytest.approx(expected.insertion[0], rel=0.15 if dtype == torch.bfloat16 else 1e-3)
-
-
-# cascading randomisation
-
-
-@pytest.fixture
-def stages(monkeypatch):
-    """The reading of every stage, with the weights as they were when its maps were computed."""
-    seen, real = [], randomization.explain
-
-    def compute(reading, *args, **kwargs):
-        seen.append(dataclasses.replace(reading, model=copy.deepcopy(reading.model)))
-        return real(reading, *args, **kwargs)
-
-    monkeypatch.setattr(randomization, "explain", compute)
-    return seen
 
 
 # a model that sees

@@ -42,7 +42,7 @@ def _coarse(monkeypatch):
     monkeypatch.setattr(common.page, "DPI", 100)  # quicker
 
 
-# figures of measures and words
+# room for all
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,15 @@ def test_disk_that_knows_no_locks_is_written_to_and_nothing_is_removed(tmp_path,
     assert listing(tmp_path) == [stale.name, f"{stale.name}/{SIGN}", "a.png"]
 
 
+@pytest.fixture
+def _interruptible():
+    """Ctrl-C is heard in tests that run in the background, too."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("moment", ["staging", "moving"])
 def test_interrupt_leaves_all_or_nothing(tmp_path, monkeypatch, moment):
     """A signal stops the main thread wherever it is; what is being moved is moved to the end."""

@@ -22,7 +22,7 @@ from common.flags import CHOICES, EXAMPLES, LAYER_NAMES, MODES_OF_FLAG, make_par
 from studies import faithfulness
 from visualization_utils import select_layers
 
-# every flag
+# help
 
 
 def test_examples_of_the_help_can_be_parsed(capsys):
@@ -119,7 +119,7 @@ def test_help_and_wrong_flags_are_answered_before_torch_is_imported(flags):
     assert "is imported" not in done.stderr
 
 
-# flags
+# any text, number and list of layers
 
 
 def layers_by_hand(text):

@@ -90,9 +90,6 @@ def test_attention_is_not_read_where_the_model_gives_no_weights(model, reading, 
             look(reading)
 
 
-# groups
-
-
 def test_shares_of_groups_by_hand():
     groups = {"system": slice(0, 1), "image": slice(1, 3), "user": slice(3, 4), "answer": slice(4, 5)}
     flow = np.array([[1.0, 2, 3, 2, 8], [0, 0, 0, 0, 7]])
@@ -178,9 +175,6 @@ def test_findings_on_the_flow_by_hand():
     assert "half of that or more" in flow_findings(shares, sizes, gradient)[1]
     gradient["image"] = np.full(3, np.nan)
     assert flow_findings(shares, sizes, gradient)[1].startswith("gradient: none reaches")
-
-
-# cliff and onset
 
 
 def test_half_of_the_gradient_is_no_less_than_half():

@@ -19,9 +19,6 @@ def reading(model, processor, image):
     return read(model, processor, image, PROMPT, ANSWER)
 
 
-# the tables of attention and gradients
-
-
 def test_trace_keeps_attention_gradients_and_maps_as_they_are_alone(reading):
     span, settings = find_target(reading.answer, "red"), Settings(num_samples=2, noise_std=0.2)
     files, lines = trace([reading], ["photo"], [span], [0, 2], settings, quiet=True)
@@ -35,25 +32,22 @@ def test_trace_keeps_attention_gradients_and_maps_as_they_are_alone(reading):
 
 
 @pytest.mark.parametrize(
-    ("size", "width"),
-    [((56, 280), "column"), ((84, 112), "page"), ((224, 112), "column"), ((280, 56), "page")],
+    ("size", "width", "photos"),
+    [((56, 280), "column", 1), ((84, 112), "page", 2), ((224, 112), "column", 2), ((280, 56), "page", 1)],
     ids=["1:5", "3:4", "2:1", "5:1"],
 )
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_figures_of_the_flow_fit_on_page_and_column(model, processor, size, width):
-    photo, paper = make_image(*size), Paper(width)
-    mask = np.tri(*photo.size[::-1], dtype=bool)
-    several = [read(model, processor, photo, PROMPT, answer) for answer in (ANSWER, ANSWER + " " + ANSWER)]
-    settings = Settings(use_smooth=False)
-    for readings in (several[:1], several):
-        names, spans = ["a.jpg", "b.jpg"][: len(readings)], [find_target(reading.answer, "red") for reading in readings]
-        options, part = {"quiet": True, "paper": paper}, mask if len(readings) == 1 else None
-        files = trace(readings, names, spans, range(LAYERS), settings, attention_map=True, taps=True, **options)[0]
-        files |= sever(readings, names, spans, window=1, keep=3, mask=part, **options)[0]
-        figures = {name: content for name, content in files.items() if name.endswith(".png")}
-        assert set(figures) == {"information_flow.png", "attention_maps.png", "taps.png", "knockout.png"}
-        for draw in figures.values():
-            page = draw()
-            assert page.figure.get_size_inches()[0] == WIDTHS[width]
-            FigureCanvasAgg(page.figure)
-            check_layout(page.figure)
+def test_figures_of_the_flow_fit_on_page_and_column(model, processor, size, width, photos):
+    photo, settings, options = make_image(*size), Settings(use_smooth=False), {"quiet": True, "paper": Paper(width)}
+    mask = np.tri(*photo.size[::-1], dtype=bool) if photos == 1 else None
+    readings = [read(model, processor, photo, PROMPT, answer) for answer in (ANSWER, f"{ANSWER} {ANSWER}")[:photos]]
+    given = readings, ["a.jpg", "b.jpg"][:photos], [find_target(reading.answer, "red") for reading in readings]
+    files = trace(*given, range(LAYERS), settings, attention_map=True, taps=True, **options)[0]
+    files |= sever(*given, window=1, keep=3, mask=mask, **options)[0]
+    figures = {name: content for name, content in files.items() if name.endswith(".png")}
+    assert set(figures) == {"information_flow.png", "attention_maps.png", "taps.png", "knockout.png"}
+    for draw in figures.values():
+        page = draw()
+        assert page.figure.get_size_inches()[0] == WIDTHS[width]
+        FigureCanvasAgg(page.figure)
+        check_layout(page.figure)

@@ -13,9 +13,6 @@ def listing(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-# inputs
-
-
 @pytest.mark.parametrize("way", ["itself", "subfolder", "link there", "link from there", "linked folder", "part"])
 def test_an_input_in_the_folder_that_is_written_to_is_refused_before_anything_is_done(tmp_path, way):
     """By whatever way it lies there; both are named."""

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import scenes
-from maps_by_hand import ANSWER, CLEAN, PROMPT, maps_of, spot
+from maps_by_hand import CLEAN, maps_of, spot
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from smooth_gradcam import explain, normalize_cam, occurrences, read, upsample_cam
+from smooth_gradcam import explain, normalize_cam, occurrences, upsample_cam
 from studies.localization import at_border, centre_map, fit_of, localization
 
 MEASURES = ("pointing", "near", "energy", "obj_iou")
@@ -94,7 +94,7 @@ def test_rows_stay_rows(grid, corner):
     assert across == dict.fromkeys(MEASURES, 0.0) | {"energy": pytest.approx(0, abs=1e-6)}
 
 
-# likeness of two maps, area under a curve
+# borders, the centre, words of several tokens
 
 
 OFF = {"near": 0.0, "pointing": 0.0}
@@ -132,14 +132,6 @@ def test_a_word_of_several_tokens_is_graded_as_its_best_token_and_located_as_a_w
     assert whole["obj_iou"] == localization(on, mask)["obj_iou"] > localization(off, mask)["obj_iou"]
     assert fit_of([on, off], mask)["obj_iou"] == localization(off, mask)["obj_iou"]  # the tokens', not the word's
     assert fit_of([on], mask)["obj_iou"] == localization(on, mask)["obj_iou"]
-
-
-# insertion and deletion
-
-
-@pytest.fixture(scope="module")
-def reading(model, processor, image):
-    return read(model, processor, image, PROMPT, ANSWER)
 
 
 # a model that sees

@@ -189,7 +189,7 @@ def test_colour_scales_run_from_cold_to_hot_one_above_the_other():
     assert is_cold(blue)
 
 
-# figures of measures and words
+# vector files, paper
 
 
 @pytest.mark.parametrize("width", WIDTHS)

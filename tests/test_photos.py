@@ -496,7 +496,7 @@ def test_mask_without_object_or_without_the_rest_is_refused(colour):
         load_mask(Image.new("RGB", (8, 6), colour), (8, 6))
 
 
-# what is in it
+# objects of lists
 
 
 def test_objects_of_coco_are_their_pixels():

@@ -9,8 +9,6 @@ from tqdm.auto import tqdm
 import test_gradcam
 from common import progress
 
-# long sequences
-
 
 def test_the_time_of_long_sequences_is_forecast(drive, monkeypatch):
     monkeypatch.setattr(progress, "LONG", 60)

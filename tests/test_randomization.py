@@ -17,7 +17,7 @@ from smooth_gradcam import Settings, read
 from studies import randomization
 from studies.randomization import cascading_randomization, randomize_weights, spearman, ssim
 
-# likeness of two maps, area under a curve
+# likeness of two maps
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -63,7 +63,7 @@ def test_ssim_of_maps_smaller_than_its_window():
     assert ssim(a, 3 * a) == pytest.approx(1)
 
 
-# insertion and deletion
+# readings
 
 
 @pytest.fixture(scope="module")

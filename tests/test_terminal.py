@@ -12,9 +12,6 @@ from common.terminal import plain
 ROOT = Path(__file__).parent.parent
 
 
-# what is printed
-
-
 @QUICK
 @given(ANYTHING)
 def test_a_printed_line_is_one_line_that_steers_nothing(text):

@@ -51,19 +51,8 @@ def image(family):
 
 
 @pytest.fixture(scope="session")
-def reading(model, processor, image):
-    return read(model, processor, image, PROMPT, ANSWER)
-
-
-# oracles: no hook and no rule of the core
-
-
-@pytest.fixture(scope="session")
 def oracles(model):
     return {rules: by_the_book(model, rules) for rules in core.RULES}
-
-
-# video
 
 
 @pytest.fixture(scope="session")

@@ -171,7 +171,7 @@ def test_extreme_photos_can_be_drawn(size):
             assert drawn(content).shape == (size[1], size[0], 3)
 
 
-# figures of measures and words
+# room for all
 
 
 @of_all_sizes(1, 6, 28, 64)

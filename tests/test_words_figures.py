@@ -42,7 +42,7 @@ def _coarse(monkeypatch):
     monkeypatch.setattr(common.page, "DPI", 100)  # quicker
 
 
-# figures of measures and words
+# room for all
 
 
 @of_all_sizes(1, 40, 100, 300)
