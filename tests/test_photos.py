@@ -175,9 +175,8 @@ def test_what_is_no_image_is_named(tmp_path, monkeypatch):
     (tmp_path / "words.png").write_text("not a picture")
     make_image(64, 64).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    for name in ("empty.png", "words.png", "half.png"):
-        message = f"^the image {tmp_path / name} cannot be read as an image .damaged, or none..: "
-        with pytest.raises(ValueError, match=message):
+    for name, why in (("empty.png", "of one of"), ("words.png", "of one of"), ("half.png", ".damaged")):
+        with pytest.raises(ValueError, match=f"^the image {tmp_path / name} cannot be read as an image {why}"):
             load_rgb(tmp_path / name)
     for path in (tmp_path, os.devnull):
         with pytest.raises(ValueError, match=f"^{path} is a folder, a pipe or a device, not an image file$"):
