@@ -424,7 +424,7 @@ def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, 
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     if prompt.strip() not in text:
         raise ValueError(f"the chat template drops the prompt {prompt!r}: the question was never asked")
-    shown = text.count(processor.video_token if video else processor.image_token)
+    shown = text.count(processor.image_token) + text.count(processor.video_token)
     if shown != len(kinds):
         raise ValueError(f"the chat template shows {shown} pictures where {len(kinds)} are given")
     given = video or {"images": [reduced(photo, processor.image_processor) for photo in photos]}

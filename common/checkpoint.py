@@ -89,6 +89,8 @@ def load_processor(model_path: str, max_pixels: int):
     """
     folder, name = checkpoint_folder(model_path), f"--model_path {model_path}"
     check_tokenizer(folder, name)
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"{name} lacks its tokenizer: it has neither tokenizer.json nor vocab.json")
     try:
         processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
     except ImportError as exc:

@@ -396,7 +396,7 @@ ROPE = {"type": "mrope", "mrope_section": [1, 1, 1]}
 ROPE = {"text_config": {"rope_parameters": ROPE, "rope_scaling": ROPE}}  # as transformers 5 and 4 call it
 GROWING = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}
 TOKENIZER, PROCESSOR, TEMPLATE = "tokenizer_config.json", "processor_config.json", "chat_template.jinja"
-IMAGES = "image_processor"
+IMAGES, UNBOUND = "image_processor", {"min_pixels": None, "max_pixels": None}
 ODD = {  # what is odd: the file, the change, what is said
     "act": ("config.json", {"text_config": {"hidden_act": "zebra"}}, "KeyError: 'zebra'"),
     "wide": ("config.json", {"text_config": {"hidden_size": 64}}, "do not fit its config"),
@@ -425,7 +425,7 @@ ODD = {  # what is odd: the file, the change, what is said
     "damaged": ("generation_config.json", '{"eos_token_id": ', "its generation_config.json is not JSON"),
     "size": (PROCESSOR, {IMAGES: {"size": {"height": 3}}}, ""),
     "size text": (PROCESSOR, {IMAGES: {"size": "large"}}, ""),
-    "size none": (PROCESSOR, {IMAGES: {"size": {"longest_edge": "a"}, "min_pixels": None, "max_pixels": None}}, ""),
+    "size none": (PROCESSOR, {IMAGES: UNBOUND | {"size": {"longest_edge": "a"}}}, ""),
     "patch": (PROCESSOR, {IMAGES: {"patch_size": 7}}, "has a processor with patch_size 7: this model takes 14"),
     "patch zero": (PROCESSOR, {IMAGES: {"patch_size": 0}}, "patch_size 0"),
     "merge zero": (PROCESSOR, {IMAGES: {"merge_size": 0}}, "merge_size 0"),
@@ -434,7 +434,7 @@ ODD = {  # what is odd: the file, the change, what is said
     "deviation": (PROCESSOR, {IMAGES: {"image_std": "grey"}}, ""),
     "resample": (PROCESSOR, {IMAGES: {"resample": 99}}, ""),
     "size nan": (PROCESSOR, {IMAGES: {"size": {"longest_edge": float("nan"), "shortest_edge": 1}}}, "NaN is not a"),
-    "size minus": (PROCESSOR, {IMAGES: {"size": {"longest_edge": -5, "shortest_edge": -5}}}, "without a valid size"),
+    "size minus": (PROCESSOR, {IMAGES: UNBOUND | {"size": dict(longest_edge=-5, shortest_edge=-5)}}, "a valid size"),
     "crop": (PROCESSOR, {IMAGES: {"do_center_crop": True}}, "has a processor with do_center_crop True"),
     "deviations": (PROCESSOR, {IMAGES: {"image_std": [0, 0, 0]}}, "image_std"),
     "device": (PROCESSOR, {IMAGES: {"device": "meta"}}, "wants its photos on the device 'meta'"),
@@ -442,7 +442,7 @@ ODD = {  # what is odd: the file, the change, what is said
     "eps": ("config.json", {"text_config": {"rms_norm_eps": float("nan")}}, "NaN is not a number"),
     "far end": ("generation_config.json", {"eos_token_id": 2**70}, "has eos_token_id"),
     "long token": (TOKENIZER, {"added_tokens_decoder": {"300": {"content": "B" * 2000}}}, ""),
-    "video in template": (TEMPLATE, "<|video_pad|>" + CHAT_TEMPLATE, ""),
+    "video in template": (TEMPLATE, "<|video_pad|>" + CHAT_TEMPLATE, "the chat template shows 2 pictures where 1"),
     "no resize": (PROCESSOR, {IMAGES: {"do_resize": False}}, "has a processor with do_resize False"),
     "other tokenizer": (TOKENIZER, {"tokenizer_class": "BertTokenizer"}, "wants the class 'BertTokenizer'"),
     "other processor": (PROCESSOR, {"processor_class": "LlavaProcessor"}, "wants the class 'LlavaProcessor'"),

@@ -1125,7 +1125,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(drive, bad, tmp_path, f
 
 BAD_MODEL = {
     "--model_path {bad}/no_processor": "lacks a processor",
-    "--model_path {bad}/no_tokenizer": "no_tokenizer lacks",
+    "--model_path {bad}/no_tokenizer": "no_tokenizer lacks its tokenizer: it has neither",
     "--model_path {bad}/no_weights": "lacks its weights",
     "--max_pixels 700": "less than one image token: give 784 or more",
     "--target zebra --max_new_tokens 3": "target='zebra' is not in the answer",
