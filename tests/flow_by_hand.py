@@ -1,5 +1,10 @@
 """What the tests of flow, knockout and decoder share: the texts of a reading, its groups and its full attention."""
 
+import copy
+
+import torch
+from test_core import forced_by_hand
+
 from smooth_gradcam import find_target
 
 LAYERS = 3  # of the model
@@ -10,6 +15,15 @@ GROUPS = ["system", "image", "user", "answer"]
 
 def prompt_length(reading):
     return reading.inputs["input_ids"].shape[1]
+
+
+def full_attention(reading):
+    """Attention (K, heads, L, L) as transformers gives it of one plain forward of the whole."""
+    model = copy.deepcopy(reading.model)
+    model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        output = model(**forced_by_hand(reading.inputs, reading.tokens), output_attentions=True)
+    return torch.cat(output.attentions).numpy()
 
 
 def chosen(reading, word):

@@ -31,3 +31,10 @@ def with_maps(result, *cams, no_gradient=()):
 def ranked(rng, grid):
     """A map that has each of 1 ... N once."""
     return 1 + rng.permutation(grid[0] * grid[1]).reshape(grid)
+
+
+def ranked_maps(reading):
+    """A map of a target of several tokens, whose values are all different."""
+    result = maps_of(reading, "red cat", [0, 2])
+    assert len(result.target_tokens) > 1
+    return with_maps(result, ranked(np.random.default_rng(0), result.grid))

@@ -1,13 +1,12 @@
 """What reads the photo: against full attention and full gradients."""
 
-import copy
 import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from flow_by_hand import GROUPS, LAYERS, chosen, names_by_hand
+from flow_by_hand import GROUPS, LAYERS, chosen, full_attention, names_by_hand
 from test_core import ANSWER, PROMPT, decoder, forced_by_hand
 
 from smooth_gradcam import ExplanationError, Settings, add_noise, read
@@ -39,12 +38,7 @@ def own(model, processor, image):
 
 @pytest.fixture(scope="module")
 def full(reading):
-    """Attention (K, heads, L, L) as transformers gives it of one plain forward of the whole."""
-    model = copy.deepcopy(reading.model)
-    model.set_attn_implementation({"text_config": "eager"})
-    with torch.no_grad():
-        found = model(**forced_by_hand(reading.inputs, reading.tokens), output_attentions=True)
-    return torch.cat(found.attentions).numpy()
+    return full_attention(reading)
 
 
 # attention

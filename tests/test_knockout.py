@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DESCRIBE, make_image
-from flow_by_hand import GROUPS, LAYERS, chosen, names_by_hand, prompt_length
+from flow_by_hand import GROUPS, LAYERS, chosen, full_attention, names_by_hand, prompt_length
 from PIL import Image, ImageOps
 from test_core import ANSWER, PROMPT, decoder, forced_by_hand, state_of, unruly
 
@@ -48,12 +48,7 @@ def own(model, processor, image):
 
 @pytest.fixture(scope="module")
 def full(reading):
-    """Attention (K, heads, L, L) as transformers gives it of one plain forward of the whole."""
-    model = copy.deepcopy(reading.model)
-    model.set_attn_implementation({"text_config": "eager"})
-    with torch.no_grad():
-        found = model(**forced_by_hand(reading.inputs, reading.tokens), output_attentions=True)
-    return torch.cat(found.attentions).numpy()
+    return full_attention(reading)
 
 
 # knockout
