@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from common.inputs import open_regular
+
 __all__ = ["DPI", "LARGE_PICTURE", "MARK", "decimal", "encode", "is_ours", "pixel_count", "to_csv", "write_large_png"]
 
 DPI, LEVEL = 200, 4  # dots per inch, and compression level, of pictures
@@ -82,10 +84,8 @@ def write_large_png(path: Path, picture: np.ndarray | Image.Image) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether a file is a picture that this tool wrote: its mark stands near the beginning or the end."""
-    with suppress(OSError):
-        if path.is_file():
-            with path.open("rb") as file:
-                head = file.read(512)
-                file.seek(max(0, path.stat().st_size - 512))
-                return MARK.encode() in head + file.read(512)
+    with suppress(OSError, ValueError), open_regular(path) as file:
+        head = file.read(512)
+        file.seek(max(0, path.stat().st_size - 512))
+        return MARK.encode() in head + file.read(512)
     return False
