@@ -23,6 +23,7 @@ import sys
 import traceback
 import unicodedata
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -48,6 +49,7 @@ from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
 from common.photos import load_mask, load_photo, object_mask, open_photos, readable
 from common.progress import answer_progress, forecast_copies, show_progress
+from common.stopping import stoppable
 from common.terminal import say
 from smooth_gradcam import (
     METHODS,
@@ -486,8 +488,8 @@ def quietly(verbose: bool):
         yield
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def main(argv: list[str] | None = None, signals: Sequence[int] = ()) -> int:
+    """The command line; returns the exit code. `signals` is what `stoppable` yields."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # an answer in a script that the terminal lacks is no error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -498,6 +500,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as exc:
+        if signals:  # a library has turned SystemExit into another exception
+            return 128 + signals[0]
         if args.verbose:
             for line in traceback.format_exc().split("\n"):
                 say(line, sys.stderr)
@@ -516,6 +520,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves nothing half done, as Ctrl-C
-    sys.exit(main())
+    with stoppable() as came:
+        code = main(signals=came)
+    sys.exit(code)

@@ -1323,6 +1323,13 @@ def test_run_holds_its_folder_until_a_signal_ends_it(drive, start, tmp_path, num
     assert not (tmp_path / "out").exists()
 
 
+def test_exception_that_a_library_makes_of_a_signal_gives_the_signals_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr(test_gradcam, "run", lambda args: fail_with(ValueError("generator didn't yield")))
+    assert test_gradcam.main([], signals=[signal.SIGINT]) == 130
+    assert capsys.readouterr().err == ""
+    assert test_gradcam.main([]) == 2
+
+
 @pytest.mark.parametrize(("stdout", "code"), [("closed", 0), ("nobody", 0), ("/dev/full", 1)])
 def test_files_are_written_whatever_becomes_of_the_report(start, tmp_path, stdout, code):
     run = start("--output_dir", tmp_path / "out", "--num_samples", 1, stdout=stdout)
