@@ -2,10 +2,11 @@
 
 Writes an ordinary Qwen2.5-VL folder, --output, whose decoder and tokenizer are the published ones, unchanged, and whose
 vision tower sees the scenes of scenes.py: `python test_gradcam.py --model_path build/qwen2.5-0.5b` then explains the
-sentences of a language model that was not made by us. The eyes come with the project (eyes/, safetensors); the decoder
-is a name on the Hugging Face hub or a folder, of a Qwen2 or of a Qwen2.5-VL.
+sentences of a language model that was not made by us. The decoder is a name on the Hugging Face hub or a folder, of a
+Qwen2.5 or of a Qwen2.5-VL. Eyes are for decoders of one hidden size, their width; eyes/ has those that come with the
+project (safetensors). For another decoder they are trained, and trained on by the same command with more minutes:
 
-    python demo_model/graft.py --decoder … --train --minutes 40      # trains eyes anew, and goes on where it stopped
+    python demo_model/graft.py --decoder … --output … --train --eyes build/eyes.safetensors --minutes 40
 
 1. Ridge regression, from what the demo tower's merger has before its last layer, to the decoder's embedding of the
    name of what each image token shows: the object's by its covered share, " empty" for the rest.
@@ -19,6 +20,8 @@ Legend: B images, N image tokens, D hidden size.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import shutil
 import time
 from pathlib import Path
@@ -28,19 +31,29 @@ import scenes
 import torch
 import torch.nn.functional as F  # noqa: N812 (the customary name)
 from export import save
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from train import Packer, answer_logits, soil, stack, vision_forward
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 DEMO = Path(__file__).parent
+EYES = DEMO / "eyes"
 SAFE = {"trust_remote_code": False}
+KINDS = {"qwen2": AutoModelForCausalLM, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")  # fmt: skip
+SIGHT = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
+         "vision_end": "<|vision_end|>"}  # fmt: skip
+ENDS = ("<|im_end|>", "<|endoftext|>")
+LAST = "merger.mlp.2"  # the eyes' last layer, as wide as the decoder
+MARK = {"vision_tower": "demo_model"}  # in the config.json of every grafted folder
 STREAM = 500_000  # first number of the seeds of scenes that are trained on; evaluate.py draws from 9,000,000 on
 TOPICS = ("list", "where", "there", "count", "place", "beside", "choice")
 TOPIC_WEIGHTS = (0.1, 0.25, 0.15, 0.05, 0.1, 0.15, 0.2)
@@ -54,21 +67,102 @@ FREE = (
 )  # fmt: skip
 
 
+# what is refused, before anything large is loaded
+
+
+def in_a_line(exc: Exception) -> str:
+    return str(exc).strip().split("\n")[0]
+
+
+def text_config(name: str) -> tuple[str, dict]:
+    """(model type, the language model's settings) from a config.json on the hub or on disk."""
+    try:
+        record, _ = PretrainedConfig.get_config_dict(name, **SAFE)
+    except (OSError, TypeError, ValueError) as exc:
+        raise SystemExit(f"--decoder {name} is no model folder and no name on the hub: {in_a_line(exc)}") from exc
+    kind = record.get("model_type") if isinstance(record, dict) else None
+    if kind not in list(KINDS):
+        found = f"a {kind}" if kind else "no model folder: it has no config.json with a model_type"
+        raise SystemExit(f"--decoder {name} is {found}: give a {' or a '.join(KINDS)}")
+    if record.get("quantization_config"):
+        raise SystemExit(f"--decoder {name} is quantised: give one with plain weights")
+    text = record.get("text_config") or record
+    if missing := [key for key in SHARED if not (isinstance(text, dict) and type(text.get(key)) in (int, float))]:
+        raise SystemExit(f"--decoder {name} has a config.json without the number {missing[0]} of a language model")
+    return kind, text
+
+
+def read_eyes(path: Path) -> tuple[int, str | None]:
+    """(width, `fingerprint` of the decoder if noted) of a file of eyes, from its header."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_slice(f"{LAST}.weight").get_shape()[0], (file.metadata() or {}).get("decoder")
+    except (OSError, IndexError, SafetensorError) as exc:
+        raise SystemExit(f"--eyes {path} is no file of eyes: {in_a_line(exc)}") from exc
+
+
+def fingerprint(model) -> str:
+    """A text that differs between decoders, from the first numbers of each tensor."""
+    numbers = [tensor.flatten()[:1000].float() for tensor in model.model.language_model.state_dict().values()]
+    return hashlib.sha256(torch.cat(numbers).numpy().tobytes()).hexdigest()
+
+
+def check_training(options, width: int, decoder: str | None = None) -> None:
+    """What was trained for another decoder is neither trained on nor overwritten; its fingerprint is known late."""
+    found = {}
+    if options.eyes.exists():
+        found["eyes"] = read_eyes(options.eyes)
+    if options.checkpoint.exists():
+        try:
+            run = torch.load(options.checkpoint, weights_only=True)
+            found["checkpoint"] = len(run["eyes"][f"{LAST}.weight"]), run.get("decoder", decoder or "not noted")
+        except Exception as exc:  # any file may be there
+            raise SystemExit(f"--checkpoint {options.checkpoint} was not written by --train: {in_a_line(exc)}") from exc
+    for flag, (its_width, its_decoder) in found.items():
+        if its_width != width or not its_decoder or decoder not in (None, its_decoder):
+            known = f"--{flag} {getattr(options, flag)} is not known to be for --decoder {options.decoder}"
+            raise SystemExit(f"{known}, and is kept as it is: name a file that does not exist yet")
+
+
+def check(options) -> Path:
+    """The file of eyes: --eyes, or the one in eyes/ of the decoder's width. What cannot end well is refused."""
+    width, output = text_config(options.decoder)[1]["hidden_size"], options.output
+    try:
+        ours = MARK.items() <= json.loads((output / "config.json").read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError):
+        ours = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not ours or output.resolve() == Path(options.decoder).resolve():
+        raise SystemExit(f"--output {output} is not known to be from graft.py, or is the --decoder: give another")
+    if options.train:
+        if options.eyes is None:
+            raise SystemExit("--train needs --eyes, the file to write: for example --eyes build/eyes.safetensors")
+        check_training(options, width)
+        return options.eyes
+    found = {read_eyes(path)[0]: path for path in ([options.eyes] if options.eyes else EYES.glob("*.safetensors"))}
+    if width not in found:
+        widths, hint = " and ".join(map(str, found)), "train eyes for it with --train --eyes build/eyes.safetensors"
+        raise SystemExit(f"these eyes are for width {widths}, and --decoder {options.decoder} has {width}: {hint}")
+    return found[width]
+
+
 # the grafted model
 
 
 def load_decoder(name: str):
-    """(text model, head, tokenizer) of a Qwen2 or Qwen2.5-VL on the hub or on disk."""
-    kinds = {"qwen2": AutoModelForCausalLM, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+    """(text model, head, tokenizer) of a Qwen2.5 or Qwen2.5-VL on the hub or on disk."""
+    kind, _ = text_config(name)
     try:
-        kind = AutoConfig.from_pretrained(name, **SAFE).model_type
-    except (OSError, ValueError) as exc:
-        raise SystemExit(f"--decoder {name} is no model folder, and not to be had from the hub: {exc}") from exc
-    if kind not in kinds:
-        raise SystemExit(f"--decoder {name} is a {kind}: give a {' or a '.join(kinds)}")
-    model = kinds[kind].from_pretrained(name, dtype="auto", use_safetensors=True, **SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(name, **SAFE)
+        if absent := [token for token in (*SIGHT.values(), *ENDS) if token not in tokenizer.get_vocab()]:
+            raise ValueError(f"its tokenizer has no {absent[0]}: give a Qwen2.5")
+        how = SAFE | {"use_safetensors": True, "output_loading_info": True}
+        model, info = KINDS[kind].from_pretrained(name, dtype="auto", **how)
+        if missing := sorted(key for key in info["missing_keys"] if "visual." not in key):
+            raise ValueError(f"its weights have no {missing[0]}")
+    except Exception as exc:  # broken files fail in many ways
+        raise SystemExit(f"--decoder {name} cannot be loaded: {in_a_line(exc)}") from exc
     text = model.model.language_model if kind == "qwen2_5_vl" else model.model
-    return text, model.lm_head, AutoTokenizer.from_pretrained(name, **SAFE)
+    return text, model.lm_head, tokenizer
 
 
 def build(decoder: str) -> tuple[Qwen2_5_VLForConditionalGeneration, object]:
@@ -79,44 +173,36 @@ def build(decoder: str) -> tuple[Qwen2_5_VLForConditionalGeneration, object]:
     """
     text, head, tokenizer = load_decoder(decoder)
     c, demo = text.config, Qwen2_5_VLForConditionalGeneration.from_pretrained(DEMO, use_safetensors=True, **SAFE)
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")  # fmt: skip
     half = c.hidden_size // c.num_attention_heads // 2
     theta = (getattr(c, "rope_parameters", None) or {}).get("rope_theta") or c.rope_theta
-    rope = {"type": "mrope", "rope_type": "default", "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8]}
+    first, second = half // 4, half * 3 // 8
+    rope = {"type": "mrope", "rope_type": "default", "mrope_section": [first, second, half - first - second]}
     tied = bool(torch.equal(head.weight, text.embed_tokens.weight))
-    ids = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
-        for name, token in {
-            "image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>",
-            "vision_end": "<|vision_end|>",
-        }.items()
-    }  # fmt: skip
     config = Qwen2_5_VLConfig(
-        text_config={name: getattr(c, name) for name in shared}
+        text_config={name: getattr(c, name) for name in SHARED}
         | {"rope_theta": theta, "rope_scaling": rope, "use_sliding_window": False, "tie_word_embeddings": tied},
         vision_config=demo.config.vision_config.to_dict() | {"out_hidden_size": c.hidden_size},
         tie_word_embeddings=tied,
-        **ids,
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in SIGHT.items()},
+        **MARK,
     )
     model = Qwen2_5_VLForConditionalGeneration(config).to(head.weight.dtype)
     model.model.language_model.load_state_dict(text.state_dict())
     model.lm_head.load_state_dict(head.state_dict())
-    sight = {k: v for k, v in demo.model.visual.state_dict().items() if not k.startswith("merger.mlp.2")}
+    sight = {k: v for k, v in demo.model.visual.state_dict().items() if not k.startswith(LAST)}
     model.model.visual.float().load_state_dict(sight, strict=False)
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ENDS]
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=ends[1])
     return model.requires_grad_(False).eval(), tokenizer
 
 
 def write(model, tokenizer, output: Path) -> None:
     """The folder: model, tokenizer and the demo model's picture sizes and chat format."""
-    output.mkdir(parents=True, exist_ok=True)
+    save(model, output)  # first, as its config.json tells whose folder it is
     tokenizer.chat_template = (DEMO / "chat_template.jinja").read_text()
     tokenizer.save_pretrained(output)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
         shutil.copy(DEMO / name, output / name)
-    save(model, output)
 
 
 # data
@@ -221,8 +307,8 @@ def fit_words(model, tokenizer, count: int, ridge: float = 10.0) -> float:
     return 1 - float(((y - x @ weight) ** 2).sum() / (y**2).sum())
 
 
-def train_eyes(model, tokenizer, options) -> None:
-    """Trains the tower through the frozen decoder for --minutes in all; the checkpoint is resumed."""
+def train_eyes(model, tokenizer, options, decoder: str) -> None:
+    """Trains the tower through the frozen decoder, of this fingerprint, for --minutes in all; resumes --checkpoint."""
     visual, text = model.model.visual, model.model.language_model
     for layer in text.layers:
         layer.self_attn.to(torch.bfloat16)
@@ -269,8 +355,7 @@ def train_eyes(model, tokenizer, options) -> None:
             recent.clear()
         if now - saved_at > 60 or run["minutes"] >= options.minutes:
             saved_at = now
-            run |= {"eyes": visual.state_dict(), "optimizer": optimizer.state_dict()}
-            path.parent.mkdir(parents=True, exist_ok=True)
+            run |= {"eyes": visual.state_dict(), "optimizer": optimizer.state_dict(), "decoder": decoder}
             torch.save(run, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
 
@@ -279,10 +364,10 @@ def parse():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--decoder", default="Qwen/Qwen2.5-0.5B-Instruct", help="a Qwen2 or Qwen2.5-VL, hub or folder")
+    parser.add_argument("--decoder", default="Qwen/Qwen2.5-0.5B-Instruct", help="Qwen2.5 or Qwen2.5-VL, hub or folder")
     parser.add_argument("--output", type=Path, default=Path("build/qwen2.5-0.5b"))
-    parser.add_argument("--eyes", type=Path, default=DEMO / "eyes" / "qwen2.5-0.5b-instruct.safetensors")
-    parser.add_argument("--train", action="store_true", help="train eyes anew and write them to --eyes")
+    parser.add_argument("--eyes", type=Path, help="those in eyes/ of the decoder's width, if not given")
+    parser.add_argument("--train", action="store_true", help="train eyes for the decoder and write them to --eyes")
     parser.add_argument("--minutes", type=float, default=40.0, help="training time in all")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures a step")
     parser.add_argument("--fitted", type=int, default=400, help="scenes of the ridge regression")
@@ -293,16 +378,21 @@ def parse():
 
 def main():
     options = parse()
+    eyes = check(options)
     torch.manual_seed(0)
     if options.train:
         model, tokenizer = build(options.decoder)
-        train_eyes(model, tokenizer, options)
-        options.eyes.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in model.model.visual.state_dict().items()}, options.eyes)
+        decoder = fingerprint(model)
+        check_training(options, model.config.text_config.hidden_size, decoder)
+        for path in (eyes, options.checkpoint):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        train_eyes(model, tokenizer, options, decoder)
+        weights = {name: value.contiguous() for name, value in model.model.visual.state_dict().items()}
+        save_file(weights, eyes, {"decoder": decoder})
     model, tokenizer = build(options.decoder)
-    model.model.visual.load_state_dict(load_file(options.eyes))
+    model.model.visual.load_state_dict(load_file(eyes))
     write(model, tokenizer, options.output)
-    print(f"wrote {options.output}")
+    print(f"wrote {options.output} with {eyes}")
 
 
 if __name__ == "__main__":
