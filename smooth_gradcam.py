@@ -24,7 +24,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -104,15 +104,19 @@ def logprob_score(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Method(NamedTuple):
-    """A map's formula, its name in figures, and where and by which rules it is read unless the settings say so."""
+    """A map's formula, its name in figures, and where and by which rules it is read unless the settings say so.
+
+    `finish` makes of a reading and its maps, list[TokenMaps], those that are returned.
+    """
 
     formula: Callable[[Tensor, Tensor], Tensor]
     title: str
     tap: str = "input"
     rules: str = "attnlrp"
+    finish: Callable = lambda reading, results: results
 
 
-METHODS = {
+METHODS = {  # `common/evidence.py` adds "needed" and "auto"
     "gradcam": Method(gradcam, "Grad-CAM"),
     "hirescam": Method(hirescam, "HiResCAM"),
     "product": Method(product, "Grad-CAM × HiResCAM"),
@@ -224,6 +228,10 @@ class TokenMaps:
     no_gradient: frozenset  # layers whose gradient is exactly zero
     settings: Settings
     image: int = 0  # which of the prompt's images, or of a video's temporal patches: 0 is the first
+    evidence: tuple | None = None  # the `Evidence` of `common/evidence.py`, where it was measured
+    likeness: dict = field(
+        default_factory=dict
+    )  # layer -> rank correlation with the middle layer's map, where measured
 
     @cached_property
     def blank(self) -> dict[int | str, str]:
@@ -1020,14 +1028,14 @@ def explain(
         for image, (grid, end) in enumerate(zip(reading.grids, ends, strict=True)):
             own = {key: cam[end - math.prod(grid) : end].reshape(grid) for key, cam in cams.items()}
             results.append(TokenMaps(own, grid, *about, image))
-    return results
+    return METHODS[settings.method].finish(reading, results)
 
 
 def compute_token_maps(
     model, processor, image, prompt: str, layers: Iterable[int | nn.Module], *, answer: str | None = None,
     max_new_tokens: int = 128, target: str | None = None, target_occurrence: int = 1,
     progress: Callable[[Iterable], Iterable] | None = None, batch_size: int = 1, passes: Callable = noisy_passes,
-    **settings,
+    by: Callable = explain, **settings,
 ) -> TokenMaps:  # fmt: skip
     """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
 
@@ -1041,6 +1049,7 @@ def compute_token_maps(
     progress        wraps the iterable over the copies, e.g. tqdm; None is silent
     batch_size      noisy copies that go through the model at once; the maps do not depend on it beyond rounding
     passes          how the copies pass the model, see `explain`
+    by              what explains the reading, with the arguments of `explain`
     settings        num_samples, noise_std, use_smooth, seed, tap, score, contrast, method, rules: see `Settings`
 
     Raises ValueError or TypeError for bad arguments, ExplanationError if the model's answer is empty or a score or
@@ -1057,7 +1066,7 @@ def compute_token_maps(
     find_taps(model, layers, settings.settled().tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
     span = find_target(reading.answer, target, target_occurrence)
-    return explain(reading, [span], layers, settings, progress, batch_size=batch_size, passes=passes)[0]
+    return by(reading, [span], layers, settings, progress, batch_size=batch_size, passes=passes)[0]
 
 
 # pictures

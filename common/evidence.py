@@ -1,54 +1,223 @@
-"""What an answer rests on: how likely its words are, and how likely they remain without the photo.
+"""What a map rests on: how likely the words are, how likely without the photo, and which image tokens they need.
 
-    Reading, image tokens to hide -> hidden_probabilities     (runs, answer tokens)
+    explain_with_evidence        `explain` of the core, whose maps also know their evidence and how like the middle
+                                 layer's they are
+    METHODS["needed"], ["auto"]  Grad-CAM on the image tokens alone that the words need
 
-Shapes:  R runs    N image tokens    A answer tokens    L positions of prompt and answer
+Import this file to have both in the core. Shapes as there, and  R runs.
 """
 
 import copy
 import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from smooth_gradcam import Reading, at_least_float32, borrowed, hooked, memory_explained, score_parts
+from smooth_gradcam import (
+    METHODS,
+    Method,
+    Reading,
+    Settings,
+    TokenMaps,
+    at_least_float32,
+    borrowed,
+    explain,
+    find_taps,
+    get_model_layers,
+    gradcam,
+    hooked,
+    memory_explained,
+    score_parts,
+)
 
-__all__ = ["hidden_probabilities"]
+__all__ = ["Evidence", "explain_with_evidence", "image_hiding", "weighed"]
+
+DOUBTED = 0.1  # probability below which the model hardly says a word
+PHOTOLESS = 0.8  # share of its probability above which, left without the photo, a word does not come from it
+ALIKE = 0.5  # rank correlation with the middle layer's map below which a layer shows something else
+NEEDED = 0.9  # share of what the photo gives a word that is lost without the image tokens that it needs
+STEP = 1.1  # their number is found to within this factor
+RUNS_AT_ONCE = 8
 
 
-def hidden_probabilities(reading: Reading, hidden: np.ndarray, batch_size: int = 8) -> np.ndarray:
-    """Probability of each token of the answer, after those before it, while text does not see some image tokens.
+class Evidence(NamedTuple):
+    """What a part of an answer rests on, as means over its tokens."""
 
-    `hidden` is (R, N) bool: in each run, no position behind the photos attends to these image tokens, in any layer.
-    A run that hides all of them also hides what stands between several photos. Positions stay as they are. Returns
-    float32 (R, A). The photos pass the model once; for each run only the text behind them does so again.
+    p: float  # probability, each token after those before it
+    without: float  # the same while no text sees the photo
+
+    @property
+    def kept(self) -> float:
+        """The share of the probability that is left without the photo, at most 1."""
+        return min(1.0, self.without / self.p) if self.p else 1.0
+
+    @property
+    def doubt(self) -> str:
+        """Why a map of these words is not to be believed; empty if nothing speaks against it."""
+        reasons = [f"the model hardly says this (p {probability_text(self.p)})"] * (self.p < DOUBTED)
+        if self.kept > PHOTOLESS:
+            reasons.append(f"this does not come from the photo ({share_text(self.kept)} of p is left without it)")
+        return " and ".join(reasons)
+
+    def __str__(self) -> str:
+        return f"p {probability_text(self.p)}, {share_text(self.kept)} of it left without the photo"
+
+
+def probability_text(p: float) -> str:
+    """Two decimals, or, below 0.01, one digit."""
+    return f"{p:.2f}" if p >= 0.01 else f"{p:.0e}".replace("e-0", "e-")
+
+
+def share_text(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+# the photo hidden from the text
+
+
+@contextmanager
+def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+    """Yields a function that hides image tokens from the text behind them: bool (R, N) -> float32 (R, A).
+
+    It gives the probability of each token of the answer, after those before it. In each run no position behind the
+    photos attends to the hidden tokens, in any layer, and positions stay as they are; a run that hides all of them also
+    hides what stands between several photos. The photos pass the model once, and in each run the text behind them.
     """
-    model, results = reading.model, []
+    model = reading.model
     forced, (scored,) = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
-    first, start = int(reading.positions[0]), int(reading.positions[-1]) + 1
-    seen = torch.ones(len(hidden), forced["input_ids"].shape[1], dtype=torch.long)  # (R, L - 1)
-    for row, away in zip(seen, torch.as_tensor(hidden), strict=True):
-        row[reading.positions.cpu()[away]] = 0
-        if away.all():
-            row[first:start] = 0
+    places, length = reading.positions.cpu(), forced["input_ids"].shape[1]
+    first, start = int(places[0]), int(places[-1]) + 1
     expected = torch.tensor(scored.expected)[:, None]
-    with borrowed(model), memory_explained(len(reading.positions)), torch.no_grad():
-        decoder, given = model.model.language_model, {}
-        name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"  # since 5.23
-        cache = DynamicCache(config=decoder.config)
+    decoder, given = model.model.language_model, {}
+    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"  # since 5.23
+    cache = DynamicCache(config=decoder.config)
+    with borrowed(model), memory_explained(len(places)), torch.no_grad():
         with hooked([decoder.register_forward_pre_hook(lambda *args: given.update(args[2]), with_kwargs=True)]):
             model.model(**forced, **{name: cache}, use_cache=True)
-        cache.crop(start - forced["input_ids"].shape[1])  # a count to be removed, as all versions take it
+        cache.crop(start - length)
         embeddings, positions = given["inputs_embeds"][:, start:], given["position_ids"][..., start:]
-        for mask in seen.split(batch_size):
-            count, own = len(mask), copy.deepcopy(cache)
-            own.batch_repeat_interleave(count)
-            text = {"inputs_embeds": embeddings.expand(count, -1, -1), "attention_mask": mask.to(embeddings.device)}
-            text["position_ids"] = positions.expand(*positions.shape[:-2], count, -1)
-            states = decoder(**text, **{name: own}, use_cache=True).last_hidden_state
-            states = states[:, [position - start for position in scored.predicting]]  # (R, A, C)
-            logits = at_least_float32(model.get_output_embeddings()(states.flatten(0, 1)))  # (R * A, V)
-            chosen = logits.softmax(-1).gather(1, expected.repeat(count, 1).to(logits.device))
-            results.append(chosen.view(count, -1).cpu().numpy())
-    return np.concatenate(results)
+
+        def hide(hidden: np.ndarray) -> np.ndarray:
+            results = []
+            for rows in torch.as_tensor(hidden).split(RUNS_AT_ONCE):
+                mask, count, own = torch.ones(len(rows), length, dtype=torch.long), len(rows), copy.deepcopy(cache)
+                for seen, row in zip(mask, rows, strict=True):
+                    seen[slice(first, start) if row.all() else places[row]] = 0
+                own.batch_repeat_interleave(count)
+                text = {"inputs_embeds": embeddings.expand(count, -1, -1), "attention_mask": mask.to(embeddings.device)}
+                text["position_ids"] = positions.expand(*positions.shape[:-2], count, -1)
+                states = decoder(**text, **{name: own}, use_cache=True).last_hidden_state
+                states = states[:, [position - start for position in scored.predicting]]  # (R, A, C)
+                logits = at_least_float32(model.get_output_embeddings()(states.flatten(0, 1)))  # (R * A, V)
+                chosen = logits.softmax(-1).gather(1, expected.repeat(count, 1).to(logits.device))
+                results.append(chosen.view(count, -1).cpu().numpy())
+            return np.concatenate(results)
+
+        yield hide
+
+
+# the image tokens that the words need
+
+
+def weighed(reading: Reading, results: list[TokenMaps], hide: Callable) -> list[TokenMaps]:
+    """The maps with their evidence; those of the methods "needed" and "auto" on the needed image tokens alone.
+
+    `results` are those of `explain`, of all photos of the reading; `hide` is that of `image_hiding`. A map of "auto" is
+    Grad-CAM as it is for the whole answer, and "needed" for a part of it.
+    """
+    count, photos = len(reading.positions), len(reading.grids)
+    seen, unseen = hide(np.array([[False] * count, [True] * count]))  # (A,) twice
+    results = [
+        replace(maps, evidence=Evidence(*(float(p[maps.target_tokens].mean()) for p in (seen, unseen))))
+        for maps in results
+    ]
+    for i, first in enumerate(results):
+        if first.settings.method == "auto":
+            method = "gradcam" if len(first.target_tokens) == len(first.tokens) else "needed"
+            results[i] = replace(first, settings=replace(first.settings, method=method))
+    parts = [results[i : i + photos] for i in range(0, len(results), photos)]
+    wanted = [
+        (part, layer)
+        for part in parts
+        for layer in part[0].maps
+        if part[0].settings.method == "needed" and part[0].evidence.kept <= PHOTOLESS
+    ]
+    cams = [np.concatenate([maps.maps[layer].ravel() for maps in part]) for part, layer in wanted]  # (N,) each
+    for (part, layer), cam in zip(wanted, _needed_only(cams, [part[0] for part, _ in wanted], hide), strict=True):
+        for maps, own in zip(part, np.split(cam, np.cumsum([m.maps[layer].size for m in part])[:-1]), strict=True):
+            maps.maps[layer] = own.reshape(maps.grid)
+    return results
+
+
+def _needed_only(cams: list[np.ndarray], explained: list[TokenMaps], hide: Callable) -> list[np.ndarray]:
+    """Each map (N,) with zeros but at the fewest of its hottest tokens without which the words lose what they need.
+
+    That is `NEEDED` of the probability that the photo gives them, p - p without it. Found by bisection to within a
+    factor of `STEP`; if all tokens of the map are not enough, it stays as it is.
+    """
+    orders = [np.argsort(-cam, kind="stable") for cam in cams]
+    low, high = np.zeros(len(cams), int), np.array([np.count_nonzero(cam) for cam in cams], int)
+    while len(open_ := np.flatnonzero(high > np.maximum(STEP * low, low + 1))):
+        tried = np.sqrt(np.maximum(low, 0.5) * high).astype(int).clip(low + 1, high - 1)
+        hidden = np.zeros((len(open_), len(cams[0])), bool)
+        for row, i in zip(hidden, open_, strict=True):
+            row[orders[i][: tried[i]]] = True
+        for i, left in zip(open_, hide(hidden), strict=True):  # (A,)
+            p, without = explained[i].evidence
+            enough = left[explained[i].target_tokens].mean() <= p - NEEDED * (p - without)
+            (high if enough else low)[i] = tried[i]
+    return [
+        np.where(np.isin(np.arange(len(cam)), order[:n]), cam, 0)
+        for cam, order, n in zip(cams, orders, high, strict=True)
+    ]
+
+
+def _finish(reading: Reading, results: list[TokenMaps]) -> list[TokenMaps]:
+    with image_hiding(reading) as hide:
+        return weighed(reading, results, hide)
+
+
+METHODS["needed"] = Method(gradcam, "Grad-CAM of needed tokens", finish=_finish)
+METHODS["auto"] = METHODS["needed"]._replace(title="Grad-CAM")
+
+
+# maps with all that is known of them
+
+
+def explain_with_evidence(
+    reading: Reading, spans: list[tuple[int, int]], layers: Iterable, settings: Settings | None = None,
+    progress: Callable | None = None, **options,
+) -> list[TokenMaps]:  # fmt: skip
+    """`explain` of the core, with the evidence of each part and each layer's likeness to the middle layer."""
+    settings, layers = settings or Settings(), list(layers)
+    asked = [tap.key for tap in find_taps(reading.model, layers, "input")]
+    middle = get_model_layers(reading.model)[1] // 2
+    ranked = settings if METHODS[settings.method].finish is not _finish else replace(settings, method="gradcam")
+    results = explain(reading, spans, [*layers, middle], ranked, progress, **options)
+    for i, maps in enumerate(results):
+        likeness = {
+            layer: rank_correlation(maps.maps[layer], maps.maps[middle])
+            for layer in asked
+            if isinstance(layer, int) and not {layer, middle} & set(maps.blank)
+        }
+        own = {layer: maps.maps[layer] for layer in asked}
+        named = replace(maps.settings, method=settings.method)
+        results[i] = replace(maps, maps=own, no_gradient=maps.no_gradient & set(own), settings=named, likeness=likeness)
+    return _finish(reading, results)
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's, of two maps of one shape; equal values share their mean rank. 0 if one of them is constant."""
+    ranks = []
+    for cam in (one, other):
+        _, place, count = np.unique(cam, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - count / 2)[place.ravel()])
+    a, b = (rank - rank.mean() for rank in ranks)
+    length = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / length) if length else 0.0
