@@ -44,6 +44,7 @@ import transformers
 from PIL import Image
 
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, model_named, resolve_device
+from common.evidence import departures, doubt_of, explain_with_evidence
 from common.files import other_files, output_folder
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
@@ -62,7 +63,6 @@ from smooth_gradcam import (
     SmoothQwenGradCAM,
     TokenMaps,
     compute_token_maps,
-    explain,
     find_target,
     get_model_layers,
     read,
@@ -92,6 +92,7 @@ __all__ = [  # users import the modules' own from here, too
 ]
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "matplotlib")  # whose versions --save_raw notes
+COMPARED = [method for method in METHODS if method != "auto"]
 RUNS_AT_ONCE = 8  # of evaluate and knockout mode
 ANSWERS_SHOWN = 10
 
@@ -112,7 +113,8 @@ def single_layer_visualization(
     check_drawing(look, paper)
     (layer,) = resolve_layers([layer_idx], get_model_layers(model)[1])
     settings |= {"num_samples": num_samples, "noise_std": noise_std}
-    settings = {"progress": show_progress(quiet), "passes": passes_of(settings.get("contrast"))} | settings
+    settings = {"passes": passes_of(settings.get("contrast")), "by": explain_with_evidence} | settings
+    settings = {"progress": show_progress(quiet)} | settings
     photo = open_photos(image)
     with output_folder(save_dir, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
@@ -154,7 +156,8 @@ class Request(NamedTuple):
 
     def explain(self, reading: Reading, span, layers, settings: Settings) -> TokenMaps:
         """The maps of one part of the answer."""
-        (maps,) = explain(reading, [span], layers, settings, show_progress(self.args.quiet), **self.copies)
+        progress = show_progress(self.args.quiet)
+        (maps,) = explain_with_evidence(reading, [span], layers, settings, progress, **self.copies)
         return maps
 
     def forecast(self, reading: Reading, **counts: int) -> None:
@@ -245,6 +248,7 @@ def explain_target(request: Request, readings: list[Reading], names, layers, mas
     lines = [f"explained: {what} ({count}) at layer {', '.join(map(str, chosen))}"]
     if args.mode == "single" and args.layer is None:
         lines[0] += f", the middle one of {get_model_layers(reading.model)[1]}: --layer chooses another"
+    lines += evidence_lines(token_maps, chosen)
     consequence = "it is left out" if args.mode == "evaluate" else "its pictures are grey panels"
     lines += [f"layer {layer} has no map ({why}): {consequence}" for layer, why in token_maps.blank.items()]
     if args.mode == "evaluate":
@@ -263,6 +267,16 @@ def explain_target(request: Request, readings: list[Reading], names, layers, mas
     return files, lines
 
 
+def evidence_lines(token_maps: TokenMaps, layers: list[int]) -> list[str]:
+    """What the maps rest on, and what speaks against them."""
+    lines = [f"evidence: {token_maps.evidence}"]
+    if doubt := doubt_of(token_maps):
+        lines.append(f"warning: {doubt}: the map is faded, and not to be believed")
+    if apart := departures(token_maps, layers):
+        lines.append(f"warning: {apart}")
+    return lines
+
+
 def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """What --save_raw writes: maps (layers, H, W) float32 and all it takes to know what they are; JSON for records."""
     records = ("grid", "prompt", "answer", "tokens", "target", "target_span", "target_tokens")
@@ -272,6 +286,8 @@ def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.
         "maps": np.stack(list(token_maps.maps.values())),
         "layers": np.array(list(token_maps.maps)),
         "no_gradient": np.array(sorted(token_maps.no_gradient), dtype=int),
+        "evidence": np.array(token_maps.evidence),  # p, p without the photo
+        "likeness": np.array([token_maps.likeness.get(layer, np.nan) for layer in token_maps.maps]),
         "seed": np.array(token_maps.settings.seed),
         "settings": np.array(json.dumps(asdict(token_maps.settings) | asked)),
         "versions": np.array(json.dumps({name: version(name) for name in PACKAGES})),
@@ -288,18 +304,19 @@ def compare_methods(request: Request, reading: Reading, span, layers, mask) -> t
     """Evaluate mode with --compare: every method with the settings that are given, or its own."""
     from studies.faithfulness_figures import compare
 
-    request.forecast(reading, methods=len(METHODS))
-    settings = {method: replace(request.settings, method=method) for method in METHODS}
+    request.forecast(reading, methods=len(COMPARED))
+    settings = {method: replace(request.settings, method=method) for method in COMPARED}
     maps = {method: request.explain(reading, span, layers, how) for method, how in settings.items()}
     files, lines = compare(reading, maps, mask, quiet=request.args.quiet, **measuring(request))
-    return files, [f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}", *lines]
+    explained = f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}"
+    return files, [explained, *evidence_lines(next(iter(maps.values())), layers), *lines]
 
 
 def measure_photo(request: Request, reading: Reading, layers, mask) -> tuple[dict, list[str]]:
     """Evaluate mode, of a photo of a list."""
     from studies.benchmark import benchmark_photo
 
-    args, methods = request.args, METHODS if request.args.compare else [request.settings.method]
+    args, methods = request.args, COMPARED if request.args.compare else [request.settings.method]
     methods = {method: replace(request.settings, method=method) for method in methods}
     word = (args.target, args.target_occurrence, args.answer is not None)
     return benchmark_photo(reading, layers, methods, *word, mask, **measuring(request), **request.copies)

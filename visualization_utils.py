@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from common.bands import render_heatmap, render_overlay
+from common.evidence import departures, doubt_of, explain_with_evidence
 from common.files import output_folder
 from common.page import (
     BAND,
@@ -124,6 +125,7 @@ def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
 # pictures of one layer
 
 WEAK = 0.05  # share of the figure's strongest map below which a map is called weak
+FADED = 0.35  # share of the colours that a map gets which is not to be believed
 
 
 def strongest_of(token_maps: Iterable[TokenMaps]) -> float:
@@ -138,13 +140,18 @@ def _peak_of(token_maps: TokenMaps, layer, look: Look, strongest: float | None =
     return strongest_of([token_maps]) if look.scale == "word" or strongest is None else strongest
 
 
+def full_colour(token_maps: TokenMaps, layer, look: Look, strongest: float | None = None) -> float:
+    """The same, raised for a map that is not to be believed, so that its colours are faded."""
+    return _peak_of(token_maps, layer, look, strongest) / (FADED if doubt_of(token_maps) else 1)
+
+
 def strength(token_maps: TokenMaps, layer, strongest: float | None = None) -> str:
     """The label of a map: its maximum, and ", weak" if that is small beside the strongest map's; or why it is blank."""
     if layer in token_maps.blank:
         return token_maps.blank[layer]
     own, strongest = (_peak_of(token_maps, layer, Look(scale=scale), strongest) for scale in ("map", "all"))
     number = f"{own:#.2g}".rstrip(".")
-    return f"max {number}" + (", weak" if own < WEAK * strongest else "")
+    return f"max {number}" + (", weak" if own < WEAK * strongest or doubt_of(token_maps) else "")
 
 
 def draw_layer(
@@ -156,7 +163,7 @@ def draw_layer(
     """
     if layer in token_maps.blank:
         return grey_panel(*photo.size, f"{token_maps.blank[layer]}:\nno map")
-    cam, peak = token_maps.maps[layer], _peak_of(token_maps, layer, look, strongest)
+    cam, peak = token_maps.maps[layer], full_colour(token_maps, layer, look, strongest)
     return render_overlay(photo, cam, look, peak) if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
 
 
@@ -207,7 +214,8 @@ def check_drawing(look, paper) -> None:
 
 
 def text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
-    """The header's rows (label, text, marked span): prompt, answer, and the explained part of it."""
+    """The header's rows (label, text, marked span): prompt, answer, the explained part of it, and what speaks against
+    its maps."""
     prompt, _ = excerpt(token_maps.prompt, (0, 0), EXCERPT["prompt"])
     answer, span = excerpt(token_maps.answer, token_maps.target_span, EXCERPT["answer"])
     target, _ = excerpt(token_maps.target, (0, 0), EXCERPT["target"])
@@ -217,7 +225,11 @@ def text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
         explained += f", rather than “{other}” in its place"
     if token_maps.target == token_maps.answer:
         span, explained = (0, 0), f"the whole answer: {len(token_maps.tokens)} tokens"
-    return [("Prompt", prompt, (0, 0)), ("Answer", answer, span), ("Explained", explained, (0, 0))]
+    if token_maps.evidence is not None:
+        explained += f"; {token_maps.evidence}"
+    rows = [("Prompt", prompt, (0, 0)), ("Answer", answer, span), ("Explained", explained, (0, 0))]
+    doubt = doubt_of(token_maps)
+    return [*rows, ("Doubt", doubt, (0, 0))] if doubt else rows
 
 
 def photo_rows(readings: list[Reading]) -> list[tuple]:
@@ -273,7 +285,13 @@ def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look
     evidence = "where the explained words come from"
     if token_maps.settings.contrast is not None:
         evidence = "what speaks for the explained words rather than for the other text"
-    return f"Hot: {evidence}, as read at {arrangement}. {look_text(look)}{grey}"
+    if token_maps.settings.method == "needed":
+        evidence += ", on the image tokens alone that they need"
+    hot = f"Hot: {evidence}, as read at {arrangement}."
+    if doubt_of(token_maps):
+        hot = f"Not to be believed, and therefore in {100 * FADED:.0f} % of the colours: the map as read at {arrangement}."
+    apart = departures(token_maps, layers)
+    return f"{hot} {f'{apart[0].upper()}{apart[1:]}. ' if apart else ''}{look_text(look)}{grey}"
 
 
 def made_from(token_maps: TokenMaps, photo: Image.Image) -> str:
@@ -459,7 +477,7 @@ def _create(
 ):  # fmt: skip
     """Explain the layers and write the files of `draw(photo, token maps, look=, paper=)`; returns its pictures."""
     photo, passes = open_photos(image), passes_of(settings.get("contrast"))
-    settings = {"progress": show_progress(quiet), "passes": passes} | settings
+    settings = {"progress": show_progress(quiet), "passes": passes, "by": explain_with_evidence} | settings
     with output_folder(save_dir, subfolders, inputs=[image]) as write:
         token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
         pictures, files = draw(photo, token_maps, look=look, paper=paper)

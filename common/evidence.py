@@ -9,7 +9,6 @@ Import this file to have both in the core. Shapes as there, and  R runs.
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,7 +35,7 @@ from smooth_gradcam import (
     score_parts,
 )
 
-__all__ = ["Evidence", "explain_with_evidence", "image_hiding", "weighed"]
+__all__ = ["Evidence", "departures", "doubt_of", "explain_with_evidence", "image_hiding", "spearman", "weighed"]
 
 DOUBTED = 0.1  # probability below which the model hardly says a word
 PHOTOLESS = 0.8  # share of its probability above which, left without the photo, a word does not come from it
@@ -202,7 +201,7 @@ def explain_with_evidence(
     results = explain(reading, spans, [*layers, middle], ranked, progress, **options)
     for i, maps in enumerate(results):
         likeness = {
-            layer: rank_correlation(maps.maps[layer], maps.maps[middle])
+            layer: spearman(maps.maps[layer], maps.maps[middle])
             for layer in asked
             if isinstance(layer, int) and not {layer, middle} & set(maps.blank)
         }
@@ -212,12 +211,33 @@ def explain_with_evidence(
     return _finish(reading, results)
 
 
-def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Spearman's, of two maps of one shape; equal values share their mean rank. 0 if one of them is constant."""
-    ranks = []
-    for cam in (one, other):
-        _, place, count = np.unique(cam, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - count / 2)[place.ravel()])
-    a, b = (rank - rank.mean() for rank in ranks)
-    length = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / length) if length else 0.0
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks (n,) of the values; equal values share their mean rank."""
+    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[index]
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two maps, -1 to 1; 0 if one of them is the same everywhere."""
+    a, b = _ranks(a.ravel()), _ranks(b.ravel())
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
+
+
+# what is said of them
+
+
+def doubt_of(maps: TokenMaps) -> str:
+    """Why a map is not to be believed; empty if nothing speaks against it, or its evidence was not measured."""
+    return maps.evidence.doubt if maps.evidence else ""
+
+
+def departures(maps: TokenMaps, layers: Iterable) -> str:
+    """A clause on those of the layers whose maps show something else than the middle layer's; empty if none does."""
+    apart = {layer: maps.likeness[layer] for layer in layers if maps.likeness.get(layer, 1) < ALIKE}
+    if not apart:
+        return ""
+    numbers = sorted({f"{value:.1f}" for value in apart.values()}, key=float)
+    which = f"layer{'s' * (len(apart) > 1)} {', '.join(map(str, apart))}"
+    correlation = " to ".join(dict.fromkeys((numbers[0], numbers[-1])))
+    verb = "show" if len(apart) > 1 else "shows"
+    return f"{which} {verb} something else than the middle layers (correlation {correlation})"

@@ -34,7 +34,7 @@ OF_PHOTOS = ("flow", "knockout")  # modes of one or several photos
 LAYER_NAMES = ("auto", "early", "middle", "late", "all")
 CHOICES = {  # as the modules have them, whose import takes too long for --help
     "score": ("logit", "logprob"),
-    "method": ("gradcam", "hirescam", "product", "paper"),
+    "method": ("auto", "needed", "gradcam", "hirescam", "product", "paper"),
     "rules": ("attnlrp", "detached", "plain"),
     "tap": ("input", "output", "post_attention_layernorm"),
     "baseline": ("blur", "mean", "black"),
@@ -230,8 +230,12 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     contrasted = tuple(mode for mode in MAPS if mode != "words")
     contrast = "explain the target's score minus that of this text in its place"
     add("--contrast", *contrasted, type=_text, help=contrast)
-    method = "gradients pooled, each token's own, their product, or Grad-CAM exactly as published"
-    add("--method", *MAPS, default="gradcam", help=method)
+    method = (
+        "gradients pooled (gradcam), the same on the image tokens alone that the words need (needed), each token's own "
+        "(hirescam), the product of the first and the last, or Grad-CAM exactly as published; auto: needed for a word "
+        "or phrase, gradcam for a whole answer and in flow mode"
+    )
+    add("--method", *MAPS, default="auto", help=method)
     add("--score", *MAPS, default="logit", help="what is summed over the explained tokens")
     add(
         "--rules",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from common.encoding import decimal
+from common.evidence import spearman
 from smooth_gradcam import Reading, TokenMaps, check_whole, explain, get_model_layers, noisy_passes, normalize_cam
 from studies.faithfulness import check_same
 
@@ -68,18 +69,6 @@ def cascading_randomization(
             randomized, [token_maps.target_span], keys, token_maps.settings, passes=passes, batch_size=batch_size
         )
     return results
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks (n,) of the values; equal values share their mean rank."""
-    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[index]
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of two maps, -1 to 1; 0 if one of them is the same everywhere."""
-    a, b = _ranks(a.ravel()), _ranks(b.ravel())
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
