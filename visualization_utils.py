@@ -289,9 +289,7 @@ def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look
         evidence += ", on the image tokens alone that they need"
     hot = f"Hot: {evidence}, as read at {arrangement}."
     if doubt_of(token_maps):
-        hot = (
-            f"Not to be believed, and so drawn in {100 * FADED:.0f} % of the colours: the map as read at {arrangement}."
-        )
+        hot = f"Not to be believed, so drawn in {100 * FADED:.0f} % of the colours: the map as read at {arrangement}."
     apart = departures(token_maps, layers)
     return f"{hot} {f'{apart[0].upper()}{apart[1:]}. ' if apart else ''}{look_text(look)}{grey}"
 
