@@ -34,15 +34,16 @@ from tqdm import tqdm
 import smooth_gradcam as core
 from common.evidence import ALIKE, DOUBTED, PHOTOLESS, image_hiding, spearman, weighed
 from studies.faithfulness import auc, insertion_deletion
-from studies.words import split_words
+from studies.words import FUNCTION_WORDS, split_words
 
 DRAWN = ("needed", "gradcam", "product", "hirescam", "paper")
 CLEAN = core.Settings(use_smooth=False)
-KINDS = ("used", "unused", "other", "absent")  # words: of a used object, of another one, of none, of an absent one
-PICTURES = {"scenes": 30, "flat": 30, "crowded": 12, "small": 30, "large": 20, "photos": 30, "doubted": 60}
-PICTURES |= dict.fromkeys(("eyes", "words", "blurred", "sinks", "eyes-photos", "eyes-small", "eyes-large", "twins"), 12)
-PICTURES |= dict.fromkeys(("coder", "coder-photos", "coder-small", "coder-large"), 8)
-FAITHFUL, STEPS = 6, 16  # words of a bed whose insertion and deletion are measured, and their steps
+KINDS = ("used", "unused", "other", "function", "absent")  # words for an object that is used, for one that is not,
+# for something else (a place, a colour), for nothing, and for an object that is not there
+PICTURES = {"scenes": 30, "flat": 16, "crowded": 6, "small": 16, "large": 12, "photos": 16, "doubted": 30}
+PICTURES |= dict.fromkeys(("eyes", "words", "blurred", "sinks", "eyes-photos", "eyes-small", "eyes-large", "twins"), 8)
+PICTURES |= dict.fromkeys(("coder", "coder-photos", "coder-small", "coder-large"), 6)
+FAITHFUL, STEPS = 4, 8  # words of a bed whose insertion and deletion are measured (not the coder's), and their steps
 
 
 def middle_layers(total: int) -> list[int]:
@@ -80,9 +81,9 @@ def evidence_rows(picture: beds.Picture, names: list[str]) -> list[tuple[int, fl
     with image_hiding(reading) as hide:
         seen = hide(np.stack([nothing, ~nothing]))  # (2, A)
     for span in split_words(reading.answer, reading.spans):
-        named = reading.answer[slice(*span)].lower() in names
-        kind = KINDS.index("used" if span in used else "unused" if named else "other")
-        rows.append((kind, *seen[:, reading.tokens_of(span)].mean(1)))
+        word = reading.answer[slice(*span)].lower()
+        kind = "unused" if word in names else "function" if word in FUNCTION_WORDS.split() else "other"
+        rows.append((KINDS.index("used" if span in used else kind), *seen[:, reading.tokens_of(span)].mean(1)))
     return rows
 
 
@@ -135,7 +136,7 @@ def run_bed(bed: beds.Bed, count: int, quiet: bool) -> dict[str, np.ndarray]:
             cams = [whole[i].maps[k].ravel() for k in range(total)]
             likeness.append([spearman(cam, cams[middle]) for cam in cams])
             hits.append([bool(word.on(reading.grid).ravel()[cam.argmax()] and cam.any()) for cam in cams])
-            if len(faithful) < FAITHFUL:
+            if len(faithful) < FAITHFUL and not bed.name.startswith("coder"):
                 own = {name: maps[name][i] for name in DRAWN}
                 faithful.append(faithfulness(bed, reading, word, own, layers[1]))
             if bed.name == "twins":
@@ -188,14 +189,14 @@ def print_methods(found: dict[str, dict]) -> None:
     print("\ninsertion - deletion at a middle layer, mean over words")
     print(f"| method | {' | '.join(found)} |")
     for i, method in enumerate((*DRAWN, "the object's own mask")):
-        areas = [f"{data['faithful'][:, i].mean():.2f}" for data in found.values()]
+        areas = [f"{data['faithful'][:, i].mean():.2f}" if len(data["faithful"]) else "-" for data in found.values()]
         print(f"| {method} | {' | '.join(areas)} |")
 
 
 def print_evidence(found: dict[str, dict]) -> None:
     """How well p and the share kept part words that use their object from those that cannot point."""
     print(f"\nevidence: words in doubt, p < {DOUBTED} or more than {100 * PHOTOLESS:.0f} % kept, of each kind; area "
-          "under the ROC curve, used object against none and absent, by p, by 1 - kept, by p (1 - kept)")  # fmt: skip
+          "under the ROC curve, used against function and absent, by p, by 1 - kept, by p (1 - kept)")  # fmt: skip
     everything = {**found, "all but doubted": {"evidence": np.concatenate(
         [data["evidence"] for name, data in found.items() if name != "doubted"])}}  # fmt: skip
     for name, data in everything.items():
@@ -203,31 +204,35 @@ def print_evidence(found: dict[str, dict]) -> None:
         kept = np.minimum(1, without / np.maximum(p, 1e-30))
         doubt = (p < DOUBTED) | (kept > PHOTOLESS)
         shares = [f"{KINDS[k]} {doubt[kind == k].sum()} of {(kind == k).sum()}" for k in range(len(KINDS))]
-        used, none = kind == KINDS.index("used"), kind >= KINDS.index("other")
+        used, none = kind == KINDS.index("used"), kind >= KINDS.index("function")
         areas = [area_under_roc(score[used], score[none]) for score in (p, 1 - kept, p * (1 - kept)) if used.any()]
         print(f"{name:15} {', '.join(shares)}; {' '.join(f'{area:.3f}' for area in areas)}")
     kind, p, without = everything["all but doubted"]["evidence"].T
     kept = np.minimum(1, without / np.maximum(p, 1e-30))
-    print("thresholds, all but doubted: share in doubt of used, of other, of absent")
+    print("thresholds, all but doubted: share in doubt of used, of function, of absent")
     for low in (0.01, 0.05, 0.1, 0.2):
         for high in (0.6, 0.7, 0.8, 0.9, 0.95):
             doubt = (p < low) | (kept > high)
-            print(f"p < {low:4} or kept > {high:4}: " + " ".join(f"{doubt[kind == k].mean():.3f}" for k in (0, 2, 3)))
+            print(f"p < {low:4} or kept > {high:4}: " + " ".join(f"{doubt[kind == k].mean():.3f}" for k in (0, 3, 4)))
 
 
 def print_layers(found: dict[str, dict]) -> None:
     """Rank correlation with the middle layer, of maps that point and of maps that do not."""
-    print(f"\nlayers: maps below a correlation of {ALIKE}, where they point and where they do not; layers most of "
-          "whose maps are below it; pointing and correlation at the last four layers")  # fmt: skip
+    print("\nlayers: at thresholds of the correlation, share below of maps that point, and of those that do not")
+    for name, data in {**found, "all": None}.items():
+        chosen = list(found.values()) if data is None else [data]
+        hits = np.concatenate([one["hits"].ravel().astype(bool) for one in chosen])
+        likeness = np.concatenate([one["likeness"].ravel() for one in chosen])
+        shares = [
+            f"{t}: {(likeness[hits] < t).mean():.3f} {(likeness[~hits] < t).mean() if (~hits).any() else np.nan:.3f}"
+            for t in (0.2, 0.3, 0.4, 0.5, 0.6)
+        ]
+        print(f"{name:13} {hits.sum()} point, {(~hits).sum()} do not; {'; '.join(shares)}")
+    print("pointing and mean correlation by layer, and layers most of whose maps are below the threshold in use")
     for name, data in found.items():
-        low, hits = data["likeness"] < ALIKE, data["hits"].astype(bool)
-        apart = np.flatnonzero(low.mean(0) > 0.5).tolist()
-        last = " ".join(
-            f"{h:.2f}/{c:.2f}" for h, c in zip(hits[:, -4:].mean(0), data["likeness"][:, -4:].mean(0), strict=True)
-        )
-        print(
-            f"{name:13} {(low & hits).sum()} of {hits.sum()}, {(low & ~hits).sum()} of {(~hits).sum()}; {apart}; {last}"
-        )
+        pairs = zip(data["hits"].mean(0), data["likeness"].mean(0), strict=True)
+        apart = np.flatnonzero((data["likeness"] < ALIKE).mean(0) > 0.5).tolist()
+        print(f"{name:13} {' '.join(f'{hit:.2f}/{like:.2f}' for hit, like in pairs)}; {apart}")
 
 
 def parse(arguments=None):
