@@ -401,15 +401,21 @@ DRAWS = {"scenes": draw_scenes, "flat": draw_flat, "crowded": draw_crowded, "sma
 DRAWS |= {"eyes": draw_eyes, "photos": draw_photos, "doubted": draw_doubted, "twins": draw_twins, "coder": draw_eyes}
 
 
+def source(name: str) -> str:
+    """Whose bed it is: "demo", "eyes", the published decoder with its eyes or words, or "coder", the larger one."""
+    if name.startswith("coder"):
+        return "coder"
+    return "eyes" if name.startswith("eyes") or name in (*PUBLISHED, "twins") else "demo"
+
+
 def load(name: str, decoder: str | None = None, coder: str | None = None) -> Bed:
     """The bed of a name; those of published decoders need the folders that graft.py wrote."""
-    larger, drawn = name.startswith("coder"), name.split("-")[-1]
-    published = larger or name.startswith("eyes") or name in (*PUBLISHED, "twins")
-    folder = (coder if larger else decoder) if published else str(ROOT / "demo_model")
-    if published and not (folder and Path(folder).is_dir()):
-        flag = "coder" if larger else "decoder"
-        raise SystemExit(f"the bed {name} needs --{flag}: a folder that demo_model/graft.py wrote, not {folder}")
-    dtype = "bfloat16" if published else "float32"  # as they are published and run
+    drawn, whose = name.split("-")[-1], source(name)
+    folder = {"demo": str(ROOT / "demo_model"), "eyes": decoder, "coder": coder}[whose]
+    if not (folder and Path(folder).is_dir()):
+        flag = "--coder" if whose == "coder" else "--decoder"
+        raise SystemExit(f"the bed {name} needs {flag}: a folder that demo_model/graft.py wrote, not {folder}")
+    dtype = "float32" if whose == "demo" else "bfloat16"  # as they are published and run
     model, processor = load_model(folder, "cpu", dtype), load_processor(folder, 10**6)
     if drawn in DRAWS:
         return Bed(name, model, processor, DRAWS[drawn])

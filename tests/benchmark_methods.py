@@ -43,7 +43,7 @@ KINDS = ("used", "unused", "other", "function", "absent")  # words for an object
 PICTURES = {"scenes": 30, "flat": 16, "crowded": 6, "small": 16, "large": 12, "photos": 16, "doubted": 30}
 PICTURES |= dict.fromkeys(("eyes", "words", "blurred", "sinks", "eyes-photos", "eyes-small", "eyes-large", "twins"), 8)
 PICTURES |= dict.fromkeys(("coder", "coder-photos", "coder-small", "coder-large"), 6)
-FAITHFUL, STEPS = 4, 8  # words of a bed whose insertion and deletion are measured (not the coder's), and their steps
+FAITHFUL, STEPS = {"demo": 4, "eyes": 2, "coder": 0}, 8  # words of a bed with insertion and deletion, and their steps
 
 
 def middle_layers(total: int) -> list[int]:
@@ -136,7 +136,7 @@ def run_bed(bed: beds.Bed, count: int, quiet: bool) -> dict[str, np.ndarray]:
             cams = [whole[i].maps[k].ravel() for k in range(total)]
             likeness.append([spearman(cam, cams[middle]) for cam in cams])
             hits.append([bool(word.on(reading.grid).ravel()[cam.argmax()] and cam.any()) for cam in cams])
-            if len(faithful) < FAITHFUL and not bed.name.startswith("coder"):
+            if len(faithful) < FAITHFUL[beds.source(bed.name)]:
                 own = {name: maps[name][i] for name in DRAWN}
                 faithful.append(faithfulness(bed, reading, word, own, layers[1]))
             if bed.name == "twins":
@@ -253,9 +253,8 @@ def main(arguments=None) -> None:
     options, start = parse(arguments), time.monotonic()
     names = beds.CONFIRMING if options.table == "confirming" else (*beds.DEMO, *beds.PUBLISHED)
     names = [name for name in names if options.beds is None or name in options.beds]
-    given = {"coder": options.coder, "eyes": options.decoder, "twins": options.decoder}
-    given |= dict.fromkeys(beds.PUBLISHED, options.decoder)
-    names = [name for name in names if given.get(name.split("-")[0], True)]
+    given = {"demo": True, "eyes": options.decoder, "coder": options.coder}
+    names = [name for name in names if given[beds.source(name)]]
     work = options.work / "quick" if options.quick else options.work
     work.mkdir(parents=True, exist_ok=True)
     found = {}
