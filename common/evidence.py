@@ -39,7 +39,7 @@ __all__ = ["Evidence", "departures", "doubt_of", "explain_with_evidence", "image
 
 DOUBTED = 0.1  # probability below which the model hardly says a word
 PHOTOLESS = 0.8  # share of its probability above which, left without the photo, a word does not come from it
-ALIKE = 0.4  # rank correlation with the middle layer's map below which a layer shows something else
+ALIKE = 0.3  # rank correlation with the middle layer's map below which a layer shows something else
 NEEDED = 0.9  # share of what the photo gives a word that is lost without the image tokens that it needs
 STEP = 1.1  # their number is found to within this factor
 RUNS_AT_ONCE = 8
