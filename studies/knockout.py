@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.encoding import decimal
+from common.evidence import Evidence
 from common.passes import SENSITIVE, UNLIKELY
 from smooth_gradcam import (
     Reading,
@@ -184,6 +185,11 @@ class Severed(NamedTuple):
     kept: np.ndarray | None  # (K + 1, A): as `removed`, without the image tokens that had most attention a layer before
     kept_right: np.ndarray | None  # (K + 1,) bool
     windows: dict[str, np.ndarray]  # edge -> (K, A): blocked in a window of layers around each
+
+    @property
+    def evidence(self) -> Evidence:
+        """That of the explained tokens: the image is hidden nowhere, and in all layers."""
+        return Evidence(*self.removed[[-1, 0]][:, self.explained].mean(1).tolist())
 
 
 def tokens_that_need_the_photo(removed: np.ndarray) -> list[int]:
@@ -384,11 +390,15 @@ def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
 
 
 def knockout_arrays(severed: list[Severed], names: list[str]) -> dict[str, np.ndarray]:
-    """Arrays of knockout.npz, for photo i removed_i (K + 1, A), windows_i (edges, K, A), explained_i (T,), tokens_i."""
+    """Arrays of knockout.npz, for photo i removed_i (K + 1, A), windows_i (edges, K, A), explained_i (T,), tokens_i.
+
+    And evidence_i (2,): p of the explained tokens, and what it is without the photo.
+    """
     arrays = {"photos": np.array(names), "edges": np.array(list(severed[0].windows))}
     for i, one in enumerate(severed):
         arrays |= {f"removed_{i}": one.removed, f"right_{i}": one.right, f"explained_{i}": np.array(one.explained)}
         arrays |= {f"tokens_{i}": np.array(one.reading.tokens), f"answer_{i}": np.array(one.reading.answer)}
+        arrays[f"evidence_{i}"] = np.array(one.evidence)
         if one.kept is not None:
             arrays[f"kept_{i}"] = one.kept
         if one.windows:
