@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from common.encoding import decimal
 from smooth_gradcam import (
     METHODS,
     Method,
@@ -268,7 +269,7 @@ def departures(maps: TokenMaps, layers: Iterable) -> str:
     apart = {layer: maps.likeness[layer] for layer in layers if maps.likeness.get(layer, 1) < ALIKE}
     if not apart:
         return ""
-    numbers = sorted({f"{value:.1f}" for value in apart.values()}, key=float)
+    numbers = sorted({decimal(value, 1) for value in apart.values()}, key=float)
     which = f"layer{'s' * (len(apart) > 1)} {', '.join(map(str, apart))}"
     correlation = " to ".join(dict.fromkeys((numbers[0], numbers[-1])))
     verb = "show" if len(apart) > 1 else "shows"

@@ -123,7 +123,8 @@ def draw_faithfulness(
     def overlay(small):
         return draw_layer(small, token_maps, leading, True, look)
 
-    y = masthead(page, photo, title, heads, draw=overlay, under=f"layer {leading}, the largest difference") + 3 * GAP
+    under = f"layer {leading}, {'not to be believed' if doubt_of(token_maps) else 'the largest difference'}"
+    y = masthead(page, photo, title, heads, draw=overlay, under=under) + 3 * GAP
 
     pitch = BAND + CURVE_PLOT[1] + 0.5
     style = {"ylim": (0, 1.02), "ylabel": "probability of the explained tokens"}
@@ -253,6 +254,7 @@ def draw_comparison(
     title = "Which map of this answer is to be believed?" + " None" * bool(doubt_of(token_maps))
     y = header(page, MARGIN, MARGIN, title, heads) + 2 * GAP
     columns = min(max(3, len(methods)), int(page.inner / 1.4))
+    columns = max(min(3, columns), -(-len(methods) // -(-len(methods) // columns)))  # rows of about the same length
     pitch = (page.inner + GAP) / columns
     width, height = fit_box(photo.width / photo.height, pitch - GAP, 2.4)
     small, values, row_height = shrink(photo, width, height), {}, 2 * BAND + height + GAP
