@@ -340,7 +340,9 @@ def find_targets(args: argparse.Namespace, readings: list[Reading], names) -> li
         try:
             spans.append(find_target(reading.answer, args.target, args.target_occurrence))
         except ValueError as exc:
-            raise exc if len(readings) == 1 else ValueError(f"{name}: {exc}") from exc
+            if len(readings) == 1:
+                raise
+            raise ValueError(f"{name}: {exc}") from exc
     return spans
 
 

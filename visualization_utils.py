@@ -240,8 +240,12 @@ def photo_rows(readings: list[Reading], doubts: Iterable[str] = ()) -> list[tupl
     for i, reading in enumerate(readings[:count], 1):
         rows.append((f"Photo {i}", reading.answer if same_prompt else f"{reading.prompt} → {reading.answer}"))
     rows += [("…", f"and {len(readings) - count} more")] * (count < len(readings))
-    doubted = "; ".join(f"photo {i}: {doubt}" for i, doubt in enumerate(doubts, 1) if doubt)
-    rows += [("Doubt", doubted)] * bool(doubted)
+    doubted = {str(i): doubt for i, doubt in enumerate(doubts, 1) if doubt}
+    if len(doubted) == 1:
+        rows += [("Doubt", f"photo {number}: {doubt}") for number, doubt in doubted.items()]
+    elif doubted:
+        why = "the model hardly says this, or it does not come from the photo"
+        rows.append(("Doubt", f"{why}: photos {', '.join(doubted)}"))
     return [(label, excerpt(text, (0, 0), 200)[0], (0, 0)) for label, text in rows]
 
 

@@ -95,7 +95,7 @@ def summarise(measured: list[tuple[str, list[dict]]]) -> list[dict]:
                 line |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), numbers, strict=True))
                 line[f"{measure}_words"] = len(known)
         table.append(line)
-    return table
+    return sorted(table, key=lambda line: line["layer"] == "")  # the maps first, whichever photos have which
 
 
 def _known_measures(table: list[dict]) -> list[str]:

@@ -154,12 +154,13 @@ def insertion_deletion(
         forwards = []
         with memory_explained(count):
             bounds = [probability(pixels[None])[0] for pixels in ends]
+            ties = rng.random(count)  # the same for any number of maps, as the random orders below
             orders = {
-                layer: np.lexsort((rng.random(count), -cam.ravel()))
+                layer: np.lexsort((ties, -cam.ravel()))
                 for layer, cam in token_maps.maps.items()
                 if layer not in token_maps.blank
             }
-            random = np.random.default_rng([seed, 1])  # the same orders for any number of maps
+            random = np.random.default_rng([seed, 1])
             orders |= {("random", i): random.permutation(count) for i in range(random_orders)}
             curves = {}
             for key in (progress or iter)(orders):

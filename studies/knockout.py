@@ -306,15 +306,18 @@ def cliff_interval(curves: np.ndarray, draws: int = 1000) -> tuple[int, int] | N
     return cliffs[round(0.025 * (len(cliffs) - 1))], cliffs[round(0.975 * (len(cliffs) - 1))]
 
 
-def truncation_finding(curves: np.ndarray, what: str) -> str:
-    """A sentence on the layer from which the image can be removed; `curves` are (photos, K + 1), `what` names them."""
+def truncation_finding(curves: np.ndarray, what: str, doubted: bool = False) -> str:
+    """A sentence on the layer from which the image can be removed; `curves` are (photos, K + 1), `what` names them.
+
+    It does not say that the photo is hardly needed if that is `doubted` already.
+    """
     curve = curves.mean(0)
     cliff, total = find_cliff(curve), len(curve) - 1
     if curve[-1] < UNLIKELY:
         return f"no cliff: {what} is {curve[-1]:.4f} with the whole image, so there is nothing to lose"
     if cliff is None:
         kept = f"{what} is {decimal(curve[0])} if the image is hidden from layer 0 on, {decimal(curve[-1])} with it"
-        return f"no cliff: {kept}, so the answer hardly needs the photo"
+        return f"no cliff: {kept}" + ", so the answer hardly needs the photo" * (not doubted)
     half = find_cliff(curve, 0.5)
     end = "the image is needed to the last layer" if cliff == total else f"from layer {cliff} on it can be removed"
     line = (

@@ -33,7 +33,7 @@ from visualization_utils import photo_names, photo_rows
 
 __all__ = ["sever"]
 
-TELLS_LITTLE = "what is left of it when attention is blocked is not to be believed"
+TELLS_LITTLE = "blocked attention tells little of it"
 EDGE_STYLES = (
     ("#0072b2", "-"), ("#d55e00", "-"), ("#009e73", "-"), ("#56b4e9", "--"), ("#e69f00", "--"), ("#56b4e9", ":"),
     ("#e69f00", ":"),
@@ -158,7 +158,8 @@ def sever(
         others = f"all but {keep} tokens hidden"
         curves[others] = [one.kept_right if accuracy else truncated(one, one.kept) for one in severed]
     curves = {name: np.array(values, float) for name, values in curves.items()}
-    finding = truncation_finding(curves["image hidden"], what)
+    doubted = not accuracy and all(one.evidence.doubt for one in severed)
+    finding = truncation_finding(curves["image hidden"], what, doubted)
     lines = [] if accuracy else [*explained_lines(severed, names, spans), *_evidence_lines(severed, names)]
     lines.append(finding)
     if keep is not None:
