@@ -35,7 +35,10 @@ from smooth_gradcam import (
     score_parts,
 )
 
-__all__ = ["Evidence", "departures", "doubt_of", "explain_with_evidence", "image_hiding", "spearman", "weighed"]
+__all__ = [
+    *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
+    *("explain_with_evidence", "image_hiding", "probability_text", "share_text", "spearman", "weighed"),
+]
 
 DOUBTED = 0.1  # probability below which the model hardly says a word
 PHOTOLESS = 0.8  # share of its probability above which, left without the photo, a word does not come from it
@@ -43,6 +46,7 @@ ALIKE = 0.5  # rank correlation with the middle layer's map below which a layer 
 NEEDED = 0.9  # share of what the photo gives a word that is lost without the image tokens that it needs
 STEP = 1.1  # their number is found to within this factor
 RUNS_AT_ONCE = 8
+NAMED = 10  # words that a line names
 
 
 class Evidence(NamedTuple):
@@ -50,6 +54,7 @@ class Evidence(NamedTuple):
 
     p: float  # probability, each token after those before it
     without: float  # the same while no text sees the photo
+    tokens: tuple[float, ...] = ()  # p of each token
 
     @property
     def kept(self) -> float:
@@ -57,10 +62,19 @@ class Evidence(NamedTuple):
         return min(1.0, self.without / self.p) if self.p else 1.0
 
     @property
+    def hardly_said(self) -> bool:
+        return self.p < DOUBTED
+
+    @property
+    def photoless(self) -> bool:
+        """Whether the words do not come from the photo."""
+        return self.kept > PHOTOLESS
+
+    @property
     def doubt(self) -> str:
         """Why a map of these words is not to be believed; empty if nothing speaks against it."""
-        reasons = [f"the model hardly says this (p {probability_text(self.p)})"] * (self.p < DOUBTED)
-        if self.kept > PHOTOLESS:
+        reasons = [f"the model hardly says this (p {probability_text(self.p)})"] * self.hardly_said
+        if self.photoless:
             reasons.append(f"this does not come from the photo ({share_text(self.kept)} of p is left without it)")
         return " and ".join(reasons)
 
@@ -132,10 +146,7 @@ def weighed(reading: Reading, results: list[TokenMaps], hide: Callable) -> list[
     """
     count, photos = len(reading.positions), len(reading.grids)
     seen, unseen = hide(np.array([[False] * count, [True] * count]))  # (A,) twice
-    results = [
-        replace(maps, evidence=Evidence(*(float(p[maps.target_tokens].mean()) for p in (seen, unseen))))
-        for maps in results
-    ]
+    results = [replace(maps, evidence=_evidence_of(maps.target_tokens, seen, unseen)) for maps in results]
     for i, first in enumerate(results):
         if first.settings.method == "auto":
             method = "gradcam" if len(first.target_tokens) == len(first.tokens) else "needed"
@@ -145,13 +156,18 @@ def weighed(reading: Reading, results: list[TokenMaps], hide: Callable) -> list[
         (part, layer)
         for part in parts
         for layer in part[0].maps
-        if part[0].settings.method == "needed" and part[0].evidence.kept <= PHOTOLESS
+        if part[0].settings.method == "needed" and not part[0].evidence.photoless
     ]
     cams = [np.concatenate([maps.maps[layer].ravel() for maps in part]) for part, layer in wanted]  # (N,) each
     for (part, layer), cam in zip(wanted, _needed_only(cams, [part[0] for part, _ in wanted], hide), strict=True):
         for maps, own in zip(part, np.split(cam, np.cumsum([m.maps[layer].size for m in part])[:-1]), strict=True):
             maps.maps[layer] = own.reshape(maps.grid)
     return results
+
+
+def _evidence_of(tokens: list[int], seen: np.ndarray, unseen: np.ndarray) -> Evidence:
+    """That of these tokens of an answer whose probabilities (A,) with and without the photo are given."""
+    return Evidence(float(seen[tokens].mean()), float(unseen[tokens].mean()), tuple(seen[tokens].tolist()))
 
 
 def _needed_only(cams: list[np.ndarray], explained: list[TokenMaps], hide: Callable) -> list[np.ndarray]:
@@ -168,7 +184,7 @@ def _needed_only(cams: list[np.ndarray], explained: list[TokenMaps], hide: Calla
         for row, i in zip(hidden, open_, strict=True):
             row[orders[i][: tried[i]]] = True
         for i, left in zip(open_, hide(hidden), strict=True):  # (A,)
-            p, without = explained[i].evidence
+            p, without = explained[i].evidence[:2]
             enough = left[explained[i].target_tokens].mean() <= p - NEEDED * (p - without)
             (high if enough else low)[i] = tried[i]
     return [
@@ -241,3 +257,25 @@ def departures(maps: TokenMaps, layers: Iterable) -> str:
     correlation = " to ".join(dict.fromkeys((numbers[0], numbers[-1])))
     verb = "show" if len(apart) > 1 else "shows"
     return f"{which} {verb} something else than the middle layers (correlation {correlation})"
+
+
+def departures_of_most(parts: Iterable[TokenMaps], layers: Iterable) -> str:
+    """The same of the parts of an answer, by the median of their correlations; only of those to be believed, if any."""
+    parts = list(parts)
+    believed = [maps for maps in parts if not doubt_of(maps)] or parts
+    found = {layer: [maps.likeness[layer] for maps in believed if layer in maps.likeness] for layer in layers}
+    middle = {layer: float(np.median(values)) for layer, values in found.items() if values}
+    apart = departures(replace(parts[0], likeness=middle), middle)
+    return apart and f"of most words, {apart}"
+
+
+def doubt_lines(parts: dict[str, TokenMaps]) -> list[str]:
+    """Which of the named parts of an answer do not come from the photo, and which are hardly said: a line for each."""
+    known = {name: maps.evidence for name, maps in parts.items() if maps.evidence}
+    photoless = [f"{name} ({share_text(own.kept)} kept)" for name, own in known.items() if own.photoless]
+    unlikely = [f"{name} (p {probability_text(own.p)})" for name, own in known.items() if own.hardly_said]
+    lines = []
+    for reason, names in (("not from the photo", photoless), ("hardly said", unlikely)):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines += [f"{reason}: {', '.join(names[:NAMED])}{more}"] * bool(names)
+    return lines
