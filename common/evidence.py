@@ -260,22 +260,21 @@ def departures(maps: TokenMaps, layers: Iterable) -> str:
 
 
 def departures_of_most(parts: Iterable[TokenMaps], layers: Iterable) -> str:
-    """The same of the parts of an answer, by the median of their correlations; only of those to be believed, if any."""
-    parts = list(parts)
-    believed = [maps for maps in parts if not doubt_of(maps)] or parts
+    """The same of the parts of an answer that are not doubted, by the median of their correlations."""
+    believed = [maps for maps in parts if not doubt_of(maps)]
     found = {layer: [maps.likeness[layer] for maps in believed if layer in maps.likeness] for layer in layers}
     middle = {layer: float(np.median(values)) for layer, values in found.items() if values}
-    apart = departures(replace(parts[0], likeness=middle), middle)
+    apart = departures(replace(believed[0], likeness=middle), middle) if believed else ""
     return apart and f"of most words, {apart}"
 
 
 def doubt_lines(parts: dict[str, TokenMaps]) -> list[str]:
     """Which of the named parts of an answer do not come from the photo, and which are hardly said: a line for each."""
     known = {name: maps.evidence for name, maps in parts.items() if maps.evidence}
-    photoless = [f"{name} ({share_text(own.kept)} kept)" for name, own in known.items() if own.photoless]
+    photoless = [f"{name} ({share_text(own.kept)})" for name, own in known.items() if own.photoless]
     unlikely = [f"{name} (p {probability_text(own.p)})" for name, own in known.items() if own.hardly_said]
     lines = []
     for reason, names in (("not from the photo", photoless), ("hardly said", unlikely)):
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         lines += [f"{reason}: {', '.join(names[:NAMED])}{more}"] * bool(names)
-    return lines
+    return [line.replace(" %)", " % kept)", 1) for line in lines]
