@@ -189,7 +189,8 @@ def _caption(word_maps: list[TokenMaps], table: _Table, cells: list[tuple[int, i
     if any("weak" in table.labels[i][layer] for i, layer in cells):
         below += f" Weak: below {100 * WEAK:.0f} % of the strongest of all"
         if doubted:
-            below += f", hardly said (p below {DOUBTED}), or more than {share_text(PHOTOLESS)} of p kept without the photo"
+            photoless = f"more than {share_text(PHOTOLESS)} of p kept without the photo"
+            below += f", hardly said (p below {DOUBTED}), or {photoless}"
         if 0 < len(doubted) < len(shown):
             below += f"; the last two are not to be believed, and drawn in {100 * FADED:.0f} % of the colours"
         below += "."
