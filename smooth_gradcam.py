@@ -104,16 +104,13 @@ def logprob_score(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Method(NamedTuple):
-    """A map's formula, its name in figures, and where and by which rules it is read unless the settings say so.
-
-    `finish` makes of a reading and its maps, list[TokenMaps], those that are returned.
-    """
+    """A map's formula, its name in figures, its own tap and rules, and what `explain` does to the maps at the end."""
 
     formula: Callable[[Tensor, Tensor], Tensor]
     title: str
     tap: str = "input"
     rules: str = "attnlrp"
-    finish: Callable = lambda reading, results: results
+    finish: Callable = lambda reading, maps: maps  # list[TokenMaps] of all parts of a reading, before and after
 
 
 METHODS = {  # `common/evidence.py` adds "needed" and "auto"
@@ -1048,8 +1045,7 @@ def compute_token_maps(
     target_occurrence  which one, where the answer has the target several times: 1 is the first
     progress        wraps the iterable over the copies, e.g. tqdm; None is silent
     batch_size      noisy copies that go through the model at once; the maps do not depend on it beyond rounding
-    passes          how the copies pass the model, see `explain`
-    by              what explains the reading, with the arguments of `explain`
+    passes, by      how the copies pass the model, see `explain`; and what is called in the place of `explain`
     settings        num_samples, noise_std, use_smooth, seed, tap, score, contrast, method, rules: see `Settings`
 
     Raises ValueError or TypeError for bad arguments, ExplanationError if the model's answer is empty or a score or

@@ -84,7 +84,7 @@ class Evidence(NamedTuple):
 
 def probability_text(p: float) -> str:
     """Two decimals, or, below 0.01, one digit."""
-    return f"{p:.2f}" if p >= 0.01 else f"{p:.0e}".replace("e-0", "e-")
+    return f"{p:.2f}" if p >= 0.01 or p == 0 else f"{p:.0e}".replace("e-0", "e-")
 
 
 def share_text(share: float) -> str:

@@ -192,7 +192,8 @@ def make_scene(seed, *, size=None, kinds=None, places=None, count=None, backgrou
     """The scene of a seed (an int or a sequence of ints); whatever is named is fixed, the rest is drawn.
 
     size: (height, width) in pixels. kinds: names from KINDS. places: indices into PLACES, one per object.
-    count: 1 to 4 objects. background: one of BACKGROUNDS. scale: object side as a share of the shorter picture side.
+    count: 1 to 4 objects. background: one of BACKGROUNDS, or a picture, (H, W, 3) uint8.
+    scale: object side as a share of the shorter picture side.
     Raises ValueError for a kind that is not in KINDS, and when the objects asked for cannot be laid out fairly.
     """
     if unknown := set(kinds or ()) - set(KINDS):
@@ -217,7 +218,10 @@ def make_scene(seed, *, size=None, kinds=None, places=None, count=None, backgrou
         whole = [(canvas[..., 3] > 0.5).sum() for _, canvas in layers]
         seen = all(t.mask.sum() >= MIN_VISIBLE * drawn > 0 for t, drawn in zip(things, whole, strict=True))
         if seen and all(_is_fair(thing) for thing in things):
-            picture = draw_background(rng, height, width, background or str(rng.choice(BACKGROUNDS)))
+            if isinstance(background, np.ndarray):
+                picture = cv2.resize(background, (width, height), interpolation=cv2.INTER_AREA) / np.float32(255)
+            else:
+                picture = draw_background(rng, height, width, background or str(rng.choice(BACKGROUNDS)))
             for region, canvas in layers:
                 picture[region] = picture[region] * (1 - canvas[..., 3:]) + canvas[..., :3]
             image = np.round(np.clip(picture, 0, 1) * 255).astype(np.uint8)

@@ -1,19 +1,31 @@
 """Beds: pictures whose objects are known, words of answers about them, and the models that read them.
 
 A setting that was measured in one bed only is not proven: every benchmark takes its pictures, masks and words from
-here. Only words count whose probability falls by a quarter or more when their object is painted over, for a map cannot
-point at what is not used; how many do is a figure of the bed.
+here. Only words count whose probability is a tenth or more, and falls by a quarter or more when their object is painted
+over: a map cannot point at what is not used. How many do is a figure of the bed.
+
+Beds in which settings are chosen:
 
     scenes   the demo model on scenes of its own kind that it has never seen
     flat     the same, one object anywhere on a plain, a gradient or a noisy background, small to large
     crowded  the same, portraits with five or six objects, two of them of one kind
+    small    the same, one or two objects of 0.5 to 2 image tokens
+    large    the same, one object of 40 to 60 % of the picture
     eyes     a published decoder with trained eyes (demo_model/graft.py) on scenes
     words    a published decoder whose image tokens are its own word embeddings, with noise of half their spread
     blurred  the same, with noise as large as their spread
     sinks    like words, with four background tokens turned into attention sinks in an early layer
 
-The last three put a test double in the vision tower's place: it reads a colour-coded grid and gives each image token
-the decoder's embedding of what stands there. All four published ones need --decoder: what graft.py wrote.
+Beds in which the choice is confirmed: none of them had a part in it.
+
+    photos                     the demo model on scenes with a photograph (scikit-image's) as background
+    doubted                    the same, true answers that are given: only words of a probability below a tenth count
+    eyes-photos, -small, -large  the published decoder on those pictures
+    twins                      the same on two objects of a kind; each mention has its own object
+    coder, -photos, -small, -large  a larger published decoder, of 28 layers, with eyes of its own, likewise
+
+The three of words put a test double in the vision tower's place: it reads a colour-coded grid and gives each image
+token the decoder's embedding of what stands there. Published decoders need --decoder and --coder: what graft.py wrote.
 """
 
 import itertools
@@ -26,6 +38,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import skimage.data
 import torch
 from PIL import Image
 
@@ -37,12 +50,16 @@ from evaluate import UNSEEN  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
 from common.checkpoint import load_model, load_processor  # noqa: E402
+from common.evidence import DOUBTED  # noqa: E402
 from common.passes import token_probabilities  # noqa: E402
 from studies.decoder import covered_tokens  # noqa: E402
 
-DEMO, PUBLISHED = ("scenes", "flat", "crowded"), ("eyes", "words", "blurred", "sinks")
+DEMO, PUBLISHED = ("scenes", "flat", "crowded", "small", "large"), ("eyes", "words", "blurred", "sinks")
+CONFIRMING = ("photos", "doubted", "eyes-photos", "eyes-small", "eyes-large", "twins")
+CONFIRMING += ("coder", "coder-photos", "coder-small", "coder-large")
 CELL = scenes.TOKEN  # pixels of one image token
 FALL = 0.75  # what may be left of a word's probability without its object
+PHOTOGRAPHS = ("astronaut", "coffee", "rocket", "hubble_deep_field", "retina", "gravel", "grass", "brick", "moon")
 
 
 class Word(NamedTuple):
@@ -73,7 +90,7 @@ class Drawn(NamedTuple):
     """A picture before it is read."""
 
     photo: Image.Image
-    masks: dict[str, np.ndarray]  # name -> (height, width) bool
+    masks: dict[str, np.ndarray]  # name -> (height, width) bool; "dog (2)" is the second mention alone
     without: dict[str, Image.Image]  # name -> the photo with its objects painted over
     prompt: str
     answer: str | None  # None: the model's own
@@ -89,19 +106,25 @@ class Bed:
     draw: Callable[[int], Drawn]
     baseline: str = "blur"  # what removed image tokens show in insertion and deletion
 
+    @property
+    def doubted(self) -> bool:
+        """Whether the words count that the model hardly says, and not the others."""
+        return self.name == "doubted"
+
     def picture(self, number: int) -> Picture:
-        return read(self.model, self.processor, self.draw(number))
+        return read(self.model, self.processor, self.draw(number), self.doubted)
 
 
-def read(model, processor, drawn: Drawn) -> Picture:
+def read(model, processor, drawn: Drawn, doubted: bool = False) -> Picture:
     """The reading, and of the words that name an object, as often as they do, those that count."""
     reading = core.read(model, processor, drawn.photo, drawn.prompt, drawn.answer, max_new_tokens=64)
-    words = [
-        Word(name, match.span(), mask)
-        for name, mask in drawn.masks.items()
-        for match in re.finditer(rf"\b{name}\b", reading.answer, re.IGNORECASE)
-    ]
-    return Picture(reading, [word for word in words if counts(reading, word, drawn.without[word.name])], len(words))
+    words = []
+    for name, mask in drawn.masks.items():
+        kind, _, mention = name.removesuffix(")").partition(" (")
+        spans = [match.span() for match in re.finditer(rf"\b{kind}\b", reading.answer, re.IGNORECASE)]
+        words += [Word(name, span, mask) for span in (spans[int(mention) - 1 :][:1] if mention else spans)]
+    used = [word for word in words if counts(reading, word, drawn.without[word.name], doubted)]
+    return Picture(reading, used, len(words))
 
 
 def probability(reading: core.Reading, span: tuple[int, int]) -> float:
@@ -111,10 +134,11 @@ def probability(reading: core.Reading, span: tuple[int, int]) -> float:
         return float(token_probabilities(reading.model, forced, forced["pixel_values"][None], scored).mean())
 
 
-def counts(reading: core.Reading, word: Word, without: Image.Image) -> bool:
-    """Whether the word's probability falls by a quarter or more without its object."""
+def counts(reading: core.Reading, word: Word, without: Image.Image, doubted: bool = False) -> bool:
+    """Whether the word's probability falls by a quarter or more without its object, and is not, or is, doubted."""
     other = core.prepare_inputs(reading.model, reading.processor, [without], reading.prompt)
-    return probability(replace(reading, inputs=other), word.span) <= FALL * probability(reading, word.span)
+    said = probability(reading, word.span)
+    return (said < DOUBTED) == doubted and probability(replace(reading, inputs=other), word.span) <= FALL * said
 
 
 # scenes
@@ -166,6 +190,70 @@ def draw_crowded(number: int) -> Drawn:
         except ValueError:
             continue
         return drawn_scene(scene, scenes.DESCRIBE[0])
+    raise ValueError(f"the picture {number} cannot be laid out")
+
+
+def draw_small(number: int) -> Drawn:
+    """One or two objects that cover about 0.5 to 2 image tokens each."""
+    rng, size = np.random.default_rng((UNSEEN, 10, number)), ((9, 12), (12, 9), (10, 10))[number % 3]
+    side = 1.25 * np.sqrt(rng.uniform(0.6, 2.2)) / min(size)  # an object fills about 0.64 of its square
+    for attempt in range(50):
+        try:
+            scene = scenes.make_scene(
+                (UNSEEN, 11, number, attempt), size=(size[0] * CELL, size[1] * CELL), count=1 + number % 2, scale=side
+            )
+        except ValueError:
+            continue
+        return drawn_scene(scene, scenes.DESCRIBE[0])
+    raise ValueError(f"the picture {number} cannot be laid out")
+
+
+def draw_large(number: int) -> Drawn:
+    """One object in the middle that covers 40 to 60 % of the picture."""
+    rng, size = np.random.default_rng((UNSEEN, 12, number)), ((9, 9), (9, 10), (10, 9))[number % 3]
+    for attempt in range(500):
+        scale = float(rng.uniform(0.95, 1.15))
+        try:
+            scene = scenes.make_scene(
+                (UNSEEN, 13, number, attempt), size=(size[0] * CELL, size[1] * CELL), places=[4], scale=scale
+            )
+        except ValueError:
+            continue
+        if 0.4 <= scene.objects[0].mask.mean() <= 0.6:
+            return drawn_scene(scene, scenes.DESCRIBE[0])
+    raise ValueError(f"the picture {number} cannot be laid out")
+
+
+def on_photograph(number: int) -> scenes.Scene:
+    """A scene with one of scikit-image's photographs in the place of its background."""
+    photograph = getattr(skimage.data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()
+    if photograph.ndim == 2:
+        photograph = np.stack([photograph] * 3, -1)
+    return scenes.make_scene((UNSEEN, 14, number), background=np.ascontiguousarray(photograph[..., :3]))
+
+
+def draw_photos(number: int) -> Drawn:
+    return drawn_scene(on_photograph(number), scenes.DESCRIBE[0])
+
+
+def draw_doubted(number: int) -> Drawn:
+    scene = on_photograph(number)
+    return drawn_scene(scene, scenes.DESCRIBE[0])._replace(answer=scenes.describe(scene))
+
+
+def draw_twins(number: int) -> Drawn:
+    """Two objects of one kind and a third; the answer is given, and each mention has the mask of its own object."""
+    rng = np.random.default_rng((UNSEEN, 15, number))
+    one, other = (str(kind) for kind in rng.choice(scenes.KINDS, 2, replace=False))
+    for attempt in range(50):
+        try:
+            scene = scenes.make_scene((UNSEEN, 16, number, attempt), kinds=[one, one, other], scale=0.34)
+        except ValueError:
+            continue
+        named = enumerate((thing for thing in scene.objects if thing.kind == one), 1)
+        masks = {f"{one} ({mention})": thing.mask for mention, thing in named}
+        without = {name: painted_over(scene.image, mask) for name, mask in masks.items()}
+        return Drawn(Image.fromarray(scene.image), masks, without, scenes.DESCRIBE[0], scenes.describe(scene))
     raise ValueError(f"the picture {number} cannot be laid out")
 
 
@@ -309,16 +397,28 @@ class Sinks:
 # all beds
 
 
-def load(name: str, decoder: str | None) -> Bed:
-    """The bed of a name; the published ones need the folder that graft.py wrote."""
-    if name in PUBLISHED and not (decoder and Path(decoder).is_dir()):
-        raise SystemExit(f"the bed {name} needs --decoder: a folder that demo_model/graft.py wrote, not {decoder}")
-    folder = str(ROOT / "demo_model") if name in DEMO else decoder
-    dtype = "float32" if name in DEMO else "bfloat16"  # as they are published and run
+DRAWS = {"scenes": draw_scenes, "flat": draw_flat, "crowded": draw_crowded, "small": draw_small, "large": draw_large}
+DRAWS |= {"eyes": draw_eyes, "photos": draw_photos, "doubted": draw_doubted, "twins": draw_twins, "coder": draw_eyes}
+
+
+def source(name: str) -> str:
+    """Whose bed it is: "demo", "eyes", the published decoder with its eyes or words, or "coder", the larger one."""
+    if name.startswith("coder"):
+        return "coder"
+    return "eyes" if name.startswith("eyes") or name in (*PUBLISHED, "twins") else "demo"
+
+
+def load(name: str, decoder: str | None = None, coder: str | None = None) -> Bed:
+    """The bed of a name; those of published decoders need the folders that graft.py wrote."""
+    drawn, whose = name.split("-")[-1], source(name)
+    folder = {"demo": str(ROOT / "demo_model"), "eyes": decoder, "coder": coder}[whose]
+    if not (folder and Path(folder).is_dir()):
+        flag = "--coder" if whose == "coder" else "--decoder"
+        raise SystemExit(f"the bed {name} needs {flag}: a folder that demo_model/graft.py wrote, not {folder}")
+    dtype = "float32" if whose == "demo" else "bfloat16"  # as they are published and run
     model, processor = load_model(folder, "cpu", dtype), load_processor(folder, 10**6)
-    seen = {"scenes": draw_scenes, "flat": draw_flat, "crowded": draw_crowded, "eyes": draw_eyes}
-    if name in seen:
-        return Bed(name, model, processor, seen[name])
+    if drawn in DRAWS:
+        return Bed(name, model, processor, DRAWS[drawn])
     eyes = WordEyes(model, processor, 1.0 if name == "blurred" else 0.5)
     model.model.visual.register_forward_hook(eyes, with_kwargs=True)
     if name == "sinks":

@@ -502,8 +502,28 @@ def draw(found: dict[str, Summary], path: Path) -> None:
     Image.fromarray(np.asarray(page.finish(small_print(page, y, text)))).save(path, dpi=(DPI, DPI), optimize=True)
 
 
-PICTURES = {"scenes": 30, "flat": 40, "crowded": 16, "eyes": 24, "words": 24, "blurred": 24, "sinks": 24}
-FAITHFUL = {"scenes": 8, "flat": 8, "crowded": 8, "eyes": 8, "words": 4, "blurred": 4, "sinks": 4}
+PICTURES = {
+    "scenes": 30,
+    "flat": 40,
+    "crowded": 16,
+    "small": 30,
+    "large": 20,
+    "eyes": 24,
+    "words": 24,
+    "blurred": 24,
+    "sinks": 24,
+}
+FAITHFUL = {
+    "scenes": 8,
+    "flat": 8,
+    "crowded": 8,
+    "small": 8,
+    "large": 8,
+    "eyes": 8,
+    "words": 4,
+    "blurred": 4,
+    "sinks": 4,
+}
 
 
 def parse(arguments=None):

@@ -1,6 +1,6 @@
 """What noisy copies do for a map: python tests/benchmark_smoothing.py
 
-On scenes the demo model has never seen, every object word of its own answer is explained with 1 to 50 noisy copies and
+In beds of the demo model (see beds.py), every object word of its own answer is explained with 1 to 50 noisy copies and
 noise of 0 to 0.4 (standard deviation, for pixel values in [0, 1]). Of each map: how often its maximum lies on or at
 most 15 pixels off the object, its Obj-IoU, and on some words the area under the insertion curve. The copies of a
 smaller number are the first ones of the larger. Printed as a table, and written as smoothing.csv and smoothing.png.
@@ -27,8 +27,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo_model")]
-import scenes  # noqa: E402
-from evaluate import UNSEEN  # noqa: E402
+import beds  # noqa: E402
 
 import smooth_gradcam as core  # noqa: E402
 from common.checkpoint import load_model, load_processor  # noqa: E402
@@ -58,10 +57,10 @@ def copies_of_maps(reading, spans: dict, layer: int, settings: core.Settings) ->
 
 def measure_scene(job) -> list[dict]:
     """The rows of one scene: (drawn, noise, copies, averaging) -> measures, of each of its words."""
-    number, layer, noises, counts, faithful, model_path = job
-    scene = scenes.make_scene(UNSEEN + number)
-    reading = core.read(*_load(model_path), Image.fromarray(scene.image), scenes.DESCRIBE[0])
-    masks = {thing.kind: thing.mask for thing in scene.objects if f" {thing.kind} " in reading.answer}
+    bed, number, layer, noises, counts, faithful, model_path = job
+    drawn = beds.DRAWS[bed](number)
+    reading = core.read(*_load(model_path), drawn.photo, drawn.prompt)
+    masks = {name: mask for name, mask in drawn.masks.items() if f" {name} " in reading.answer}
     spans = {word: core.find_target(reading.answer, word) for word in masks}
     if not spans:
         return []
@@ -72,12 +71,19 @@ def measure_scene(job) -> list[dict]:
     for noise in noises:
         maps = copies_of_maps(reading, spans, layer, core.Settings(max(counts), noise, seed=0))
         others = copies_of_maps(reading, spans, layer, core.Settings(OTHERS, noise, seed=1))
-        for (drawn, word), stack in maps.items():
-            reference = others[drawn, word].mean(0)
+        for (method, word), stack in maps.items():
+            reference = others[method, word].mean(0)
             for count in counts if noise else [1]:
                 raw, scaled = stack[:count].mean(0), np.mean([core.normalize_cam(cam) for cam in stack[:count]], axis=0)
                 for averaging, cam in {"raw": raw, "normalised": scaled}.items():
-                    row = {"scene": number, "word": word, "drawn": drawn, "noise_std": noise, "num_samples": count}
+                    row = {
+                        "bed": bed,
+                        "scene": number,
+                        "word": word,
+                        "drawn": method,
+                        "noise_std": noise,
+                        "num_samples": count,
+                    }
                     row |= {"averaging": averaging} | localization(cam, masks[word])
                     row["likeness"] = spearman(cam, reference) if noise else 1.0
                     if word in targets and averaging == "raw":
@@ -141,7 +147,8 @@ def main():
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model_path", default=str(ROOT / "demo_model"))
-    parser.add_argument("--scenes", type=int, default=20)
+    parser.add_argument("--beds", nargs="+", choices=beds.DRAWS, default=["scenes"])
+    parser.add_argument("--scenes", type=int, default=20, help="pictures of each bed")
     parser.add_argument("--faithful", type=int, default=8, help="scenes whose words' insertion is measured")
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--noise_std", type=float, nargs="+", default=[0.0, 0.05, 0.1, 0.2, 0.3, 0.4])
@@ -151,29 +158,24 @@ def main():
     options = parser.parse_args()
     start = time.perf_counter()
     settings = (options.layer, options.noise_std, options.num_samples, options.faithful, options.model_path)
-    jobs = [(number, *settings) for number in range(options.scenes)]
+    jobs = [(bed, number, *settings) for bed in options.beds for number in range(options.scenes)]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         rows = [row for part in pool.imap(measure_scene, jobs) for row in part]
         pool.close()
         pool.join()
-    words = len({(row["scene"], row["word"]) for row in rows})
-    print(f"{words} words in {options.scenes} scenes, layer {options.layer}, {platform.machine()}", end=", ")
+    words = len({(row["bed"], row["scene"], row["word"]) for row in rows})
+    print(f"{words} words in {len(jobs)} pictures, layer {options.layer}, {platform.machine()}", end=", ")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}", end=", ")
     print(f"{options.processes} processes, {time.perf_counter() - start:.0f} s")
     measures = ("pointing", *MEASURES[:2], "energy", *MEASURES[2:])
-    keys = sorted({(row["drawn"], row["averaging"], row["noise_std"], row["num_samples"]) for row in rows})
-    table = [
-        dict(zip(("drawn", "averaging", "noise_std", "num_samples"), key, strict=True))
-        | {
-            name: mean(rows, name, drawn=key[0], averaging=key[1], noise_std=key[2], num_samples=key[3])
-            for name in measures
-        }
-        for key in keys
-    ]
-    print(f"{'drawn':20} {'averaging':11} noise copies  " + " ".join(f"{name:>9}" for name in measures))
+    columns = ("bed", "drawn", "averaging", "noise_std", "num_samples")
+    keys = [dict(zip(columns, key, strict=True)) for key in sorted({tuple(row[c] for c in columns) for row in rows})]
+    table = [key | {name: mean(rows, name, **key) for name in measures} for key in keys]
+    print(f"{'bed':8} {'drawn':9} {'averaging':11} noise copies  " + " ".join(f"{name:>9}" for name in measures))
     for line in table:
-        print(f"{line['drawn']:20} {line['averaging']:11} {line['noise_std']:5.2f} {line['num_samples']:6d}  ", end="")
-        print(" ".join(f"{line[name]:9.3f}" for name in measures))
+        key = "{bed:8} {drawn:9} {averaging:11} {noise_std:5.2f} {num_samples:6d}".format(**line)
+        values = " ".join(f"{line[name]:9.3f}" for name in measures)
+        print(f"{key}  {values}")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     with (options.output_dir / "smoothing.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0], lineterminator="\n")

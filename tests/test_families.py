@@ -31,6 +31,7 @@ from torch import nn
 import smooth_gradcam as core
 import test_gradcam
 from common.checkpoint import cap_pixels, load_model, load_processor
+from common.evidence import image_hiding
 from common.passes import contrasted_passes, vision_kept, watched_passes
 from smooth_gradcam import Settings, compute_token_maps, explain, find_target, read
 from studies.decoder import token_groups
@@ -41,6 +42,9 @@ CLEAN = {"use_smooth": False, "answer": ANSWER}
 
 
 STDS = {"qwen2_vl": (0.26862954, 0.26130258, 0.27577711), "qwen3_vl": (0.5, 0.5, 0.5)}
+
+
+FORMULAS = ("gradcam", "hirescam", "product", "paper")  # methods whose maps are a formula alone
 
 
 DEEPSTACK = 2  # Qwen3-VL adds vision features behind layers 0 and 1
@@ -139,7 +143,7 @@ def test_gradients_within_the_vision_tower_are_autograds(model, oracles, reading
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # rotations of the tower are in float32
 
 
-@pytest.mark.parametrize("method", core.METHODS)
+@pytest.mark.parametrize("method", FORMULAS)
 def test_maps_are_the_formulas_at_the_image_tokens(model, oracles, reading, method):
     rules = Settings(method=method).settled().rules
     settings = Settings(use_smooth=False, method=method, tap="input")
@@ -473,7 +477,7 @@ def test_several_images_stand_before_the_prompt_in_their_order(several, processo
 
 
 @of_all
-@pytest.mark.parametrize("method", core.METHODS)
+@pytest.mark.parametrize("method", FORMULAS)
 def test_each_image_has_its_part_of_the_map_of_all_image_tokens(model, oracles, several, method):
     settings = Settings(use_smooth=False, method=method, tap="input")
     found = explain(several, [(0, len(several.answer))], range(LAYERS), settings)
@@ -580,3 +584,42 @@ def test_lists_that_hold_no_photos_are_named(model, processor, image):
     ):
         with pytest.raises(ValueError, match=message):
             read(model, processor, given, PROMPT)
+
+
+# what the answer rests on
+
+
+def text_alone(reading) -> np.ndarray:
+    """(A,): the answer's probabilities if the image tokens are cut out of the sequence, positions left as they are."""
+    model, given = reading.model, {}
+    forced, (scored,) = core.score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
+    decoder = model.model.language_model
+    with torch.no_grad(), core.hooked([decoder.register_forward_pre_hook(
+        lambda *args: given.update(args[2]), with_kwargs=True)]):  # fmt: skip
+        model.model(**forced, use_cache=False)
+    length = forced["input_ids"].shape[1]
+    first, last = int(reading.positions[0]), int(reading.positions[-1])
+    rest = [i for i in range(length) if not first <= i <= last]
+    with torch.no_grad():
+        states = decoder(
+            inputs_embeds=given["inputs_embeds"][:, rest], position_ids=given["position_ids"][..., rest],
+            use_cache=False,
+        ).last_hidden_state[0]  # fmt: skip
+        logits = model.lm_head(states[[rest.index(position) for position in scored.predicting]])
+    return logits.softmax(-1)[range(len(scored.expected)), scored.expected].numpy()
+
+
+@of_all
+@pytest.mark.parametrize("which", ["reading", "several"])
+def test_answer_without_photos_is_that_of_the_text_alone(model, which, request):
+    reading = request.getfixturevalue(which)
+    nothing = np.zeros(len(reading.positions), bool)
+    with image_hiding(reading) as hide:
+        with_photo, without = hide(np.stack([nothing, ~nothing]))
+    np.testing.assert_allclose(without, text_alone(reading), rtol=1e-5, atol=1e-8)
+    forced, (scored,) = core.score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
+    with torch.no_grad():
+        logits = model(**forced).logits[0, scored.predicting].softmax(-1)
+    expected = logits[range(len(scored.expected)), scored.expected].numpy()
+    np.testing.assert_allclose(with_photo, expected, rtol=1e-5, atol=1e-8)
+    assert abs(with_photo - without).max() > 1e-3

@@ -1,5 +1,6 @@
 """The flags: what they take, in which mode, and that nothing heavy is loaded to say so."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -40,8 +41,9 @@ def test_examples_of_the_help_can_be_parsed(capsys):
 
 def test_defaults_stand_in_the_help():
     text = " ".join(make_parser()[0].format_help().split())
-    for default in ("single", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "gradcam"):
+    for default in ("single", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "logit"):
         assert f"(default: {default})" in text
+    assert re.search(r"--method [^-]*\(default: auto\)", text)
 
 
 # which flag acts in which mode
@@ -83,12 +85,12 @@ def test_layers_are_ranges_lists_and_names_in_each_mode_that_takes_them(flag, wo
 
 def test_choices_of_the_flags_are_those_of_the_modules():
     assert tuple(core.SCORES) == CHOICES["score"]
-    assert tuple(core.METHODS) == CHOICES["method"]
+    assert sorted(core.METHODS) == sorted(CHOICES["method"])
     assert tuple(core.RULES) == CHOICES["rules"]
     assert CHOICES["tap"] == core.TAPS
     assert CHOICES["baseline"] == faithfulness.BASELINES
     assert visualization_utils.LAYER_RANGES == common.flags.LAYER_NAMES
-    assert vars(test_gradcam.Request.of(parse_args([])).settings) == vars(core.Settings(noise_std=0.15))
+    assert vars(test_gradcam.Request.of(parse_args([])).settings) == vars(core.Settings(noise_std=0.15, method="auto"))
 
 
 def test_flags_are_those_of_the_command_line_unless_given(monkeypatch):
