@@ -44,7 +44,14 @@ import transformers
 from PIL import Image
 
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, model_named, resolve_device
-from common.evidence import Evidence, evidence_lines, explain_by_methods, explain_with_evidence
+from common.evidence import (
+    Evidence,
+    departures_of_most,
+    doubt_lines,
+    evidence_lines,
+    explain_by_methods,
+    explain_with_evidence,
+)
 from common.files import other_files, output_folder
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
@@ -278,7 +285,7 @@ def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.
         "maps": np.stack(list(token_maps.maps.values())),
         "layers": np.array(list(token_maps.maps)),
         "no_gradient": np.array(sorted(token_maps.no_gradient), dtype=int),
-        "evidence": np.array(token_maps.evidence),  # p, p without the photo
+        "evidence": np.array(token_maps.evidence[:2]),  # p, p without the photo
         "likeness": np.array([token_maps.likeness.get(layer, np.nan) for layer in token_maps.maps]),
         "seed": np.array(token_maps.settings.seed),
         "settings": np.array(json.dumps(asdict(token_maps.settings) | asked)),
@@ -325,7 +332,10 @@ def explain_words(request: Request, readings: list[Reading], names, layers, mask
     request.forecast(reading, parts=len(choose_words(reading.answer, reading.spans, args.words)))
     word_maps = map_words(reading, args.words, layers, request.settings, show_progress(args.quiet), **request.copies)
     files = draw_words(reading.photo, name, word_maps, *word_tokens(reading, word_maps), **request.drawing)[1]
-    lines = [f"explained: {', '.join(name_words(word_maps))} at layer {', '.join(map(str, layers))}"]
+    named = dict(zip(name_words(word_maps), word_maps, strict=True))
+    lines = [f"explained: {', '.join(named)} at layer {', '.join(map(str, layers))}"]
+    warned = [*doubt_lines(named), departures_of_most(word_maps, layers)]
+    lines += [f"warning: {text}" for text in warned if text]
     for layer in layers:
         if all(layer in word.blank for word in word_maps):
             why = word_maps[0].blank[layer]

@@ -38,8 +38,9 @@ from smooth_gradcam import (
 )
 
 __all__ = [
-    *("Evidence", "departures", "doubt_of", "evidence_lines", "explain_by_methods"),
-    *("explain_with_evidence", "image_hiding", "settled_for", "spearman", "warnings_of", "weighed"),
+    *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
+    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "probability_text"),
+    *("settled_for", "share_text", "spearman", "warnings_of", "weighed"),
 ]
 
 DOUBTED = 0.1  # probability below which the model hardly says a word
@@ -49,6 +50,7 @@ NEEDED = 0.9  # share of what the photo gives a word that is lost without the im
 STEP = 1.1  # their number is found to within this factor
 RUNS_AT_ONCE = 8
 REPORTED = 5  # photos with warnings of their own
+NAMED = 10  # words that a line names
 
 
 class Evidence(NamedTuple):
@@ -56,6 +58,7 @@ class Evidence(NamedTuple):
 
     p: float  # probability, each token after those before it
     without: float  # the same while no text sees the photo
+    tokens: tuple[float, ...] = ()  # p of each token
 
     @property
     def kept(self) -> float:
@@ -63,10 +66,19 @@ class Evidence(NamedTuple):
         return min(1.0, self.without / self.p) if self.p else 1.0
 
     @property
+    def hardly_said(self) -> bool:
+        return self.p < DOUBTED
+
+    @property
+    def photoless(self) -> bool:
+        """Whether the words do not come from the photo."""
+        return self.kept > PHOTOLESS
+
+    @property
     def doubt(self) -> str:
         """Why a map of these words is not to be believed; empty if nothing speaks against it."""
-        reasons = [f"the model hardly says this (p {probability_text(self.p)})"] * (self.p < DOUBTED)
-        if self.kept > PHOTOLESS:
+        reasons = [f"the model hardly says this (p {probability_text(self.p)})"] * self.hardly_said
+        if self.photoless:
             reasons.append(f"this does not come from the photo ({share_text(self.kept)} of p is left without it)")
         return " and ".join(reasons)
 
@@ -144,15 +156,14 @@ def weighed(reading: Reading, results: list[TokenMaps], hide: Callable) -> list[
     count, photos = len(reading.positions), len(reading.grids)
     seen, unseen = hide(np.array([[False] * count, [True] * count]))  # (A,) twice
     for i, maps in enumerate(results):
-        evidence = Evidence(*(float(p[maps.target_tokens].mean()) for p in (seen, unseen)))
         settings = settled_for(maps.settings, len(maps.target_tokens) == len(maps.tokens))
-        results[i] = replace(maps, evidence=evidence, settings=settings)
+        results[i] = replace(maps, evidence=_evidence_of(maps.target_tokens, seen, unseen), settings=settings)
     parts = [results[i : i + photos] for i in range(0, len(results), photos)]
     wanted = [
         (part, layer)
         for part in parts
         for layer in part[0].maps
-        if part[0].settings.method == "needed" and part[0].evidence.kept <= PHOTOLESS
+        if part[0].settings.method == "needed" and not part[0].evidence.photoless
     ]
     cams = [np.concatenate([maps.maps[layer].ravel() for maps in part]) for part, layer in wanted]  # (N,) each
     for (part, layer), cam in zip(wanted, _needed_only(cams, [part[0] for part, _ in wanted], hide), strict=True):
@@ -166,6 +177,11 @@ def settled_for(settings: Settings, whole: bool) -> Settings:
     if settings.method != "auto":
         return settings
     return replace(settings, method="gradcam" if whole else "needed")
+
+
+def _evidence_of(tokens: list[int], seen: np.ndarray, unseen: np.ndarray) -> Evidence:
+    """That of these tokens of an answer whose probabilities (A,) with and without the photo are given."""
+    return Evidence(float(seen[tokens].mean()), float(unseen[tokens].mean()), tuple(seen[tokens].tolist()))
 
 
 def _needed_only(cams: list[np.ndarray], explained: list[TokenMaps], hide: Callable) -> list[np.ndarray]:
@@ -182,7 +198,7 @@ def _needed_only(cams: list[np.ndarray], explained: list[TokenMaps], hide: Calla
         for row, i in zip(hidden, open_, strict=True):
             row[orders[i][: tried[i]]] = True
         for i, left in zip(open_, hide(hidden), strict=True):  # (A,)
-            p, without = explained[i].evidence
+            p, without = explained[i].evidence[:2]
             enough = left[explained[i].target_tokens].mean() <= p - NEEDED * (p - without)
             (high if enough else low)[i] = tried[i]
     return [
@@ -291,3 +307,24 @@ def warnings_of(said: dict[str, str]) -> list[str]:
     warned = [f"{name}: {text}" if len(said) > 1 else text for name, text in said.items() if text]
     lines, more = [f"warning: {text}" for text in warned[:REPORTED]], len(warned) - REPORTED
     return lines + [f"warning: the same of {more} more photo{'s' * (more > 1)}"] * (more > 0)
+
+
+def departures_of_most(parts: Iterable[TokenMaps], layers: Iterable) -> str:
+    """The same of the parts of an answer that are not doubted, by the median of their correlations."""
+    believed = [maps for maps in parts if not doubt_of(maps)]
+    found = {layer: [maps.likeness[layer] for maps in believed if layer in maps.likeness] for layer in layers}
+    middle = {layer: float(np.median(values)) for layer, values in found.items() if values}
+    apart = departures(replace(believed[0], likeness=middle), middle) if believed else ""
+    return apart and f"of most words, {apart}"
+
+
+def doubt_lines(parts: dict[str, TokenMaps]) -> list[str]:
+    """Which of the named parts of an answer do not come from the photo, and which are hardly said: a line for each."""
+    known = {name: maps.evidence for name, maps in parts.items() if maps.evidence}
+    photoless = [f"{name} ({share_text(own.kept)})" for name, own in known.items() if own.photoless]
+    unlikely = [f"{name} (p {probability_text(own.p)})" for name, own in known.items() if own.hardly_said]
+    lines = []
+    for reason, names in (("not from the photo", photoless), ("hardly said", unlikely)):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines += [f"{reason}: {', '.join(names[:NAMED])}{more}"] * bool(names)
+    return [line.replace(" %)", " % kept)", 1) for line in lines]

@@ -281,7 +281,7 @@ def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]
         arrays |= {f"attention_{i}": photo.attention, f"gradient_{i}": photo.gradient}
         arrays[f"maps_{i}"] = np.stack(list(photo.maps.maps.values()))
         arrays[f"groups_{i}"] = np.array([(group.start, group.stop) for group in groups])
-        arrays |= {f"answer_{i}": np.array(photo.reading.answer), f"evidence_{i}": np.array(photo.maps.evidence)}
+        arrays |= {f"answer_{i}": np.array(photo.reading.answer), f"evidence_{i}": np.array(photo.maps.evidence[:2])}
     return arrays
 
 

@@ -401,7 +401,7 @@ def knockout_arrays(severed: list[Severed], names: list[str]) -> dict[str, np.nd
     for i, one in enumerate(severed):
         arrays |= {f"removed_{i}": one.removed, f"right_{i}": one.right, f"explained_{i}": np.array(one.explained)}
         arrays |= {f"tokens_{i}": np.array(one.reading.tokens), f"answer_{i}": np.array(one.reading.answer)}
-        arrays[f"evidence_{i}"] = np.array(one.evidence)
+        arrays[f"evidence_{i}"] = np.array(one.evidence[:2])
         if one.kept is not None:
             arrays[f"kept_{i}"] = one.kept
         if one.windows:

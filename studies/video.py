@@ -158,7 +158,7 @@ def _draw_video(
     draw = functools.partial(strip_figure, reading, patches, layer, video.fps, look, paper)
     return paper.figure("video_strip", draw) | {
         "video.webp": animate(video.frames, maps, video.fps, look, peak),
-        "maps.npz": arrays | {"evidence": np.array(patches[0].evidence)},  # p, p without the video
+        "maps.npz": arrays | {"evidence": np.array(patches[0].evidence[:2])},  # p, p without the video
     }
 
 

@@ -3,45 +3,26 @@
     Reading                             read: one answer
       -> spans of words                 choose_words
       -> TokenMaps of each word         map_words: one forward pass per noisy copy serves all words and layers
-      -> figure, HTML, tables           draw_words
+      -> figure, HTML, tables           draw_words, with the evidence of each word: words_figure.py, words_page.html
 
 Shapes:  H, W  rows and columns of image tokens
 """
 
 import base64
-import functools
 import io
 import json
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch import nn
 
+from common.evidence import ALIKE, doubt_of, explain_with_evidence, probability_text, share_text
 from common.files import output_folder
-from common.page import (
-    BODY_HEIGHTS,
-    GAP,
-    LINE,
-    MARGIN,
-    PAGE,
-    SMALL,
-    TINY,
-    WIDTHS,
-    Page,
-    Paper,
-    excerpt,
-    fit_box,
-    masthead,
-    shrink,
-    text_width,
-    wrap,
-)
-from common.passes import token_probabilities
+from common.page import PAGE, Paper
 from common.photos import open_photo, open_photos, readable
 from common.progress import show_progress
 from smooth_gradcam import (
@@ -50,30 +31,21 @@ from smooth_gradcam import (
     Reading,
     Settings,
     TokenMaps,
-    borrowed,
     colour_table,
-    explain,
     get_model_layers,
     noisy_passes,
     normalize_cam,
     occurrences,
     read,
-    score_parts,
 )
+from studies.words_figure import word_figures
 from visualization_utils import (
-    WEAK,
-    caption,
+    FADED,
     check_drawing,
-    draw_layer,
-    footer,
     layer_pictures,
-    made_from,
-    method_title,
     select_layers,
     settings_text,
-    strength,
     strongest_of,
-    text_rows,
 )
 
 __all__ = [
@@ -154,11 +126,16 @@ def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple
 def map_words(
     reading: Reading, words, layers, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1
 ) -> list[TokenMaps]:
-    """The raw maps of each chosen word; `words` and errors are those of `compute_word_maps`, the rest of `explain`."""
+    """The raw maps of each chosen word, with their evidence; the method "auto" is "needed", as each is of a word.
+
+    `words` and errors are those of `compute_word_maps`, the other arguments of `explain`.
+    """
     if settings.contrast is not None:
         raise ValueError(f"contrast={settings.contrast!r}: a map of each word takes no contrast")
+    if settings.method == "auto":
+        settings = replace(settings, method="needed")
     spans = choose_words(reading.answer, reading.spans, words)
-    return explain(reading, spans, layers, settings, progress, passes=passes, batch_size=batch_size)
+    return explain_with_evidence(reading, spans, layers, settings, progress, passes=passes, batch_size=batch_size)
 
 
 def compute_word_maps(
@@ -168,162 +145,29 @@ def compute_word_maps(
     """The raw maps of each word of the answer, in its order: one forward per noisy copy serves all words and layers.
 
     `words` is "content" (all but function words), "all", or the words themselves, each at all its occurrences, as a
-    list or as "dog,apple"; `split_words` defines words, `choose_words` function words. The other arguments and the
-    errors are those of `compute_token_maps`. Raises ValueError for words that are not in the answer, too.
+    list or as "dog,apple"; `split_words` defines words, `choose_words` function words. Each map has its evidence; the
+    method is "auto" unless given. The other arguments and the errors are those of `compute_token_maps`. Raises
+    ValueError for words that are not in the answer, too.
     """
-    settings = Settings(**settings)
+    settings = Settings(**{"method": "auto"} | settings)
     reading = read(model, processor, open_photos(image), prompt, answer, max_new_tokens)
     return map_words(reading, words, layers, settings, progress, batch_size=batch_size)
 
 
 def word_tokens(reading: Reading, word_maps: list[TokenMaps]) -> tuple[list[list[float]], list[list[str]]]:
-    """(probabilities, texts) of each word's tokens, from one forward pass of the photo without noise.
+    """(probabilities, texts) of the tokens of each word with evidence.
 
     A probability is that of the token after the photo, the prompt and the answer before it. A token with only some
     bytes of a character has that character as its text.
     """
-    with borrowed(reading.model):
-        forced, (scored,) = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
-        pixels = reading.inputs["pixel_values"][None]
-        answer = token_probabilities(reading.model, forced, pixels, scored)[0].tolist()  # (A,)
-    probabilities = [[answer[i] for i in word.target_tokens] for word in word_maps]
     texts = [[reading.answer[slice(*reading.spans[i])] for i in word.target_tokens] for word in word_maps]
-    return probabilities, texts
-
-
-# figure
-
-CELL, LOW = 0.75, 0.6  # inches: least width of a word's column, and least height of a picture
+    return [list(word.evidence.tokens) for word in word_maps], texts
 
 
 def name_words(word_maps: list[TokenMaps]) -> list[str]:
     """A name for each word: the word, with a number from its second occurrence on, "dog (2)"."""
     texts = [word.target for word in word_maps]
     return [f"{text} ({texts[: i + 1].count(text)})" if text in texts[:i] else text for i, text in enumerate(texts)]
-
-
-def _columns_of_text(word_maps: list[TokenMaps]) -> list[tuple[str, str]]:
-    """For each word (the answer's text since the word before, the word with the punctuation that follows it)."""
-    answer, columns, end = word_maps[0].answer, [], 0
-    for i, word in enumerate(word_maps):
-        start, stop = word.target_span
-        before, end = answer[min(end, start) : start].strip(), stop
-        following = word_maps[i + 1].target_span[0] if i + 1 < len(word_maps) else len(answer)
-        while end < following and not (answer[end].isspace() or answer[end].isalnum()):
-            end += 1
-        columns.append((before, answer[start:end]))
-    return columns
-
-
-def _wrapped_heads(page: Page, width: float, heads: list[tuple[str, str]]) -> list[tuple[list[str], list[str]]]:
-    """The wrapped lines of both texts of each head, in a column of that width."""
-    return [
-        tuple(
-            [text[slice(*line)].strip() for line in wrap(text, width, SMALL, page.families, weight)] if text else []
-            for text, weight in (
-                (excerpt(before, (len(before),) * 2, 44)[0], "normal"),
-                (excerpt(word, (0, 0), 44)[0], "bold"),
-            )
-        )
-        for before, word in heads
-    ]
-
-
-def _heads_height(heads: list[tuple[list[str], list[str]]]) -> float:
-    return sum(max(map(len, lines)) for lines in zip(*heads, strict=True)) * SMALL * LINE + GAP / 2
-
-
-def _word_heads(page: Page, xs: list[float], y: float, heads: list[tuple[list[str], list[str]]]) -> None:
-    """Draw over each column the text before its word, in grey, and the word."""
-    middle = y + max(len(before) for before, _ in heads) * SMALL * LINE  # the words stand on one line
-    for x, (above, below) in zip(xs, heads, strict=True):
-        for i, line in enumerate(above):
-            page.text(x, middle - (len(above) - i) * SMALL * LINE, line, SMALL, color="0.45")
-        for i, line in enumerate(below):
-            page.text(x, middle + i * SMALL * LINE, line, SMALL, weight="bold")
-
-
-class _Table:
-    """The layout of the words (across) and layers (down) on the pages of the figure."""
-
-    def __init__(self, photo: Image.Image, word_maps: list[TokenMaps], paper: Paper):
-        first, self.layers = word_maps[0], list(word_maps[0].maps)
-        page, strongest = Page(WIDTHS[paper.width], first.prompt + first.answer), strongest_of(word_maps)
-        self.labels = [{layer: strength(word, layer, strongest) for layer in self.layers} for word in word_maps]
-        self.side = max(text_width(f"layer {layer}", SMALL, page.families) for layer in self.layers) + GAP
-        texts = {text for labels in self.labels for text in labels.values()}
-        room = max(CELL, *(text_width(text, TINY, page.families) for text in texts))  # of a column
-        inner, self.body = page.inner - self.side + GAP, BODY_HEIGHTS[paper.width]
-        most = max(1, int(inner / (room + GAP)))
-        self.columns = -(-len(word_maps) // -(-len(word_maps) // most))  # blocks of similar numbers of words
-        cell, aspect = min(1.5, inner / self.columns - GAP), photo.width / photo.height
-        high = (self.body - 0.8) / len(self.layers) - TINY * LINE - GAP  # so that all layers stand on one page
-        self.width, self.height = fit_box(aspect, cell, min(1.5, max(high, LOW)))
-        self.pitch, self.row = max(self.width, min(cell, max(1.0, room))) + GAP, self.height + TINY * LINE + GAP
-        self.heads = _wrapped_heads(page, self.pitch - GAP, _columns_of_text(word_maps))
-        self.pages = self.paginate(len(word_maps))
-
-    def paginate(self, count: int) -> list[list[tuple[range, list[int]]]]:
-        """The blocks (words, layers) of each page; a block that does not fit on one page continues on the next."""
-        pages, y = [[]], 0.0
-        for start in range(0, count, self.columns):
-            words, remaining = range(start, min(start + self.columns, count)), self.layers
-            head = _heads_height([self.heads[i] for i in words])
-            while remaining:
-                fits = int((self.body - y - head) / self.row)
-                if pages[-1] and fits < len(remaining):  # a page of its own keeps more of it together
-                    pages, y = [*pages, []], 0.0
-                    continue
-                layers, remaining = remaining[: max(1, fits)], remaining[max(1, fits) :]
-                pages[-1].append((words, layers))
-                y += head + len(layers) * self.row + 2 * GAP
-        return pages
-
-
-def _word_figures(
-    photo: Image.Image, word_maps: list[TokenMaps], look: Look = PLAIN, paper: Paper = PAGE
-) -> dict[str, object]:
-    """{file name: the function that draws it} of the figure's pages; long answers take several."""
-    table, files = _Table(photo, word_maps, paper), {}
-    for i, blocks in enumerate(table.pages, 1):
-        name = "words_by_layer" if i == 1 else f"words_by_layer_{i}"
-        files |= paper.figure(name, functools.partial(_words_figure, photo, word_maps, table, blocks, look, paper))
-    return files
-
-
-def _words_figure(photo, word_maps: list[TokenMaps], table: _Table, blocks: list, look: Look, paper: Paper) -> Page:
-    """One page: words across, layers down, overlays in the cells; blocks of words one below the other."""
-    first = word_maps[0]
-    rows = [(label, text, (0, 0)) for label, text, _ in text_rows(first)[:2]]
-    page, strongest = Page(WIDTHS[paper.width], first.prompt + first.answer), strongest_of(word_maps)
-    title = f"{method_title(first.settings)}, word by word"
-    start, end, layers = blocks[0][0][0], blocks[-1][0][-1] + 1, blocks[0][1]
-    if end - start < len(word_maps):
-        title += f" ({start + 1}–{end} of {len(word_maps)})"
-    if len(layers) < len(table.layers):
-        title += f", layers {layers[0]}–{layers[-1]}" if len(layers) > 1 else f", layer {layers[0]}"
-    y = masthead(page, photo, title, rows, (2.3, 1.4)) + 2 * GAP
-
-    small, cells = shrink(photo, table.width, table.height), []
-    for words, layers in blocks:
-        xs, heads = [MARGIN + table.side + i * table.pitch for i in range(len(words))], [table.heads[i] for i in words]
-        _word_heads(page, xs, y, heads)
-        y += _heads_height(heads)
-        for layer in layers:
-            page.text(MARGIN, y + table.height / 2, f"layer {layer}", SMALL, va="center")
-            for x, i in zip(xs, words, strict=True):
-                picture = draw_layer(small, word_maps[i], layer, True, look, strongest)
-                page.picture(x, y, table.width, table.height, picture)
-                page.text(x, y + table.height + 0.02, table.labels[i][layer], TINY, color="0.3")
-                cells.append((i, layer))
-            y += table.row
-        y += 2 * GAP
-    below = caption(first, [], "each layer, a column for each word", look)
-    if any("weak" in table.labels[i][layer] for i, layer in cells):
-        below += f" Weak: below {100 * WEAK:.0f} % of the strongest of all."
-    if any(layer in word_maps[i].blank for i, layer in cells):
-        below += " Grey: the word has no map at that layer, for the reason that stands there."
-    return page.finish(footer(page, y, first.settings.method, below, made_from(first, photo), look))
 
 
 # HTML and tables
@@ -358,6 +202,8 @@ def html_data(
         "settings": settings_text(first.settings),
         "look": {"colours": look.colormap, "opacity": look.opacity, "scale": look.scale},
         "table": base64.b64encode(colour_table(look.colormap).tobytes()).decode(),
+        "faded": FADED,
+        "alike": ALIKE,
         "words": [
             {
                 "text": word.target,
@@ -365,6 +211,10 @@ def html_data(
                 "end": word.target_span[1],
                 "tokens": texts,
                 "probabilities": values,
+                "p": probability_text(word.evidence.p) if word.evidence else None,
+                "kept": share_text(word.evidence.kept) if word.evidence else None,
+                "doubt": doubt_of(word),
+                "likeness": [word.likeness.get(layer) for layer in word.maps],
                 "maps": ["" if layer in word.blank else pack(cam) for layer, cam in word.maps.items()],
                 "maxima": [float(cam.max()) for cam in word.maps.values()],
                 "blank": [word.blank.get(layer, "") for layer in word.maps],
@@ -381,6 +231,11 @@ def words_html(data: dict) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return template.replace("__DATA__", text)
+
+
+def _evidence_record(word: TokenMaps) -> dict[str, float] | None:
+    own = word.evidence
+    return own and {"p": own.p, "without_photo": own.without, "kept": own.kept}
 
 
 def draw_words(
@@ -401,6 +256,9 @@ def draw_words(
             "tokens": texts,
             "token_ids": [word.tokens[i] for i in word.target_tokens],
             "probabilities": values,
+            "evidence": _evidence_record(word),
+            "doubt": doubt_of(word),
+            "likeness": {str(layer): value for layer, value in word.likeness.items()},
             "maxima": {str(layer): float(cam.max()) for layer, cam in word.maps.items()},
             "no_gradient": sorted(word.no_gradient),
         }
@@ -408,16 +266,22 @@ def draw_words(
     ]
     record = {"prompt": first.prompt, "answer": first.answer, "grid": list(first.grid), "layers": list(first.maps)}
     record |= {"settings": asdict(first.settings), "words": records}
-    files = _word_figures(photo, word_maps, look, paper) | {
-        "index.html": words_html(html_data(photo, file_name, word_maps, probabilities, tokens, look)),
-        "words.json": json.dumps(record, ensure_ascii=False, indent=1) + "\n",
-        "maps.npz": {
-            "maps": np.stack([np.stack(list(word.maps.values())) for word in word_maps]),  # (words, layers, H, W)
-            "layers": np.array(list(first.maps)),
-            "words": np.array(names),
-            "spans": np.array([word.target_span for word in word_maps]),
-        },
-    }
+    files = (
+        word_figures(photo, word_maps, look, paper)
+        | {
+            "index.html": words_html(html_data(photo, file_name, word_maps, probabilities, tokens, look)),
+            "words.json": json.dumps(record, ensure_ascii=False, indent=1) + "\n",
+            "maps.npz": {
+                "maps": np.stack([np.stack(list(word.maps.values())) for word in word_maps]),  # (words, layers, H, W)
+                "layers": np.array(list(first.maps)),
+                "words": np.array(names),
+                "spans": np.array([word.target_span for word in word_maps]),
+                "evidence": np.array(
+                    [(word.evidence or (np.nan, np.nan))[:2] for word in word_maps]
+                ),  # p, without photo
+            },
+        }
+    )
     return results, files
 
 
@@ -429,16 +293,18 @@ def create_word_maps(
     """A map of each word of the answer at each layer, all from one answer and one forward pass per noisy copy.
 
     `words` is "content" (all but function words), "all", or the words, as a list or as "dog,apple"; `layer_range` is
-    as in `create_layer_comparison_grid`, and so are the `settings`, but without target and contrast. Writes
-    words_by_layer.png (words across, layers down; further pages for long answers), index.html (a page that shows the
-    map of the word under the pointer; it needs no network), words.json (tokens, spans, probabilities) and maps.npz.
+    as in `create_layer_comparison_grid`, and so are the `settings`, but without target and contrast, and with the
+    method "auto" unless given. Writes words_by_layer.png (words across, layers down; further pages for long answers),
+    index.html (a page that shows the map of the word under the pointer; it needs no network), words.json (tokens,
+    spans, probabilities, evidence) and maps.npz. The pictures of a word that is hardly said, or that does not come from
+    the photo, are faded.
 
     Returns {word: {layer: {"superimposed", "heatmap", "cam"}}}, the second "dog" as "dog (2)". Raises what
     `compute_word_maps` and `output_folder` raise.
     """
     check_drawing(look, paper)
     layers = select_layers(layer_range, get_model_layers(model)[1])
-    settings = Settings(num_samples, noise_std, **settings)
+    settings = Settings(num_samples, noise_std, **{"method": "auto"} | settings)
     with output_folder(save_dir, inputs=[image]) as write:
         reading = read(model, processor, open_photos(image), prompt, answer, max_new_tokens)
         photo = reading.photo  # raises for several

@@ -16,6 +16,7 @@ from PIL import Image
 
 from smooth_gradcam import Look, Settings, TokenMaps, colour_table, overlay_cam, render_cam, upsample_cam
 from studies.words import html_data, words_html
+from visualization_utils import FADED
 
 TEMPLATE = Path(__file__).parents[1] / "studies/words_page.html"
 ANSWER = "A red cat sits on the old house."
@@ -45,10 +46,15 @@ def make_cams(words, layers, grid):
 
 
 def make_data(
-    *, answer=ANSWER, words=WORDS, layers=LAYERS, size=SIZE, grid=GRID, cams=None, blank=None, spans=None, **changes
-):
-    """What Python hands the page; `blank` is {(word, layer): why it has no map}. Returns (data, photo, cams)."""
-    photo, blank = make_image(*size), blank or {}
+    *, answer=ANSWER, words=WORDS, layers=LAYERS, size=SIZE, grid=GRID, cams=None, blank=None, spans=None,
+    evidence=(0.625, "3 %", {}), unlike=None, **changes,
+):  # fmt: skip
+    """What Python hands the page. Returns (data, photo, cams).
+
+    `blank` is {(word, layer): why it has no map}, `evidence` (p, kept, {word: doubt}), and `unlike` has the
+    correlations below 1, {(word, layer): value}.
+    """
+    photo, blank, unlike, (p, kept, doubts) = make_image(*size), blank or {}, unlike or {}, evidence
     file = io.BytesIO()
     photo.save(file, "PNG")
     cams = make_cams(len(words), len(layers), grid) if cams is None else cams
@@ -65,6 +71,8 @@ def make_data(
         "settings": "Score: sum of the logits.",
         "look": {"colours": "plasma", "opacity": None, "scale": "map"},
         "table": base64.b64encode(colour_table("plasma").tobytes()).decode(),
+        "faded": FADED,
+        "alike": 0.5,
         "words": [
             {
                 "text": word,
@@ -72,6 +80,10 @@ def make_data(
                 "end": spans[i][1],
                 "tokens": [" " + word[:1], word[1:]],
                 "probabilities": [0.75, 0.5],
+                "p": p and f"{p:.2f}",
+                "kept": kept,
+                "doubt": doubts.get(i, ""),
+                "likeness": [unlike.get((i, j), 1.0) for j in range(len(layers))],
                 "maps": ["" if (i, j) in blank else encode(cams[i, j]) for j in range(len(layers))],
                 "maxima": [float(cams[i, j].max()) for j in range(len(layers))],
                 "blank": [blank.get((i, j), "") for j in range(len(layers))],
