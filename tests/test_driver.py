@@ -737,6 +737,8 @@ def test_every_mode_explains_a_list_as_each_photo_alone(drive, tmp_path, listed,
     assert [record["name"] for record in records] == ["p0", "p1", "p2"]
     assert "error" in records[1]
     assert records[2]["answer"] == "the cat"
+    if mode != "words":
+        assert list(records[2]["evidence"]) == ["p", "kept", "doubt"]
     files = written(folder / "p2")
     assert files == {*records[2]["files"], "result.json"}
     if mode != "evaluate":
