@@ -262,8 +262,9 @@ def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:
     for name, photo in zip(names, traced, strict=True):
         shares, per_token, gradients = ({g: v[0] for g, v in kind.items()} for kind in curves_by_layer([photo]))
         kinds = {"attention": _attention_sums(photo), "share": shares, "per_token": per_token, "gradient": gradients}
+        p, kept, doubt = photo.maps.evidence.record.values()
         for layer in range(len(photo.attention)):
-            row = {"photo": name, "layer": layer, **photo.maps.evidence.record}
+            row = {"photo": name, "layer": layer, "p": f"{p:.4g}", "kept": f"{kept:.4g}", "doubt": doubt}
             row |= {f"{k}_{group}": f"{v[layer]:.4g}" for k, kind in kinds.items() for group, v in kind.items()}
             rows.append(row)
     return rows

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
+from common.bands import render_overlay
 from common.encoding import MARK, decimal
 from common.evidence import explain_with_evidence
 from common.files import output_folder
@@ -118,6 +119,11 @@ def animate(
     return buffer.getvalue()
 
 
+def _unneeded(maps: TokenMaps, layer: int, strongest: float) -> bool:
+    """Whether the words need none of this temporal patch, but some of another: then its zeros are no lack of a map."""
+    return maps.settings.method == "needed" and strongest > 0 and maps.blank.get(layer) == "zero everywhere"
+
+
 def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: float, look: Look, paper: Paper) -> Page:
     """The overlay of each temporal patch on its first frame, in their order, each with its time and maximum."""
     first, strongest, heads = patches[0], strongest_of(patches), text_rows(patches[0])
@@ -127,7 +133,11 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     y = header(page, MARGIN, MARGIN, title, heads) + GAP
     aspect = reading.photos[0].width / reading.photos[0].height
     seconds = reading.processor.video_processor.temporal_patch_size / fps
-    labels = [(f"{decimal(i * seconds, 1)} s", strength(maps, layer, strongest)) for i, maps in enumerate(patches)]
+    unneeded = [_unneeded(maps, layer, strongest) for maps in patches]
+    labels = [
+        (f"{decimal(i * seconds, 1)} s", "none needed" if unneeded[i] else strength(maps, layer, strongest))
+        for i, maps in enumerate(patches)
+    ]
     room = max(page.label_width(*label) for label in labels)
     most = max(1, int((page.inner + GAP) / (room + GAP)))
     columns = best_columns(aspect, len(patches), most, page.inner, STRIP_HEIGHT, 1, 1)
@@ -138,7 +148,11 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     for i, (frame, maps, label) in enumerate(zip(reading.photos, patches, labels, strict=True)):
         middle, top = left + i % columns * pitch + (pitch - GAP) / 2, y + i // columns * (HEAD + height + GAP)
         page.label(middle, top, *label)
-        picture = draw_layer(shrink(frame, width, height), maps, layer, True, look, strongest)
+        small = shrink(frame, width, height)
+        if unneeded[i]:
+            picture = render_overlay(small, maps.maps[layer], look)
+        else:
+            picture = draw_layer(small, maps, layer, True, look, strongest)
         page.picture(middle - width / 2, top + HEAD, width, height, picture)
     y += rows * (HEAD + height + GAP) + GAP
     text = caption(first, [layer], f"layer {layer}", look)

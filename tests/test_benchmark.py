@@ -5,6 +5,8 @@ import pytest
 
 from studies.benchmark import basis, interval, summarise, to_latex, to_table
 
+CENTRE = "centre", ""
+
 
 def test_interval_resamples_photos_and_not_words():
     values, photos = np.array([1.0, 1, 1, 1, 0, 0]), np.array(list("aaaabc"))
@@ -37,9 +39,30 @@ def test_table_has_means_over_the_words_that_have_the_measure():
     assert head.split() == ["method", "layer", "pointing", "ins.", "−", "del."]
     assert first.startswith("gradcam  7      0.67 (0.50-1.00)  0.60 (0.50-0.70)")
     assert second.split() == ["product", "7", "0.33", "(0.00-1.00)"]
+    assert "doubted" not in gradcam  # whose words have no evidence
     latex = to_latex([gradcam, product], "95 % of photos_1, ins. − del.")
     assert "{$-$0.60}" in to_latex([gradcam | {"difference": -0.6}], "")
     assert "\\caption{95 \\% of photos\\_1, ins. $-$ del.}" in latex
     assert "gradcam & 7 & \\textbf{0.67}" in latex
     assert "product & 7 & 0.33" in latex
     assert " & -- \\\\" in latex
+
+
+def test_table_tells_how_many_words_are_doubted_and_has_its_maps_first():
+    def rows(method, p, kept, doubt):
+        evidence = {"p": p, "kept": kept} | (
+            {"doubt": doubt} if doubt else {}
+        )  # of a table's empty cell nothing is left
+        return [{"method": method, "layer": layer, "near": 1.0} | evidence for method, layer in ((method, "7"), CENTRE)]
+
+    found = [
+        ("a", rows("needed", 0.9, 0.1, "")),
+        ("b", rows("needed", 0.1, 0.9, "no")),
+        ("c", rows("gradcam", 1, 0, "")),
+    ]
+    table = summarise(found)
+    assert [(line["method"], line["words"], line["doubted"]) for line in table] == [
+        ("needed", 2, 1), ("gradcam", 1, 0), ("centre", 3, 1)
+    ]  # fmt: skip
+    assert [(line["p"], line["kept"]) for line in table[:2]] == [pytest.approx((0.5, 0.5)), (1, 0)]
+    assert to_table(table)[0].split() == ["method", "layer", "near"]  # the evidence is in benchmark.csv

@@ -361,6 +361,8 @@ def test_ties_are_broken_at_random_by_the_seed(reading, given):
     assert len({tuple(curve) for curve in curves}) == 3
     in_raster_order = measure(reading, with_maps(given, 24 - np.arange(24).reshape(4, 6)), steps=8)
     assert not any(np.allclose(curve, in_raster_order.insertion[0]) for curve in curves)
+    both = with_maps(given, given.maps[0], np.ones((4, 6)))  # whatever else is measured
+    assert np.array_equal(measure(reading, both, steps=8, seed=1).insertion[1], curves[1])
     halves = with_maps(given, np.repeat([[1.0], [2.0], [2.0], [1.0]], 6, 1))  # ties stay behind what is hotter
     with Watched(reading.model, 24) as seen:
         measure(reading, halves, steps=2)

@@ -12,6 +12,7 @@ from skimage.metrics import structural_similarity
 from test_core import decoder
 from torch import nn
 
+from common.evidence import explain_with_evidence
 from common.passes import passes_of
 from smooth_gradcam import Settings, read
 from studies import randomization
@@ -223,3 +224,14 @@ def test_map_of_the_dog_needs_what_the_model_has_learned(demo, dog):
     redrawn = cascading_randomization(demo, dog, stages=1)[28]
     assert abs(spearman(dog.maps[12], redrawn.maps[12])) < 0.5
     assert ssim(dog.maps[12], redrawn.maps[12]) < 0.5
+
+
+def test_whole_maps_are_compared_where_few_tokens_are_needed(demo, dog):
+    """As those of Grad-CAM; all are drawn with the evidence of the model itself."""
+    span, settings = dog.target_span, dataclasses.replace(CLEAN, method="needed")
+    (needed,) = explain_with_evidence(demo, [span], [12], settings)
+    assert 0 < np.count_nonzero(needed.maps[12]) < np.count_nonzero(dog.maps[12]) / 2
+    found, expected = (cascading_randomization(demo, maps, stages=1) for maps in (needed, dog))
+    for number in (0, 28):
+        np.testing.assert_array_equal(found[number].maps[12], expected[number].maps[12])
+        assert (found[number].settings, found[number].evidence) == (dog.settings, needed.evidence)

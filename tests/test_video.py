@@ -170,15 +170,16 @@ def test_strip_and_animation_show_each_temporal_patch(model, processor, film, fr
     check_layout(page.figure)
 
 
-def test_animation_has_one_scale_and_each_map_its_share_of_the_frames():
+@pytest.mark.parametrize("peak", [None, 8])
+def test_animation_has_one_scale_and_each_map_its_share_of_the_frames(peak):
     """By the colours of grey frames under maps of one cell: full, none, half. (WebP merges frames that are equal.)"""
     grey = [Image.new("RGB", (32, 32), (60 * i,) * 3) for i in range(5)]
     maps = [np.full((1, 1), value, np.float32) for value in (4, 0, 2)]
-    with Image.open(io.BytesIO(animate(grey, maps, 10))) as film:
+    with Image.open(io.BytesIO(animate(grey, maps, 10, peak=peak))) as film:
         seen = []
         for i in range(film.n_frames):
             film.seek(i)
             seen.append(np.asarray(film.convert("RGB")).mean((0, 1)))
     shown = zip(grey, (0, 0, 1, 1, 2), strict=True)
-    expected = [core.render_cam(frame, maps[i], Look(), 4)[0].mean((0, 1)) for frame, i in shown]
+    expected = [core.render_cam(frame, maps[i], Look(), peak or 4)[0].mean((0, 1)) for frame, i in shown]
     np.testing.assert_allclose(seen, expected, atol=8)
