@@ -44,7 +44,14 @@ import transformers
 from PIL import Image
 
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, model_named, resolve_device
-from common.evidence import departures, departures_of_most, doubt_lines, doubt_of, explain_with_evidence
+from common.evidence import (
+    Evidence,
+    departures_of_most,
+    doubt_lines,
+    evidence_lines,
+    explain_by_methods,
+    explain_with_evidence,
+)
 from common.files import other_files, output_folder
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
@@ -229,10 +236,12 @@ def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str,
         raise ValueError(f"--layer{'' if args.mode == 'single' else 's'}: {exc}") from exc
 
 
-# the modes: of readings, their names, the layers and a mask ({file name: content}, lines to be said)
+# the modes: of readings, their names, the layers and a mask ({file name: content}, lines, evidence of each photo)
+
+Explained = tuple[dict[str, object], list[str], list[Evidence]]
 
 
-def explain_target(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
+def explain_target(request: Request, readings: list[Reading], names, layers, mask) -> Explained:
     """Every mode that explains one part of the answer of one photo."""
     args, (reading,) = request.args, readings
     chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
@@ -264,17 +273,7 @@ def explain_target(request: Request, readings: list[Reading], names, layers, mas
         files = draw(reading.photo, token_maps, **request.drawing)[1]
     if args.save_raw:
         files["maps.npz"] = raw_arrays(token_maps, args)
-    return files, lines
-
-
-def evidence_lines(token_maps: TokenMaps, layers: list[int]) -> list[str]:
-    """What the maps rest on, and what speaks against them."""
-    lines = [f"evidence: {token_maps.evidence}"]
-    if doubt := doubt_of(token_maps):
-        lines.append(f"warning: {doubt}: the map is faded, and not to be believed")
-    if apart := departures(token_maps, layers):
-        lines.append(f"warning: {apart}")
-    return lines
+    return files, lines, [token_maps.evidence]
 
 
 def raw_arrays(token_maps: TokenMaps, args: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -300,19 +299,22 @@ def measuring(request: Request) -> dict:
     return options | {"runs_at_once": request.runs_at_once} | request.drawing
 
 
-def compare_methods(request: Request, reading: Reading, span, layers, mask) -> tuple[dict, list[str]]:
+def compare_methods(request: Request, reading: Reading, span, layers, mask) -> Explained:
     """Evaluate mode with --compare: every method with the settings that are given, or its own."""
     from studies.faithfulness_figures import compare
 
     request.forecast(reading, methods=len(COMPARED))
     settings = {method: replace(request.settings, method=method) for method in COMPARED}
-    maps = {method: request.explain(reading, span, layers, how) for method, how in settings.items()}
+    progress = show_progress(request.args.quiet)
+    results = explain_by_methods(reading, [span], layers, settings, progress, **request.copies)
+    maps = {method: own for method, (own,) in results.items()}
     files, lines = compare(reading, maps, mask, quiet=request.args.quiet, **measuring(request))
     explained = f"explained: {reading.answer[slice(*span)]!r} at layer {', '.join(map(str, layers))}"
-    return files, [explained, *evidence_lines(next(iter(maps.values())), layers), *lines]
+    first = next(iter(maps.values()))
+    return files, [explained, *evidence_lines(first, layers), *lines], [first.evidence]
 
 
-def measure_photo(request: Request, reading: Reading, layers, mask) -> tuple[dict, list[str]]:
+def measure_photo(request: Request, reading: Reading, layers, mask) -> Explained:
     """Evaluate mode, of a photo of a list."""
     from studies.benchmark import benchmark_photo
 
@@ -322,8 +324,8 @@ def measure_photo(request: Request, reading: Reading, layers, mask) -> tuple[dic
     return benchmark_photo(reading, layers, methods, *word, mask, **measuring(request), **request.copies)
 
 
-def explain_words(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
-    """Words mode."""
+def explain_words(request: Request, readings: list[Reading], names, layers, mask) -> Explained:
+    """Words mode, whose words.json has the evidence of each word."""
     from studies.words import choose_words, draw_words, map_words, name_words, word_tokens
 
     args, (reading,), (name,) = request.args, readings, names
@@ -338,7 +340,7 @@ def explain_words(request: Request, readings: list[Reading], names, layers, mask
         if all(layer in word.blank for word in word_maps):
             why = word_maps[0].blank[layer]
             lines.append(f"layer {layer} has no map of any word ({why}): its pictures are grey panels")
-    return files, lines
+    return files, lines, []
 
 
 def find_targets(args: argparse.Namespace, readings: list[Reading], names) -> list[tuple[int, int]]:
@@ -348,11 +350,13 @@ def find_targets(args: argparse.Namespace, readings: list[Reading], names) -> li
         try:
             spans.append(find_target(reading.answer, args.target, args.target_occurrence))
         except ValueError as exc:
-            raise exc if len(readings) == 1 else ValueError(f"{name}: {exc}") from exc
+            if len(readings) == 1:
+                raise
+            raise ValueError(f"{name}: {exc}") from exc
     return spans
 
 
-def trace_photos(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
+def trace_photos(request: Request, readings: list[Reading], names, layers, mask) -> Explained:
     """Flow mode."""
     from studies.flow_figures import trace
 
@@ -361,7 +365,7 @@ def trace_photos(request: Request, readings: list[Reading], names, layers, mask)
     return trace(readings, names, spans, layers, request.settings, **options, **request.copies, **request.drawing)
 
 
-def sever_photos(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
+def sever_photos(request: Request, readings: list[Reading], names, layers, mask) -> Explained:
     """Knockout mode."""
     from studies.knockout_figures import sever
 
@@ -376,8 +380,8 @@ MODES = dict.fromkeys(("single", "grid", "multi", "comparative", "evaluate"), ex
 MODES |= {"words": explain_words, "flow": trace_photos, "knockout": sever_photos}
 
 
-def explain_mode(request: Request, readings: list[Reading], names, layers, mask) -> tuple[dict, list[str]]:
-    """({file name: content}, lines to be said) of the mode, of one photo or of several together."""
+def explain_mode(request: Request, readings: list[Reading], names, layers, mask) -> Explained:
+    """What the mode makes of one photo, or of several together."""
     with recomputed(readings[0].model) if request.args.recompute else nullcontext():
         return MODES[request.args.mode](request, readings, names, layers, mask)
 
@@ -414,7 +418,7 @@ def run(args: argparse.Namespace) -> Done:
             model = load_model(args.model_path, device, args.dtype)
             with vision_kept(model):
                 readings = [read_question(one, model, processor, args) for one in asked]
-                files, lines = explain_mode(request, readings, [one.name for one in asked], layers, mask)
+                files, lines, _ = explain_mode(request, readings, [one.name for one in asked], layers, mask)
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)
 

@@ -69,7 +69,7 @@ __all__ = [
     *("draw_single", "draw_grid", "draw_multilayer", "draw_comparative", "draw_layer", "layer_pictures"),
     *("select_layers", "comparative_layers", "split_thirds", "spread", "strongest_of", "strength", "check_drawing"),
     *("text_rows", "photo_rows", "photo_names", "method_title", "settings_text", "look_text", "caption", "made_from"),
-    "footer",
+    *("footer", "full_colour", "reliance"),
 ]
 
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
@@ -232,14 +232,20 @@ def text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
     return [*rows, ("Doubt", doubt, (0, 0))] if doubt else rows
 
 
-def photo_rows(readings: list[Reading]) -> list[tuple]:
-    """The header's rows for several photos: the prompt, if they share one, and the answers."""
+def photo_rows(readings: list[Reading], doubts: Iterable[str] = ()) -> list[tuple]:
+    """The header's rows for several photos: the prompt, if they share one, the answers, and each photo's doubt."""
     same_prompt = len({reading.prompt for reading in readings}) == 1
     rows = [("Prompt", readings[0].prompt)] if same_prompt else []
     count = len(readings) if len(readings) <= 5 else 4
     for i, reading in enumerate(readings[:count], 1):
         rows.append((f"Photo {i}", reading.answer if same_prompt else f"{reading.prompt} → {reading.answer}"))
     rows += [("…", f"and {len(readings) - count} more")] * (count < len(readings))
+    doubted = {str(i): doubt for i, doubt in enumerate(doubts, 1) if doubt}
+    if len(doubted) == 1:
+        rows += [("Doubt", f"photo {number}: {doubt}") for number, doubt in doubted.items()]
+    elif doubted:
+        why = "the model hardly says this, or it does not come from the photo"
+        rows.append(("Doubt", f"{why}: photos {', '.join(doubted)}"))
     return [(label, excerpt(text, (0, 0), 200)[0], (0, 0)) for label, text in rows]
 
 
@@ -287,11 +293,15 @@ def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look
         evidence = "what speaks for the explained words rather than for the other text"
     if token_maps.settings.method == "needed":
         evidence += ", on the image tokens alone that they need"
-    hot = f"Hot: {evidence}, as read at {arrangement}."
-    if doubt_of(token_maps):
-        hot = f"Not to be believed, so drawn in {100 * FADED:.0f} % of the colours: the map as read at {arrangement}."
+    hot = "" if doubt_of(token_maps) else f"Hot: {evidence}, as read at {arrangement}. "
+    return f"{hot}{reliance(token_maps, layers, f': the map as read at {arrangement}')}{look_text(look)}{grey}"
+
+
+def reliance(token_maps: TokenMaps, layers: Iterable[int] = (), which: str = "") -> str:
+    """For captions: that the maps are not to be believed, and which layers show something else, where this is so."""
+    faded = f"Not to be believed, so drawn in {100 * FADED:.0f} % of the colours{which}. "
     apart = departures(token_maps, layers)
-    return f"{hot} {f'{apart[0].upper()}{apart[1:]}. ' if apart else ''}{look_text(look)}{grey}"
+    return faded * bool(doubt_of(token_maps)) + (f"{apart[0].upper()}{apart[1:]}. " if apart else "")
 
 
 def made_from(token_maps: TokenMaps, photo: Image.Image) -> str:

@@ -1,7 +1,7 @@
 """What a map rests on: how likely the words are, how likely without the photo, and which image tokens they need.
 
     explain_with_evidence        `explain` of the core, whose maps also know their evidence and how like the middle
-                                 layer's they are
+                                 layer's they are; explain_by_methods does so by several methods
     METHODS["needed"], ["auto"]  Grad-CAM on the image tokens alone that the words need
 
 Import this file to have both in the core. Shapes as there, and  R runs.
@@ -12,12 +12,14 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
+from common.encoding import decimal
 from smooth_gradcam import (
     METHODS,
     Method,
@@ -37,15 +39,17 @@ from smooth_gradcam import (
 
 __all__ = [
     *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
-    *("explain_with_evidence", "image_hiding", "probability_text", "share_text", "spearman", "weighed"),
+    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "probability_text"),
+    *("settled_for", "share_text", "spearman", "warnings_of", "weighed"),
 ]
 
 DOUBTED = 0.1  # probability below which the model hardly says a word
 PHOTOLESS = 0.8  # share of its probability above which, left without the photo, a word does not come from it
-ALIKE = 0.5  # rank correlation with the middle layer's map below which a layer shows something else
+ALIKE = 0.3  # rank correlation with the middle layer's map below which a layer shows something else
 NEEDED = 0.9  # share of what the photo gives a word that is lost without the image tokens that it needs
 STEP = 1.1  # their number is found to within this factor
 RUNS_AT_ONCE = 8
+REPORTED = 5  # photos with warnings of their own
 NAMED = 10  # words that a line names
 
 
@@ -77,6 +81,11 @@ class Evidence(NamedTuple):
         if self.photoless:
             reasons.append(f"this does not come from the photo ({share_text(self.kept)} of p is left without it)")
         return " and ".join(reasons)
+
+    @property
+    def record(self) -> dict[str, float | str]:
+        """What tables and records say of the words: {"p", "kept", "doubt"}."""
+        return {"p": self.p, "kept": self.kept, "doubt": self.doubt}
 
     def __str__(self) -> str:
         return f"p {probability_text(self.p)}, {share_text(self.kept)} of it left without the photo"
@@ -146,11 +155,9 @@ def weighed(reading: Reading, results: list[TokenMaps], hide: Callable) -> list[
     """
     count, photos = len(reading.positions), len(reading.grids)
     seen, unseen = hide(np.array([[False] * count, [True] * count]))  # (A,) twice
-    results = [replace(maps, evidence=_evidence_of(maps.target_tokens, seen, unseen)) for maps in results]
-    for i, first in enumerate(results):
-        if first.settings.method == "auto":
-            method = "gradcam" if len(first.target_tokens) == len(first.tokens) else "needed"
-            results[i] = replace(first, settings=replace(first.settings, method=method))
+    for i, maps in enumerate(results):
+        settings = settled_for(maps.settings, len(maps.target_tokens) == len(maps.tokens))
+        results[i] = replace(maps, evidence=_evidence_of(maps.target_tokens, seen, unseen), settings=settings)
     parts = [results[i : i + photos] for i in range(0, len(results), photos)]
     wanted = [
         (part, layer)
@@ -163,6 +170,13 @@ def weighed(reading: Reading, results: list[TokenMaps], hide: Callable) -> list[
         for maps, own in zip(part, np.split(cam, np.cumsum([m.maps[layer].size for m in part])[:-1]), strict=True):
             maps.maps[layer] = own.reshape(maps.grid)
     return results
+
+
+def settled_for(settings: Settings, whole: bool) -> Settings:
+    """The settings with the method that "auto" stands for, for a `whole` answer or a part of it."""
+    if settings.method != "auto":
+        return settings
+    return replace(settings, method="gradcam" if whole else "needed")
 
 
 def _evidence_of(tokens: list[int], seen: np.ndarray, unseen: np.ndarray) -> Evidence:
@@ -210,7 +224,26 @@ def explain_with_evidence(
     progress: Callable | None = None, **options,
 ) -> list[TokenMaps]:  # fmt: skip
     """`explain` of the core, with the evidence of each part and each layer's likeness to the middle layer."""
-    settings, layers = settings or Settings(), list(layers)
+    named = {"": settings or Settings()}
+    return explain_by_methods(reading, spans, layers, named, progress, **options)[""]
+
+
+def explain_by_methods(
+    reading: Reading, spans: list[tuple[int, int]], layers: Iterable, settings: dict[str, Settings],
+    progress: Callable | None = None, **options,
+) -> dict[str, list[TokenMaps]]:  # fmt: skip
+    """{name: maps} of several settings, {name: settings}, as `explain_with_evidence` gives them.
+
+    The evidence is measured once for all of them.
+    """
+    given = spans, list(layers)
+    results = {name: _likened(reading, *given, one, progress, **options) for name, one in settings.items()}
+    finished = iter(_finish(reading, sum(results.values(), [])))
+    return {name: list(islice(finished, len(own))) for name, own in results.items()}
+
+
+def _likened(reading: Reading, spans, layers: list, settings: Settings, progress, **options) -> list[TokenMaps]:
+    """The maps with their likeness, those of "needed" and "auto" on all image tokens."""
     asked = [tap.key for tap in find_taps(reading.model, layers, "input")]
     middle = get_model_layers(reading.model)[1] // 2
     ranked = settings if METHODS[settings.method].finish is not _finish else replace(settings, method="gradcam")
@@ -224,7 +257,7 @@ def explain_with_evidence(
         own = {layer: maps.maps[layer] for layer in asked}
         named = replace(maps.settings, method=settings.method)
         results[i] = replace(maps, maps=own, no_gradient=maps.no_gradient & set(own), settings=named, likeness=likeness)
-    return _finish(reading, results)
+    return results
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -252,11 +285,28 @@ def departures(maps: TokenMaps, layers: Iterable) -> str:
     apart = {layer: maps.likeness[layer] for layer in layers if maps.likeness.get(layer, 1) < ALIKE}
     if not apart:
         return ""
-    numbers = sorted({f"{value:.1f}" for value in apart.values()}, key=float)
+    numbers = sorted({decimal(value, 1) for value in apart.values()}, key=float)
     which = f"layer{'s' * (len(apart) > 1)} {', '.join(map(str, apart))}"
     correlation = " to ".join(dict.fromkeys((numbers[0], numbers[-1])))
     verb = "show" if len(apart) > 1 else "shows"
     return f"{which} {verb} something else than the middle layers (correlation {correlation})"
+
+
+def evidence_lines(maps: TokenMaps, layers: Iterable) -> list[str]:
+    """What the maps of one photo rest on, and what speaks against them."""
+    lines = [f"evidence: {maps.evidence}"]
+    if doubt := doubt_of(maps):
+        lines.append(f"warning: {doubt}: the map is faded, and not to be believed")
+    if apart := departures(maps, layers):
+        lines.append(f"warning: {apart}")
+    return lines
+
+
+def warnings_of(said: dict[str, str]) -> list[str]:
+    """Warnings of the first photos, of {photo: what is to be said, or nothing}, and how many more there are."""
+    warned = [f"{name}: {text}" if len(said) > 1 else text for name, text in said.items() if text]
+    lines, more = [f"warning: {text}" for text in warned[:REPORTED]], len(warned) - REPORTED
+    return lines + [f"warning: the same of {more} more photo{'s' * (more > 1)}"] * (more > 0)
 
 
 def departures_of_most(parts: Iterable[TokenMaps], layers: Iterable) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from common.encoding import decimal, to_csv
+from common.evidence import Evidence, evidence_lines, explain_by_methods, settled_for
 from common.page import Paper
 from common.passes import SENSITIVE, token_probabilities
 from smooth_gradcam import (
@@ -21,7 +22,6 @@ from smooth_gradcam import (
     Settings,
     TokenMaps,
     borrowed,
-    explain,
     find_target,
     noisy_passes,
     prepare_inputs,
@@ -53,6 +53,7 @@ MEASURES = {  # column of `_benchmark_rows`: head in the table
 }
 RESAMPLES = 1000
 LOWER_IS_BETTER = ("border", "deletion")
+TEXTS = ("method", "layer", "doubt")  # columns that are no measures
 
 
 # the table
@@ -69,10 +70,12 @@ def interval(values: np.ndarray, photos: np.ndarray, seed: int = 0) -> tuple[flo
 
 
 def summarise(measured: list[tuple[str, list[dict]]]) -> list[dict]:
-    """The table's lines {"method", "layer", "words", "photos", measure, measure_low, _high, _words, ...}.
+    """The table's lines {"method", "layer", "words", "photos", "doubted", "p", "kept", measure, measure_low, ...}.
 
-    `measured` are (photo, rows of `_benchmark_rows`) of each word. A measure is the mean over the words that have it,
-    and measure_words is their number: words without a mask, or without a token that needs the photo, lack some.
+    `measured` are (photo, rows of `_benchmark_rows`) of each word, with their evidence: "doubted" is the number of
+    words with a doubt, "p" and "kept" are means. A measure is the mean over the words that have it, between
+    measure_low and measure_high, and measure_words is their number: words without a mask, or without a token that
+    needs the photo, lack some.
     """
     rows_of = {}
     for photo, rows in measured:
@@ -81,6 +84,9 @@ def summarise(measured: list[tuple[str, list[dict]]]) -> list[dict]:
     table = []
     for (method, layer), pairs in rows_of.items():
         line = {"method": method, "layer": layer, "words": len(pairs), "photos": len({photo for photo, _ in pairs})}
+        if all("kept" in row for _, row in pairs):
+            line["doubted"] = sum(bool(row.get("doubt")) for _, row in pairs)
+            line |= {name: float(np.mean([row[name] for _, row in pairs])) for name in ("p", "kept")}
         for measure in MEASURES:
             known = [(row[measure], photo) for photo, row in pairs if row.get(measure) is not None]
             if known:
@@ -89,7 +95,7 @@ def summarise(measured: list[tuple[str, list[dict]]]) -> list[dict]:
                 line |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), numbers, strict=True))
                 line[f"{measure}_words"] = len(known)
         table.append(line)
-    return table
+    return sorted(table, key=lambda line: line["layer"] == "")  # the maps first, whichever photos have which
 
 
 def _known_measures(table: list[dict]) -> list[str]:
@@ -184,7 +190,7 @@ def _benchmark_rows(
     reading: Reading, maps: dict[str, list[TokenMaps]], mask: np.ndarray | None = None, *, steps=64, baseline="blur",
     runs_at_once=8, seed=0,
 ) -> list[dict]:  # fmt: skip
-    """Rows {"method", "layer", measures} of the maps, then of a map of the centre and of random maps.
+    """Rows {"method", "layer", evidence, measures} of the maps, then of a map of the centre and of random maps.
 
     `maps` has for each method the maps of the explained word and, if it has several tokens, those of each of them.
     Insertion and deletion are of the word's `_sensitive_tokens`; rows lack them if there is none. The measures of
@@ -204,7 +210,8 @@ def _benchmark_rows(
     def row(method, layer, key, cams_of_draws):
         fits = [fit_of(cams, mask) for cams in cams_of_draws] if mask is not None else [{}]
         means = {name: float(np.mean([fit[name] for fit in fits])) for name in fits[0]}
-        return {"method": method, "layer": layer} | means | areas.get(key, {})
+        evidence = {} if together.evidence is None else together.evidence.record
+        return {"method": method, "layer": layer} | evidence | means | areas.get(key, {})
 
     rows = [
         row(method, layer, map_key(method, layer), [[token_maps.maps[layer] for token_maps in parts]])
@@ -218,34 +225,36 @@ def _benchmark_rows(
 def benchmark_photo(
     reading: Reading, layers: list[int], methods: dict[str, Settings], target: str | None, occurrence: int, given: bool,
     mask: np.ndarray | None, *, look: Look, paper: Paper, passes=noisy_passes, batch_size: int = 1, **measuring,
-) -> tuple[dict, list[str]]:  # fmt: skip
-    """({file name: content}, lines to print): the measures of every method and layer, and the maps of the first method.
+) -> tuple[dict, list[str], list[Evidence]]:  # fmt: skip
+    """({file name: content}, lines to print, evidence): the measures of every method and layer, and the first's maps.
 
-    `passes` and `batch_size` are those of `explain`, `measuring` are keywords of `_benchmark_rows`. A target that the
-    model's own answer lacks is left out, as that is no failure of the photo. Raises ValueError if a `given` answer
-    lacks it.
+    `passes` and `batch_size` are those of `explain`, `measuring` are keywords of `_benchmark_rows`. "auto" is called
+    what it stands for. A target that the model's own answer lacks is left out, as that is no failure of the photo.
+    Raises ValueError if a `given` answer lacks it.
     """
     try:
         span = find_target(reading.answer, target, occurrence)
     except ValueError:
         if given:
             raise
-        return {}, [f"left out: the model does not say {target!r}"]
+        return {}, [f"left out: the model does not say {target!r}"], []
     tokens = reading.tokens_of(span)
+    settled = (settled_for(settings, len(tokens) == len(reading.tokens)) for settings in methods.values())
     spans = [span, *(reading.spans[i] for i in tokens)] if mask is not None and len(tokens) > 1 else [span]
     copies = {"passes": passes, "batch_size": batch_size}
-    maps = {method: explain(reading, spans, layers, settings, **copies) for method, settings in methods.items()}
+    maps = explain_by_methods(reading, spans, layers, {one.method: one for one in settled}, **copies)
     rows, first = _benchmark_rows(reading, maps, mask, **measuring), next(iter(maps.values()))[0]
     figures = draw_grid(reading.photo, first, look=look, paper=paper)[1]
     files = {name: draw for name, draw in figures.items() if name.startswith("layer_comparison_grid")}
-    return files | {"scores.csv": to_csv(rows)}, [f"explained: {first.target!r} at layer {', '.join(map(str, layers))}"]
+    lines = [f"explained: {first.target!r} at layer {', '.join(map(str, layers))}", *evidence_lines(first, layers)]
+    return files | {"scores.csv": to_csv(rows)}, lines, [first.evidence]
 
 
 def benchmark_tables(records: list[dict]) -> tuple[dict, list[str]]:
     """({file name: content}, the table in lines) of the records of a list, see `run_list` of photo_list.py."""
 
     def numbers(row):
-        return {k: v if k in ("method", "layer") else float(v) for k, v in row.items() if v or k == "layer"}
+        return {k: v if k in TEXTS else float(v) for k, v in row.items() if v or k == "layer"}
 
     measured = [
         (record["image"], [numbers(row) for row in record["measures"]["scores.csv"]])
@@ -256,5 +265,8 @@ def benchmark_tables(records: list[dict]) -> tuple[dict, list[str]]:
         return {}, ["no word could be measured, so there is no table"]
     table = summarise(measured)
     photos = len({photo for photo, _ in measured})
-    caption = f"{len(measured)} words in {photos} photos; {basis(table)}95 % of {RESAMPLES} resamples of the photos"
+    doubted = sum(any(row.get("doubt") for row in rows) for _, rows in measured)
+    doubts = f"{doubted} of them doubted (hardly said, or not from the photo), and kept in; " if doubted else ""
+    caption = f"{len(measured)} words in {photos} photos; {doubts}{basis(table)}"
+    caption += f"95 % of {RESAMPLES} resamples of the photos"
     return {"benchmark.csv": to_csv(table), "benchmark.tex": to_latex(table, caption)}, [caption, *to_table(table)]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from common.encoding import decimal
-from common.passes import UNLIKELY, token_probabilities
+from common.passes import token_probabilities
 from common.progress import show_progress
 from common.terminal import say
 from smooth_gradcam import (
@@ -31,9 +31,9 @@ from smooth_gradcam import (
 from studies.localization import localization
 
 __all__ = [
-    *("BASELINES", "ORDERS", "SHARE", "TIE", "TOLERANCE", "Faithfulness", "auc", "baseline_image", "bends", "caveats"),
-    *("chances", "check_same", "comparison_rows", "comparison_verdict", "insertion_deletion", "map_key", "measure"),
-    *("reservations", "score_rows", "side_by_side", "verdict"),
+    *("BASELINES", "NOT_BELIEVED", "ORDERS", "SHARE", "TIE", "TOLERANCE", "Faithfulness", "auc", "baseline_image"),
+    *("bends", "caveats", "chances", "check_same", "comparison_rows", "comparison_verdict", "insertion_deletion"),
+    *("map_key", "measure", "reservations", "score_rows", "side_by_side", "verdict"),
 ]
 
 
@@ -154,12 +154,13 @@ def insertion_deletion(
         forwards = []
         with memory_explained(count):
             bounds = [probability(pixels[None])[0] for pixels in ends]
+            ties = rng.random(count)  # the same for any number of maps, as the random orders below
             orders = {
-                layer: np.lexsort((rng.random(count), -cam.ravel()))
+                layer: np.lexsort((ties, -cam.ravel()))
                 for layer, cam in token_maps.maps.items()
                 if layer not in token_maps.blank
             }
-            random = np.random.default_rng([seed, 1])  # the same orders for any number of maps
+            random = np.random.default_rng([seed, 1])
             orders |= {("random", i): random.permutation(count) for i in range(random_orders)}
             curves = {}
             for key in (progress or iter)(orders):
@@ -195,6 +196,7 @@ def bends(shares: np.ndarray, values: np.ndarray, tolerance: float) -> np.ndarra
 
 SHARE = 0.1  # of the image, whose removal the verdict reports
 TIE = 0.02  # difference of two areas that means nothing: one step of 64 can change an area by as much
+NOT_BELIEVED = "no map of these words is to be believed, whatever it scores"  # said in place of a verdict
 
 
 def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray | None) -> list[dict]:
@@ -207,7 +209,7 @@ def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray |
             "insertion": areas[0],
             "deletion": areas[1],
             "difference": areas[0] - areas[1],
-            "probability": float(deletion[0]),
+            "p": float(deletion[0]),
             "without_hottest_10_percent": float(deletion[np.abs(measured.shares - SHARE).argmin()]),
             "baseline_picture": float(deletion[-1]),
         }
@@ -215,7 +217,8 @@ def score_rows(token_maps: TokenMaps, measured: Faithfulness, mask: np.ndarray |
     rows = [row(layer, measured.insertion[layer], measured.deletion[layer]) for layer in measured.insertion]
     for measures in rows if mask is not None else []:
         measures |= localization(token_maps.maps[measures["layer"]], mask)
-    return [*rows, row("random", measured.random_insertion.mean(0), measured.random_deletion.mean(0))]
+    rows.append(row("random", measured.random_insertion.mean(0), measured.random_deletion.mean(0)))
+    return [row | ({} if token_maps.evidence is None else token_maps.evidence.record) | {"p": row["p"]} for row in rows]
 
 
 def _percent(share: float) -> str:
@@ -223,10 +226,12 @@ def _percent(share: float) -> str:
 
 
 def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
-    """Sentences on each layer's map, on the most faithful one, and on what no map can show."""
+    """Sentences on each layer's map, on the most faithful one, and on what no map can show.
+
+    Of words that are doubted, none is the most faithful.
+    """
     *layers, random = rows
-    probability = random["probability"]
-    lines = [f"the model gives the explained tokens a mean probability of {probability:.3f}"]
+    lines, probability = [], random["p"]
 
     def cost(row):
         lost = (probability - row["without_hottest_10_percent"]) / (probability or 1)
@@ -241,6 +246,8 @@ def verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
             side = "on" if row["pointing"] else "next to" if row["near"] else "off"
             line += f"; the maximum lies {side} the object, {_percent(row['energy'])} of the map inside it"
         lines.append(line)
+    if random.get("doubt"):
+        return [*lines, NOT_BELIEVED]
     best, *tied = _leaders(layers)
     differences = chances(measured)
     lines.append(
@@ -272,22 +279,19 @@ def chances(measured: Faithfulness) -> list[float]:
 
 
 def caveats(random: dict) -> list[str]:
-    """Why no map can score high: the answer is unlikely, or not from the photo. `random` is the random orders' row."""
-    if random["probability"] < UNLIKELY:
-        return ["note: the model would hardly say this of the photo, so there is little that a map could explain"]
-    if random["baseline_picture"] > 0.5 * random["probability"]:
-        kept = _percent(random["baseline_picture"] / random["probability"])
-        return [
-            f"note: on the baseline picture alone the answer keeps {kept} of its probability: that much is not from "
-            "the photo, and no map can score high"
-        ]
-    return []
+    """Why no map can score high: much is left on the baseline picture. `random` is the random orders' row."""
+    if random["baseline_picture"] <= 0.5 * random["p"]:
+        return []
+    kept = _percent(random["baseline_picture"] / random["p"])
+    return [
+        f"note: on the baseline picture alone the answer keeps {kept} of its probability, so no map can score high: "
+        "another --baseline may leave less"
+    ]
 
 
 def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
     """Sentences on each method, on which map is most faithful and by how much, and on which others are tied with it."""
-    *maps, random = rows
-    lines = [f"the model gives the explained tokens a mean probability of {random['probability']:.3f}"]
+    maps, lines = rows[:-1], []
     threshold = max(chances(measured)) + TIE
     for method in dict.fromkeys(row["method"] for row in maps):
         own = [row for row in maps if row["method"] == method]
@@ -299,7 +303,7 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
         )
     doubts = reservations(rows, measured)
     best, *tied = _leaders(maps)
-    if best["difference"] <= threshold:
+    if best["difference"] <= threshold or rows[-1].get("doubt"):
         return [*lines, *doubts]
     others = [row for row in maps if row["method"] not in {row["method"] for row in (best, *tied)}]
     lead = f"leads: {best['method']} at layer {best['layer']}"
@@ -315,8 +319,10 @@ def comparison_verdict(rows: list[dict], measured: Faithfulness) -> list[str]:
 
 
 def reservations(rows: list[dict], measured: Faithfulness) -> list[str]:
-    """That no method's map can be trusted, and the `caveats`; empty if all is well."""
+    """That no method's map can be trusted, or the `caveats`; empty if all is well."""
     *maps, random = rows
+    if random.get("doubt"):
+        return [f"none leads: {NOT_BELIEVED}"]
     none = max(row["difference"] for row in maps) <= max(chances(measured)) + TIE
     return ["none leads: no map beats the random orders, and none is to be believed"] * none + caveats(random)
 
@@ -363,7 +369,8 @@ def side_by_side(maps: dict[str, TokenMaps]) -> TokenMaps:
     """The maps of several methods, {method: maps}, as one, keyed by `map_key`."""
     cams = {map_key(method, k): cam for method, own in maps.items() for k, cam in own.maps.items()}
     no_gradient = frozenset(map_key(method, k) for method, own in maps.items() for k in own.no_gradient)
-    return replace(next(iter(maps.values())), maps=cams, no_gradient=no_gradient)
+    likeness = {map_key(method, k): value for method, own in maps.items() for k, value in own.likeness.items()}
+    return replace(next(iter(maps.values())), maps=cams, no_gradient=no_gradient, likeness=likeness)
 
 
 def comparison_rows(

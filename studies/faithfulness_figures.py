@@ -7,6 +7,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from common.encoding import decimal, to_csv
+from common.evidence import doubt_of
 from common.page import (
     BAND,
     GAP,
@@ -46,6 +47,7 @@ from visualization_utils import (
     look_text,
     made_from,
     method_title,
+    reliance,
     settings_text,
     spread,
     strength,
@@ -64,6 +66,7 @@ STYLES = {  # colour and marker of each method
     "hirescam": ("#009e73", "^"),
     "product": ("#d55e00", "s"),
     "paper": ("#999999", "x"),
+    "needed": ("#000000", "D"),
 }
 CURVE_PLOT = 2.75, 1.75  # inches
 
@@ -120,7 +123,8 @@ def draw_faithfulness(
     def overlay(small):
         return draw_layer(small, token_maps, leading, True, look)
 
-    y = masthead(page, photo, title, heads, draw=overlay, under=f"layer {leading}, the largest difference") + 3 * GAP
+    under = f"layer {leading}, {'not to be believed' if doubt_of(token_maps) else 'the largest difference'}"
+    y = masthead(page, photo, title, heads, draw=overlay, under=under) + 3 * GAP
 
     pitch = BAND + CURVE_PLOT[1] + 0.5
     style = {"ylim": (0, 1.02), "ylabel": "probability of the explained tokens"}
@@ -173,9 +177,9 @@ def draw_faithfulness(
     mean = "one random order" if orders == 1 else f"mean of {orders} random orders, with their range"
     left_out = ", ".join(f"layer {layer} ({why})" for layer, why in token_maps.blank.items())
     caption = (
-        f"A map is faithful if revealing its hottest image tokens restores the answer early and removing them destroys "
-        f"it early. Removed tokens show {blank[measured.baseline]}. {f'Dashed: {mean}. ' if orders else ''}"
-        f"{look_text(look)} "
+        f"{reliance(token_maps, layers)}A map is faithful if revealing its hottest image tokens restores the answer "
+        f"early and removing them destroys it early. Removed tokens show {blank[measured.baseline]}. "
+        f"{f'Dashed: {mean}. ' if orders else ''}{look_text(look)} "
         f"{f'Left out, as it has no map: {left_out}.' if left_out else ''}"
     )
     made = f"{made_from(token_maps, photo)}; baseline {measured.baseline}"
@@ -229,9 +233,9 @@ def draw_randomization(
         axes.set_xticks(numbers)
     y = _layer_legend(page, y, colours) + 2 * GAP
     caption = (
-        f"A map that stays the same shows the picture and not what the model has learned (Adebayo et al., 2018). "
-        f"Above: the heatmap of layer {middle} as the weights are re-drawn from the top layer down; the last step also "
-        f"re-draws the vision tower. {look_text(look)}"
+        f"{reliance(original, [middle])}A map that stays the same shows the picture and not what the model has learned "
+        f"(Adebayo et al., 2018). Above: the heatmap of layer {middle} as the weights are re-drawn from the top layer "
+        f"down; the last step also re-draws the vision tower. {look_text(look)}"
     )
     return page.finish(small_print(page, y, caption, made_from(original, photo)))
 
@@ -247,8 +251,10 @@ def draw_comparison(
     rows = [row for row in scores if row["method"] != "random"]
     methods, layers = (list(dict.fromkeys(row[name] for row in rows)) for name in ("method", "layer"))
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
-    y = header(page, MARGIN, MARGIN, "Which map of this answer is to be believed?", heads) + 2 * GAP
+    title = "Which map of this answer is to be believed?" + " None" * bool(doubt_of(token_maps))
+    y = header(page, MARGIN, MARGIN, title, heads) + 2 * GAP
     columns = min(max(3, len(methods)), int(page.inner / 1.4))
+    columns = max(min(3, columns), -(-len(methods) // -(-len(methods) // columns)))  # rows of about the same length
     pitch = (page.inner + GAP) / columns
     width, height = fit_box(photo.width / photo.height, pitch - GAP, 2.4)
     small, values, row_height = shrink(photo, width, height), {}, 2 * BAND + height + GAP
@@ -273,13 +279,14 @@ def draw_comparison(
     axes.axhspan(low, high, color="0.88", linewidth=0, label="random orders")
     _draw_by_layer(axes, layers, values, {})
     caption = (
-        "Area under the insertion curve minus that under the deletion curve: how much sooner the answer comes back, "
-        f"and goes, if image tokens are revealed or removed hottest first. Less than {TIE} apart is a tie. It prefers "
-        "maps that cover all of what the answer needs to maps that find its densest part."
+        f"{reliance(token_maps)}Area under the insertion curve minus that under the deletion curve: how much sooner "
+        f"the answer comes back, and goes, if image tokens are revealed or removed hottest first. Less than {TIE} "
+        "apart is a tie. It prefers maps that cover all of what the answer needs to maps that find its densest part."
     )
     blank = ", ".join(f"{key} ({why})" for key, why in token_maps.blank.items())
     caption += f" {look_text(look)}{f' Left out, as it has no map: {blank}.' if blank else ''}"
-    caption = " ".join([caption, *(f"{line[0].upper()}{line[1:]}." for line in reservations(scores, measured))])
+    if not doubt_of(token_maps):
+        caption = " ".join([caption, *(f"{line[0].upper()}{line[1:]}." for line in reservations(scores, measured))])
     noise = settings_text(token_maps.settings).split(", ")[-3:]  # what all methods share
     made = f"Settings: {', '.join(noise)}; baseline {measured.baseline}"
     return page.finish(small_print(page, y, caption, made))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.encoding import decimal
+from common.evidence import explain_with_evidence, settled_for
 from common.passes import watched_passes
 from smooth_gradcam import (
     ExplanationError,
@@ -156,9 +157,9 @@ def gradient_flow(reading: Reading, span: tuple[int, int] | None = None, setting
 
 
 def maps_and_gradients(
-    reading: Reading, span, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1
+    reading: Reading, span, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1, by=explain
 ) -> tuple[TokenMaps, np.ndarray]:
-    """(maps of all layers, `gradient_flow`) from the same passes; the arguments are those of `explain`."""
+    """(maps of all layers, `gradient_flow`) from the same passes; arguments as those of `explain`, which `by` is."""
     total = get_model_layers(reading.model)[1]
     flow = np.zeros((total, sequence_length(reading)), np.float32)
 
@@ -169,9 +170,8 @@ def maps_and_gradients(
                 flow[layer, : len(products)] += products.float().cpu().numpy() / settings.num_samples
 
     span = span or (0, len(reading.answer))
-    (token_maps,) = explain(
-        reading, [span], range(total), settings, progress, passes=watched_passes(passes, watch), batch_size=batch_size
-    )
+    copies = {"passes": watched_passes(passes, watch), "batch_size": batch_size}
+    (token_maps,) = by(reading, [span], range(total), settings, progress, **copies)
     return token_maps, flow
 
 
@@ -198,8 +198,12 @@ class Traced(NamedTuple):
 def trace_photo(
     reading: Reading, span, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1
 ) -> Traced:
-    """Maps and gradients of all layers, and attention; the arguments are those of `explain`."""
-    maps, gradient = maps_and_gradients(reading, span, settings, progress, passes, batch_size)
+    """Maps with their evidence and gradients of all layers, and attention; the arguments are those of `explain`.
+
+    "auto" stands for Grad-CAM: to cut the maps of all layers to the tokens that the words need would take long.
+    """
+    settings = settled_for(settings, whole=True)
+    maps, gradient = maps_and_gradients(reading, span, settings, progress, passes, batch_size, explain_with_evidence)
     return Traced(reading, maps, attention_flow(reading, span), gradient)
 
 
@@ -259,14 +263,17 @@ def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:
         shares, per_token, gradients = ({g: v[0] for g, v in kind.items()} for kind in curves_by_layer([photo]))
         kinds = {"attention": _attention_sums(photo), "share": shares, "per_token": per_token, "gradient": gradients}
         for layer in range(len(photo.attention)):
-            row = {"photo": name, "layer": layer}
+            row = {"photo": name, "layer": layer, **photo.maps.evidence.record}
             row |= {f"{k}_{group}": f"{v[layer]:.4g}" for k, kind in kinds.items() for group, v in kind.items()}
             rows.append(row)
     return rows
 
 
 def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]:
-    """Arrays of information_flow.npz: for photo i attention_i, gradient_i (K, L), maps_i (K, H, W), groups_i (4, 2)."""
+    """Arrays of information_flow.npz, for photo i: attention_i, gradient_i (K, L), maps_i (K, H, W), groups_i (4, 2).
+
+    And evidence_i (2,): p of the explained tokens, and what it is without the photo.
+    """
     arrays = {"photos": np.array(names), "groups": np.array(list(token_groups(traced[0].reading)))}
     arrays["settings"] = np.array(json.dumps(asdict(traced[0].maps.settings)))
     for i, photo in enumerate(traced):
@@ -274,7 +281,7 @@ def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]
         arrays |= {f"attention_{i}": photo.attention, f"gradient_{i}": photo.gradient}
         arrays[f"maps_{i}"] = np.stack(list(photo.maps.maps.values()))
         arrays[f"groups_{i}"] = np.array([(group.start, group.stop) for group in groups])
-        arrays[f"answer_{i}"] = np.array(photo.reading.answer)
+        arrays |= {f"answer_{i}": np.array(photo.reading.answer), f"evidence_{i}": np.array(photo.maps.evidence[:2])}
     return arrays
 
 

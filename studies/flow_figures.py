@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from common.encoding import to_csv
+from common.evidence import Evidence, departures, doubt_of, evidence_lines, warnings_of
 from common.page import (
     BAND,
     GAP,
@@ -53,6 +54,7 @@ from visualization_utils import (
     look_text,
     photo_names,
     photo_rows,
+    reliance,
     settings_text,
     spread,
     strength,
@@ -96,7 +98,8 @@ def _strips(page: Page, y: float, traced: list[Traced], layers: list[int], look:
         pitch = (page.inner + GAP / 2) / columns
         width, height = fit_box(photo.width / photo.height, pitch - GAP / 2, 1.3)
         small = shrink(photo, width, height)
-        cells = [(("photo" if len(traced) == 1 else f"photo {number}", ""), np.asarray(small))]
+        doubt = "doubted" if doubt_of(maps) else ""
+        cells = [(("photo", "") if len(traced) == 1 else (f"photo {number}", doubt), np.asarray(small))]
         cells += [(labels[layer], draw_layer(small, maps, layer, True, look, strongest)) for layer in layers]
         for i in range(0, len(cells), columns):
             for j, (label, picture) in enumerate(cells[i : i + columns]):
@@ -136,7 +139,8 @@ def _draw_flow(
     traced: list[Traced], names: list[str], layers: list[int], look: Look = PLAIN, paper: Paper = PAGE
 ) -> Page:
     """Maps by layer, the shares of attention and gradient below them, and flow lines."""
-    heads = text_rows(traced[0].maps) if len(traced) == 1 else photo_rows([one.reading for one in traced])
+    doubts = [doubt_of(one.maps) for one in traced]
+    heads = text_rows(traced[0].maps) if len(traced) == 1 else photo_rows([one.reading for one in traced], doubts)
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     y = header(page, MARGIN, MARGIN, "Information flow: what the answer reads, layer by layer", heads) + GAP
     y = _strips(page, y, traced, layers, look) + GAP
@@ -170,12 +174,15 @@ def _draw_flow(
         _flow_lines(axes, first.attention[layer], token_groups(first.reading), first.reading.grid[0])
     y += BAND + 1.5 + 2 * GAP
     plot = ("Left", "Middle", "Right") if boxes[1][1] == boxes[0][1] else ("First plot", "Second", "Third")
+    believed = reliance(traced[0].maps, layers)
+    if len(traced) > 1:
+        believed = "Doubted: not to be believed, so drawn in faded colours. " * any(doubts)
     caption = (
         f"{plot[0]}: attention of the positions that predict the explained tokens, mean over heads, renormalised over "
         f"system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). {plot[1]}: the same for each token "
         f"of the group, with the answer's own. {plot[2]}: share of each group in the sum of |gradient × hidden state| "
         "at the layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as "
-        f"their attention. {look_text(look)}{f' {THIN} {photo_names(names)}' if len(traced) > 1 else ''}"
+        f"their attention. {believed}{look_text(look)}{f' {THIN} {photo_names(names)}' if len(traced) > 1 else ''}"
     )
     return page.finish(small_print(page, y, caption, settings_text(traced[0].maps.settings)))
 
@@ -255,8 +262,9 @@ def _draw_taps(
             y += HEAD + height + GAP
     y += GAP
     caption = (
-        f"Bold: where the layer is read, of at most {STRIP - 1} layers; merger: the image tokens before the decoder; "
-        f"grey: no gradient; weak: below {100 * WEAK:.0f} % of the strongest read at that place. {look_text(look)}"
+        f"{reliance(maps)}Bold: where the layer is read, of at most {STRIP - 1} layers; merger: the image tokens "
+        f"before the decoder; grey: no gradient; weak: below {100 * WEAK:.0f} % of the strongest read at that place. "
+        f"{look_text(look)}"
     )
     return page.finish(small_print(page, y, caption, settings_text(maps.settings, "read at the named places")))
 
@@ -264,8 +272,8 @@ def _draw_taps(
 def trace(
     readings: list[Reading], names: list[str], spans: list[tuple[int, int]], layers: list[int], settings: Settings, *,
     attention_map=False, taps=False, quiet=False, look=PLAIN, paper=PAGE, passes=noisy_passes, batch_size: int = 1,
-) -> tuple[dict[str, object], list[str]]:  # fmt: skip
-    """({file name: content}, findings in lines) of flow mode.
+) -> tuple[dict[str, object], list[str], list[Evidence]]:  # fmt: skip
+    """({file name: content}, findings in lines, evidence of each photo's explained tokens) of flow mode.
 
     `names` are those of the photos, `spans` are (start, end) in characters of each answer. The first photo's attention
     between all positions is drawn for `attention_map`, its maps at every place where a layer can be read for `taps`.
@@ -288,6 +296,7 @@ def trace(
     explained = "the whole answer" if target == readings[0].answer else repr(target)
     explained += "" if settings.contrast is None else f" rather than {settings.contrast!r}"
     lines = [f"explained: {explained}; maps at layer {', '.join(map(str, layers))}"]
+    lines += _evidence_lines(traced, names, layers)
     for name, blank in zip(names, [one.maps.blank for one in traced], strict=True):
         reasons = [f"{layer} ({blank[layer]})" for layer in layers if layer in blank]
         lines += [f"{name} has no map at layer {', '.join(reasons)}: its pictures are grey panels"] if reasons else []
@@ -297,21 +306,31 @@ def trace(
         draw = functools.partial(_draw_attention_maps, readings[0], traced[0].maps, attention, edges, paper)
         files |= paper.figure("attention_maps", draw)
     if taps:
-        files |= paper.figure("taps", _explain_taps(readings[0], spans[0], layers, settings, look, paper, **copies))
-    return files, lines
+        files |= paper.figure("taps", _explain_taps(traced[0], layers, look, paper, **copies))
+    return files, lines, [one.maps.evidence for one in traced]
 
 
-def _explain_taps(
-    reading: Reading, span, layers: list[int], settings: Settings, look: Look, paper: Paper, **copies
-) -> Callable:
+def _evidence_lines(traced: list[Traced], names: list[str], layers: list[int]) -> list[str]:
+    """What the maps of the only photo rest on, and what speaks against those of each of several."""
+    if len(traced) == 1:
+        return evidence_lines(traced[0].maps, layers)
+    maps_of = {name: one.maps for name, one in zip(names, traced, strict=True)}
+    faded = ": its maps are faded, and not to be believed"
+    lines = warnings_of({name: (doubt := doubt_of(maps)) and f"{doubt}{faded}" for name, maps in maps_of.items()})
+    return lines + warnings_of({name: departures(maps, layers) for name, maps in maps_of.items()})
+
+
+def _explain_taps(traced: Traced, layers: list[int], look: Look, paper: Paper, **copies) -> Callable:
     """The function that draws the maps at every place of the layers, of six at most, which share their passes.
 
     `copies` are keywords of `explain`.
     """
+    reading, settings = traced.reading, replace(traced.maps.settings, tap="input")
     places = tap_modules(reading.model, spread(layers, _strip_columns(reading.photo) - 1))
     merger = reading.model.model.visual.merger
     modules = [module for module_of in places.values() for module in module_of.values()]
-    (maps,) = explain(reading, [span], [*modules, merger], replace(settings, tap="input"), **copies)
+    (maps,) = explain(reading, [traced.maps.target_span], [*modules, merger], settings, **copies)
+    maps = replace(maps, evidence=traced.maps.evidence)
     names = {module: name for name, module in reading.model.named_modules()}
     keys = {
         place: {layer: names.get(module, module) for layer, module in module_of.items()}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from common.encoding import decimal
+from common.evidence import Evidence
 from common.passes import SENSITIVE, UNLIKELY
 from smooth_gradcam import (
     Reading,
@@ -185,6 +186,11 @@ class Severed(NamedTuple):
     kept_right: np.ndarray | None  # (K + 1,) bool
     windows: dict[str, np.ndarray]  # edge -> (K, A): blocked in a window of layers around each
 
+    @property
+    def evidence(self) -> Evidence:
+        """That of the explained tokens: the image is hidden nowhere, and in all layers."""
+        return Evidence(*self.removed[[-1, 0]][:, self.explained].mean(1).tolist())
+
 
 def tokens_that_need_the_photo(removed: np.ndarray) -> list[int]:
     """Indices of the answer's tokens whose probability falls by more than 0.2 if the image is hidden in all layers."""
@@ -300,15 +306,18 @@ def cliff_interval(curves: np.ndarray, draws: int = 1000) -> tuple[int, int] | N
     return cliffs[round(0.025 * (len(cliffs) - 1))], cliffs[round(0.975 * (len(cliffs) - 1))]
 
 
-def truncation_finding(curves: np.ndarray, what: str) -> str:
-    """A sentence on the layer from which the image can be removed; `curves` are (photos, K + 1), `what` names them."""
+def truncation_finding(curves: np.ndarray, what: str, doubted: bool = False) -> str:
+    """A sentence on the layer from which the image can be removed; `curves` are (photos, K + 1), `what` names them.
+
+    It does not say that the photo is hardly needed if that is `doubted` already.
+    """
     curve = curves.mean(0)
     cliff, total = find_cliff(curve), len(curve) - 1
     if curve[-1] < UNLIKELY:
         return f"no cliff: {what} is {curve[-1]:.4f} with the whole image, so there is nothing to lose"
     if cliff is None:
         kept = f"{what} is {decimal(curve[0])} if the image is hidden from layer 0 on, {decimal(curve[-1])} with it"
-        return f"no cliff: {kept}, so the answer hardly needs the photo"
+        return f"no cliff: {kept}" + ", so the answer hardly needs the photo" * (not doubted)
     half = find_cliff(curve, 0.5)
     end = "the image is needed to the last layer" if cliff == total else f"from layer {cliff} on it can be removed"
     line = (
@@ -384,11 +393,15 @@ def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
 
 
 def knockout_arrays(severed: list[Severed], names: list[str]) -> dict[str, np.ndarray]:
-    """Arrays of knockout.npz, for photo i removed_i (K + 1, A), windows_i (edges, K, A), explained_i (T,), tokens_i."""
+    """Arrays of knockout.npz, for photo i removed_i (K + 1, A), windows_i (edges, K, A), explained_i (T,), tokens_i.
+
+    And evidence_i (2,): p of the explained tokens, and what it is without the photo.
+    """
     arrays = {"photos": np.array(names), "edges": np.array(list(severed[0].windows))}
     for i, one in enumerate(severed):
         arrays |= {f"removed_{i}": one.removed, f"right_{i}": one.right, f"explained_{i}": np.array(one.explained)}
         arrays |= {f"tokens_{i}": np.array(one.reading.tokens), f"answer_{i}": np.array(one.reading.answer)}
+        arrays[f"evidence_{i}"] = np.array(one.evidence[:2])
         if one.kept is not None:
             arrays[f"kept_{i}"] = one.kept
         if one.windows:

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 
 from common.encoding import decimal, to_csv
+from common.evidence import Evidence, warnings_of
 from common.page import BAND, GAP, MARGIN, PAGE, SMALL, WIDTHS, Page, Paper, excerpt, header, masthead, small_print
 from common.progress import show_progress
 from common.terminal import say
@@ -32,6 +33,7 @@ from visualization_utils import photo_names, photo_rows
 
 __all__ = ["sever"]
 
+TELLS_LITTLE = "blocked attention tells little of it"
 EDGE_STYLES = (
     ("#0072b2", "-"), ("#d55e00", "-"), ("#009e73", "-"), ("#56b4e9", "--"), ("#e69f00", "--"), ("#56b4e9", ":"),
     ("#e69f00", ":"),
@@ -42,11 +44,12 @@ def _severed_heads(severed: Severed) -> list[tuple]:
     """The header's rows for one photo: prompt, answer, and the explained part of it."""
     reading, tokens = severed.reading, severed.explained
     text = excerpt(explained_text(reading, tokens), (0, 0), 200)[0]
-    explained = f"{len(tokens)} of {len(reading.tokens)} tokens: {text}"
+    explained = f"{len(tokens)} of {len(reading.tokens)} tokens: {text}; {severed.evidence}"
     contiguous = list(tokens) == list(range(tokens[0], tokens[-1] + 1))  # which can be marked in the answer
     start, end = (reading.spans[tokens[0]][0], reading.spans[tokens[-1]][1]) if contiguous else (0, 0)
     span = end - len(reading.answer[start:end].lstrip()), end  # a word's token often begins with a blank
     rows = [("Prompt", reading.prompt, (0, 0)), ("Answer", reading.answer, span), ("Explained", explained, (0, 0))]
+    rows += [("Doubt", severed.evidence.doubt, (0, 0))] * bool(severed.evidence.doubt)
     return [(label, *excerpt(text, marked, 300)) for label, text, marked in rows]
 
 
@@ -88,7 +91,8 @@ def _draw_knockout(
     finding: str, paper: Paper = PAGE,
 ) -> Page:  # fmt: skip
     """What is left when the image is hidden from a layer on, the cliff and, if windows were run, their effect."""
-    heads = _severed_heads(severed[0]) if len(severed) == 1 else photo_rows([one.reading for one in severed])
+    doubts = [one.evidence.doubt if what != "accuracy" else "" for one in severed]
+    heads = _severed_heads(severed[0]) if len(severed) == 1 else photo_rows([one.reading for one in severed], doubts)
     page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     if len(severed) == 1:
         y = masthead(page, severed[0].reading.photo, "Knockout: what the answer needs", heads, (1.6, 1.2))
@@ -109,11 +113,12 @@ def _draw_knockout(
         style = {"xlabel": "around layer …", "ylabel": "change of p, %"}
         title = f"Attention blocked in {window} layer{'s' * (window > 1)}"
         _plot_windows(page.plot(x, top, width, height, title, **style), severed)
+    doubted = "Not to be believed. " if all(doubts) else "Partly of words that are not to be believed. " * any(doubts)
     caption = (
-        f"{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the attention mask; "
-        f"positions stay. Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value is kept, wherever "
-        "hiding begins; yellow: from where all is lost to where all is kept. What these layers read may also be read "
-        "elsewhere."
+        f"{doubted}{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the "
+        f"attention mask; positions stay. Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value "
+        "is kept, wherever hiding begins; yellow: from where all is lost to where all is kept. What these layers read "
+        "may also be read elsewhere."
     )
     if len(curves) > 1:
         caption += f" Dashed: {list(curves)[-1]}, those with most attention from the explained tokens kept."
@@ -131,8 +136,8 @@ def _draw_knockout(
 def sever(
     readings: list[Reading], names: list[str], spans: list, *, window=None, keep=None, mask=None, accuracy=False,
     runs_at_once=8, quiet=False, paper=PAGE,
-) -> tuple[dict[str, object], list[str]]:  # fmt: skip
-    """({file name: content}, findings in lines) of knockout mode.
+) -> tuple[dict[str, object], list[str], list[Evidence]]:  # fmt: skip
+    """({file name: content}, findings in lines, evidence of each photo's explained tokens) of knockout mode.
 
     `names` are those of the photos, `spans` are (start, end) in each answer, or None for the tokens that need the
     photo. With `accuracy`, the answers are the right ones, and what counts is whether the model would give them. Other
@@ -153,8 +158,10 @@ def sever(
         others = f"all but {keep} tokens hidden"
         curves[others] = [one.kept_right if accuracy else truncated(one, one.kept) for one in severed]
     curves = {name: np.array(values, float) for name, values in curves.items()}
-    finding = truncation_finding(curves["image hidden"], what)
-    lines = [*([] if accuracy else explained_lines(severed, names, spans)), finding]
+    doubted = not accuracy and all(one.evidence.doubt for one in severed)
+    finding = truncation_finding(curves["image hidden"], what, doubted)
+    lines = [] if accuracy else [*explained_lines(severed, names, spans), *_evidence_lines(severed, names)]
+    lines.append(finding)
     if keep is not None:
         mean = curves[others].mean(0)
         cliff = find_cliff(mean)
@@ -171,4 +178,11 @@ def sever(
         "knockout.csv": to_csv(knockout_rows(severed, names)),
         "knockout.npz": knockout_arrays(severed, names),
     }
-    return files, lines
+    return files, lines, [one.evidence for one in severed]
+
+
+def _evidence_lines(severed: list[Severed], names: list[str]) -> list[str]:
+    """What the explained tokens of the only photo rest on, and why those of any photo tell little."""
+    lines = [f"evidence: {severed[0].evidence}"] if len(severed) == 1 else []
+    doubts = {name: one.evidence.doubt for name, one in zip(names, severed, strict=True)}
+    return lines + warnings_of({name: doubt and f"{doubt}: {TELLS_LITTLE}" for name, doubt in doubts.items()})

@@ -404,9 +404,9 @@ def run_list(
 ) -> tuple[dict, list[Path], list[str], int]:  # fmt: skip
     """Explain each photo of a list in a folder of its own; complete results are skipped.
 
-    `explain(flags, item, photo, device)` returns (reading, {file name: content}, lines to print) on its process's
-    device; `about` is {"model": `model_identity`, "versions": ...}; `summary(records)` returns ({file name: content},
-    lines). `reason_of` and `subfolders` are those of `work_off`. Returns ({}, paths, lines, exit code).
+    `explain(flags, item, photo, device)` returns (reading, {file name: content}, lines, evidence or []) on its
+    process's device; `about` is {"model": `model_identity`, "versions": ...}; `summary(records)` returns ({file name:
+    content}, lines). `reason_of` and `subfolders` are those of `work_off`. Returns ({}, paths, lines, exit code).
     """
     try:
         items = read_list(args.photos)
@@ -418,10 +418,11 @@ def run_list(
 
     def explain_item(item, photo):
         start = time.monotonic()
-        reading, files, lines = explain(_flags_for(args, item), item, photo, processes.device)
+        reading, files, lines, evidence = explain(_flags_for(args, item), item, photo, processes.device)
         record = {"name": item.name, "image": str(item.image), "model": args.model_path}
         record |= {"prompt": reading.prompt, "answer": reading.answer, "mode": args.mode, "said": lines}
         record |= {"seconds": round(time.monotonic() - start, 3), "versions": about["versions"]}
+        record |= {"evidence": evidence[0].record} if evidence else {}
         return record | _tables_of(files), files
 
     folder, start = Path(args.output_dir, FOLDERS[args.mode]), time.monotonic()

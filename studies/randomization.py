@@ -44,19 +44,31 @@ def cascading_randomization(
     On a copy of the model, which takes its memory again, weights are re-drawn from the top down: the last decoder layer
     with the norm and, if it is not tied to the embeddings, the head behind it, then further layers, in `stages` even
     steps down to the first; the last step re-draws the vision tower, too. The maps at 0 are `token_maps`. A map that
-    depends on what the model has learned changes. `progress` wraps the iterable over the stages; `passes` and
-    `batch_size` are those of `explain`. Raises ValueError for bad arguments.
+    depends on what the model has learned changes. Of the method "needed", Grad-CAM's maps of all image tokens are
+    compared, also at 0: how many tokens the words need is no property of a map. `progress` wraps the iterable over the
+    stages; `passes` and `batch_size` are those of `explain`. Raises ValueError for bad arguments.
     """
     check_whole("stages", stages, 1)
     check_whole("seed", seed, 0)
     check_same(reading, token_maps)
     generator, total = torch.Generator().manual_seed(operator.index(seed)), get_model_layers(reading.model)[1]
     numbers = np.unique(np.round(np.linspace(0, total, min(stages, total) + 1)).astype(int)).tolist()
+    settings = token_maps.settings
+
+    def maps_of(reading):
+        modules = dict(reading.model.named_modules())
+        keys, copies = [modules.get(key, key) for key in token_maps.maps], {"passes": passes, "batch_size": batch_size}
+        (maps,) = explain(reading, [token_maps.target_span], keys, settings, **copies)
+        return replace(maps, evidence=token_maps.evidence)  # that of the model itself, so that all are drawn alike
+
+    if settings.method == "needed":
+        settings = replace(settings, method="gradcam")
+        token_maps = replace(token_maps, maps=maps_of(reading).maps, settings=settings)
     model, results = copy.deepcopy(reading.model), {0: token_maps}
     randomized = replace(reading, model=model)
     layers, _ = get_model_layers(model)
     parent = operator.attrgetter("model.language_model" if hasattr(model.model, "language_model") else "model")(model)
-    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
     for before, number in zip(numbers, (progress or iter)(numbers[1:]), strict=False):
         fresh = [] if before else [parent.norm] if tied else [parent.norm, head]
@@ -64,10 +76,7 @@ def cascading_randomization(
         if number == total and hasattr(model.model, "visual"):
             fresh.append(model.model.visual)
         randomize_weights(fresh, generator)
-        keys = [modules[key] if isinstance(key, str) else key for key in token_maps.maps]
-        (results[number],) = explain(
-            randomized, [token_maps.target_span], keys, token_maps.settings, passes=passes, batch_size=batch_size
-        )
+        results[number] = maps_of(randomized)
     return results
 
 

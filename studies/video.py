@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 from common.encoding import MARK, decimal
+from common.evidence import explain_with_evidence
 from common.files import output_folder
 from common.page import GAP, HEAD, MARGIN, PAGE, WIDTHS, Page, Paper, best_columns, header, panel_width, shrink
 from common.passes import passes_of
@@ -32,7 +33,6 @@ from smooth_gradcam import (
     check_family,
     check_processor,
     check_text,
-    explain,
     find_target,
     get_model_layers,
     prepare_inputs,
@@ -45,6 +45,7 @@ from visualization_utils import (
     check_drawing,
     draw_layer,
     footer,
+    full_colour,
     made_from,
     method_title,
     strength,
@@ -97,12 +98,15 @@ def read_video(model, processor, video: Video, prompt: str, answer=None, max_new
     return answered(model, processor, photos, prompt, inputs, "video", answer, max_new_tokens)
 
 
-def animate(frames: Iterable[Image.Image], maps: list[np.ndarray], fps: float, look: Look = PLAIN) -> bytes:
+def animate(
+    frames: Iterable[Image.Image], maps: list[np.ndarray], fps: float, look: Look = PLAIN, peak: float | None = None
+) -> bytes:
     """An animated WebP that repeats: on each frame the overlay of its temporal patch's (H, W) map.
 
-    All maps are scaled by the maximum of them all; each map is shown on an equal share of the frames, in their order.
+    The value `peak` has full colour, for None the maximum of all maps; each map is shown on an equal share of the
+    frames, in their order.
     """
-    frames, peak = list(frames), max(float(cam.max()) for cam in maps)
+    frames, peak = list(frames), max(float(cam.max()) for cam in maps) if peak is None else peak
     pictures = []
     for i, frame in enumerate(frames):
         small = frame.copy()
@@ -148,11 +152,13 @@ def _draw_video(
     reading: Reading, patches: list[TokenMaps], layer: int, video: Video, look: Look = PLAIN, paper: Paper = PAGE
 ) -> dict[str, object]:
     """{file name: content}: the strip, the animation, and the raw maps (temporal patches, H, W) in maps.npz."""
-    maps = [patch.maps[layer] for patch in patches]
+    maps, strongest = [patch.maps[layer] for patch in patches], strongest_of(patches)
+    peak = full_colour(patches[0], layer, replace(look, scale="all"), strongest)
+    arrays = {"maps": np.stack(maps), "layer": np.array(layer), "fps": np.array(video.fps)}
     draw = functools.partial(strip_figure, reading, patches, layer, video.fps, look, paper)
     return paper.figure("video_strip", draw) | {
-        "video.webp": animate(video.frames, maps, video.fps, look),
-        "maps.npz": {"maps": np.stack(maps), "layer": np.array(layer), "fps": np.array(video.fps)},
+        "video.webp": animate(video.frames, maps, video.fps, look, peak),
+        "maps.npz": arrays | {"evidence": np.array(patches[0].evidence[:2])},  # p, p without the video
     }
 
 
@@ -165,18 +171,20 @@ def create_video_maps(
 
     `frames` are paths, PIL images or uint8 arrays (height, width, 3) of one size, `fps` of them a second; the model
     sees all of them. Writes video_strip.png (a panel for each temporal patch), video.webp (the frames with their maps,
-    animated) and maps.npz. All maps have one scale. The other arguments are those of `compute_token_maps`.
+    animated) and maps.npz. All maps have one scale. The other arguments are those of `compute_token_maps`, with the
+    method "auto" by default.
 
-    Returns the TokenMaps of each temporal patch in turn. Raises ValueError for bad arguments, and what `read`,
-    `explain` and `output_folder` raise.
+    Returns the TokenMaps of each temporal patch in turn, with the evidence of all of them. Raises ValueError for bad
+    arguments, and what `read`, `explain` and `output_folder` raise.
     """
     check_drawing(look, paper)
     total = get_model_layers(model)[1]
     (layer,) = resolve_layers([total // 2 if layer_idx is None else layer_idx], total)
-    video, settings = Video(frames, fps), Settings(num_samples, noise_std, **settings)
+    video, settings = Video(frames, fps), Settings(num_samples, noise_std, **{"method": "auto"} | settings)
+    copies = {"progress": show_progress(quiet), "passes": passes_of(settings.contrast)}
     with output_folder(save_dir, inputs=frames) as write:
         reading = read_video(model, processor, video, prompt, answer, max_new_tokens)
         span = find_target(reading.answer, target, target_occurrence)
-        patches = explain(reading, [span], [layer], settings, show_progress(quiet), passes=passes_of(settings.contrast))
+        patches = explain_with_evidence(reading, [span], [layer], settings, **copies)
         write(_draw_video(reading, patches, layer, video, look, paper))
     return patches

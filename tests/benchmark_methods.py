@@ -197,8 +197,8 @@ def print_evidence(found: dict[str, dict]) -> None:
     """How well p and the share kept part words that use their object from those that cannot point."""
     print(f"\nevidence: words in doubt, p < {DOUBTED} or more than {100 * PHOTOLESS:.0f} % kept, of each kind; area "
           "under the ROC curve, used against function and absent, by p, by 1 - kept, by p (1 - kept)")  # fmt: skip
-    everything = {**found, "all but doubted": {"evidence": np.concatenate(
-        [data["evidence"] for name, data in found.items() if name != "doubted"])}}  # fmt: skip
+    said = [data["evidence"] for name, data in found.items() if name != "doubted"]
+    everything = found | ({"all but doubted": {"evidence": np.concatenate(said)}} if said else {})
     for name, data in everything.items():
         kind, p, without = data["evidence"].T
         kept = np.minimum(1, without / np.maximum(p, 1e-30))
@@ -207,9 +207,9 @@ def print_evidence(found: dict[str, dict]) -> None:
         used, none = kind == KINDS.index("used"), kind >= KINDS.index("function")
         areas = [area_under_roc(score[used], score[none]) for score in (p, 1 - kept, p * (1 - kept)) if used.any()]
         print(f"{name:15} {', '.join(shares)}; {' '.join(f'{area:.3f}' for area in areas)}")
-    kind, p, without = everything["all but doubted"]["evidence"].T
+    kind, p, without = list(everything.values())[-1]["evidence"].T
     kept = np.minimum(1, without / np.maximum(p, 1e-30))
-    print("thresholds, all but doubted: share in doubt of used, of function, of absent")
+    print("thresholds, all of these: share in doubt of used, of function, of absent")
     for low in (0.01, 0.05, 0.1, 0.2):
         for high in (0.6, 0.7, 0.8, 0.9, 0.95):
             doubt = (p < low) | (kept > high)

@@ -25,7 +25,7 @@ def demo(demo):
 def test_folder_is_small_enough_to_live_in_the_repository():
     files = [path for path in DEMO_MODEL.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files if path.parent.name != "eyes") <= 12_000_000
-    assert sum(path.stat().st_size for path in (DEMO_MODEL / "eyes").iterdir()) <= 5_000_000
+    assert sum(path.stat().st_size for path in (DEMO_MODEL / "eyes").iterdir()) <= 10_000_000
 
 
 def test_architecture_is_that_of_the_7b_with_28_layers(demo):

@@ -24,6 +24,7 @@ from flags_in_modes import DRIVER, OUTSIDE, PAIRS, ROOT
 from PIL import Image
 
 import common.checkpoint
+import common.evidence
 import common.files
 import common.flags
 import common.page
@@ -31,8 +32,9 @@ import smooth_gradcam as core
 import test_gradcam
 import visualization_utils
 from common.checkpoint import cap_pixels, load_processor
+from common.evidence import explain_with_evidence
 from common.flags import FOLDERS, MODES_OF_FLAG
-from smooth_gradcam import METHODS, ExplanationError, compute_token_maps, get_model_layers
+from smooth_gradcam import ExplanationError, compute_token_maps, get_model_layers
 from studies import faithfulness, knockout
 from test_gradcam import single_layer_visualization
 from visualization_utils import (
@@ -104,7 +106,9 @@ def test_each_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, mode
     lines = out.splitlines()
     assert lines[0] == f"answer: {ANSWER}"
     assert lines[1].startswith("explained: the whole answer")
-    assert {line.removeprefix("wrote ") for line in lines[2:]} == {
+    assert lines[2].startswith("evidence: p ")
+    doubts = [line for line in lines[3:] if line.startswith("warning: ")]
+    assert {line.removeprefix("wrote ") for line in lines[3 + len(doubts) :]} == {
         str(tmp_path / "out" / folder / name) for name in names
     }
     for name in names:
@@ -174,12 +178,12 @@ def test_max_new_tokens_cuts_the_answer(raw):
 
 
 def test_raw_file_holds_what_the_pass_knows(raw, model_folder, image):
-    file = raw("--answer", ANSWER, "--target", "red", "--seed", 5)
+    file = raw("--answer", ANSWER, "--target", "red", "--seed", 5, "--method", "gradcam")
     model = load_once(str(model_folder), "cpu", "auto")
     processor = load_processor(str(model_folder), 10**6)
     prompt = str(file["prompt"])
     settings = {"num_samples": 2, "noise_std": 0.15, "seed": 5, "answer": ANSWER, "target": "red"}
-    expected = compute_token_maps(model, processor, image, prompt, [1], **settings)
+    expected = compute_token_maps(model, processor, image, prompt, [1], by=explain_with_evidence, **settings)
     np.testing.assert_array_equal(file["maps"], expected.maps[1][None])
     assert file["maps"].dtype == np.float32
     assert tuple(file["grid"]) == expected.grid == (4, 6)
@@ -187,6 +191,7 @@ def test_raw_file_holds_what_the_pass_knows(raw, model_folder, image):
     assert file["tokens"].tolist() == expected.tokens
     assert file["target_tokens"].tolist() == expected.target_tokens
     assert (str(file["answer"]), str(file["target"]), int(file["seed"])) == (ANSWER, "red", 5)
+    assert (tuple(file["evidence"]), list(file["likeness"])) == (expected.evidence[:2], [expected.likeness[1]])
     assert json.loads(str(file["settings"])).items() >= asdict(expected.settings).items()
     assert json.loads(str(file["versions"]))["torch"] == torch.__version__.split("+")[0]
 
@@ -216,9 +221,16 @@ def test_no_function_of_the_driver_looks_like_a_test():
 
 
 EVALUATE = ["--mode", "evaluate", "--layers", "0", "2", "--steps", "4", "--answer", ANSWER, "--target", "cat"]
-SCORES = ["layer", "insertion", "deletion", "difference", "probability"]
-SCORES += ["without_hottest_10_percent", "baseline_picture"]
+SCORES = ["layer", "insertion", "deletion", "difference", "p", "without_hottest_10_percent", "baseline_picture"]
 FITS = ["pointing", "near", "energy", "obj_iou"]
+METHODS_COMPARED = ["gradcam", "hirescam", "product", "paper", "needed"]
+
+
+@pytest.fixture
+def undoubted(monkeypatch):
+    """What the tiny model says counts as said, and as coming from the photo."""
+    monkeypatch.setattr(common.evidence, "DOUBTED", 0)
+    monkeypatch.setattr(common.evidence, "PHOTOLESS", 1)
 
 
 @pytest.fixture(scope="session")
@@ -254,9 +266,10 @@ def test_evaluate_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, 
     }
     rows = read_csv(folder / "scores.csv")
     assert [row["layer"] for row in rows] == ["0", "2", "random"]
-    assert list(rows[0]) == SCORES + FITS * ("--mask" in flags)
+    assert list(rows[0]) == [*SCORES, *FITS * ("--mask" in flags), "kept", "doubt"]
     for row in rows:
-        assert all(0 <= float(row[name]) <= 1 for name in SCORES[1:] if name != "difference")
+        assert all(0 <= float(row[name]) <= 1 for name in [*SCORES[1:], "kept"] if name != "difference")
+        assert bool(row["doubt"]) == (float(row["p"]) < 0.1 or float(row["kept"]) > 0.8)
         assert float(row["difference"]) == pytest.approx(float(row["insertion"]) - float(row["deletion"]), abs=2e-4)
         assert {bool(row[name]) for name in FITS if name in row} <= {row["layer"] != "random"}
     if "--randomize" in flags:
@@ -269,6 +282,7 @@ def test_evaluate_mode_writes_exactly_its_files_and_names_them(drive, tmp_path, 
         assert all(-1 <= float(row["spearman"]) < 0.999 for row in rows[-2:])
 
 
+@pytest.mark.usefixtures("undoubted")
 def test_comparison_measures_every_method_at_every_layer_beside_one_set_of_random_orders(drive, tmp_path, mask_path):
     code, out, err = drive(*EVALUATE, "--compare", "--mask", mask_path)
     assert (code, err) == (0, "")
@@ -276,10 +290,10 @@ def test_comparison_measures_every_method_at_every_layer_beside_one_set_of_rando
     rows = read_csv(tmp_path / "out/evaluate/comparison.csv")
     none = re.findall(r"(\w+) at layer (\d) has no map \(zero everywhere\): it is left out", out)
     assert none == [("paper", "0")]
-    there = [(method, layer) for method in METHODS for layer in "02" if (method, layer) not in none]
+    there = [(method, layer) for method in METHODS_COMPARED for layer in "02" if (method, layer) not in none]
     assert [(row["method"], row["layer"]) for row in rows] == [*there, ("random", "")]
     values = {(row["method"], row["layer"]): float(row["difference"]) for row in rows[:-1]}
-    for method in METHODS:
+    for method in METHODS_COMPARED:
         own = {layer: values[key] for key in there for layer in key[1] if key[0] == method}
         best, mean = max(own, key=own.get), np.mean(list(own.values()))
         assert f"{method}: insertion - deletion {own[best]:.2f} at layer {best}, mean over the layers {mean:.2f}" in (
@@ -288,7 +302,7 @@ def test_comparison_measures_every_method_at_every_layer_beside_one_set_of_rando
     # one explanation of each method is the one that the usual mode makes
     drive(*EVALUATE)
     alone = {row["layer"]: row["insertion"] for row in read_csv(tmp_path / "out/evaluate/scores.csv")}
-    assert {row["layer"]: row["insertion"] for row in rows if row["method"] == "gradcam"} == {
+    assert {row["layer"]: row["insertion"] for row in rows if row["method"] == "needed"} == {
         layer: value for layer, value in alone.items() if layer != "random"
     }
 
@@ -303,6 +317,7 @@ def a_number(pattern, text):
     return found if isinstance(found, tuple) else (found,)
 
 
+@pytest.mark.usefixtures("undoubted")
 def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monkeypatch):
     """Of a model that sees: what the tiny one gives for a probability is next to nothing."""
     monkeypatch.setattr(
@@ -329,8 +344,9 @@ def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monk
     first, second, random = (
         {k: float(v or 0) if k != "layer" else v for k, v in row.items()} for row in read_csv(folder / "scores.csv")
     )
-    (probability,) = a_number(r"a mean probability of (\S+)", out)
-    assert float(probability) == first["probability"] == 0.9
+    assert first["p"] == 0.9
+    (kept,) = a_number(r"\nevidence: p \S+, (\d+) % of it left without the photo\n", out)
+    assert float(kept) == pytest.approx(100 * first["kept"], abs=0.51)
     for row in (first, second):
         line = next(line for line in out.splitlines() if line.startswith(f"layer {row['layer']}: removing"))
         lost, by_chance = (100 * (0.9 - line_row["without_hottest_10_percent"]) / 0.9 for line_row in (row, random))
@@ -358,20 +374,28 @@ def test_verdict_says_the_numbers_of_the_tables(drive, tmp_path, mask_path, monk
     assert depends in out
 
 
-@pytest.mark.parametrize(
-    ("probability", "said"),
-    [(0.5, "note: on the baseline picture alone the answer keeps 100 %"), (0.004, "note: the model would hardly")],
-)
-def test_verdict_warns_where_there_is_little_to_measure(drive, monkeypatch, probability, said):
+@pytest.mark.usefixtures("undoubted")
+def test_verdict_warns_where_there_is_little_to_measure(drive, monkeypatch):
     monkeypatch.setattr(
-        "studies.faithfulness.token_probabilities",
-        lambda model, forced, pixels, scored: np.full((len(pixels), 1), probability),
+        "studies.faithfulness.token_probabilities", lambda model, forced, pixels, scored: np.full((len(pixels), 1), 0.5)
     )
-    assert drive(*EVALUATE)[1].count("note: ") == 1
-    compared = drive(*EVALUATE, "--compare")[1]
+    said = "note: on the baseline picture alone the answer keeps 100 % of its probability, so no map can score high"
+    alone, compared = drive(*EVALUATE)[1], drive(*EVALUATE, "--compare")[1]
+    assert alone.count(said) == alone.count("note: ") == 1
+    assert compared.count(said) == compared.count("note: on the") == 1
     assert "none leads: no map beats the random orders" in compared
-    assert compared.count("note: the model would hardly" if probability < 0.01 else "note: on the baseline") == 1
-    assert said in drive(*EVALUATE)[1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--compare"]], ids=["alone", "compared"])
+def test_of_words_that_are_doubted_no_map_is_the_most_faithful(drive, flags):
+    """Once it is said why, in words that no other line repeats."""
+    out = drive(*EVALUATE, *flags)[1]
+    (doubt,) = re.findall(r"\nwarning: (.*): the map is faded, and not to be believed\n", out)
+    assert doubt.startswith("the model hardly says this (p ")
+    assert out.count("hardly") == 1
+    verdict = "no map of these words is to be believed, whatever it scores\n"
+    assert out.count(f"\n{'none leads: ' * bool(flags)}{verdict}") == 1
+    assert not re.search("most faithful|as good|leads: gradcam|note: ", out)
 
 
 def test_the_tenth_that_the_verdict_speaks_of_is_measured(drive, tmp_path):
@@ -391,14 +415,15 @@ def test_an_earlier_randomization_is_told_of_and_stays(drive, tmp_path):
     assert (tmp_path / "out/evaluate/randomization.png").exists()
 
 
-def test_answer_that_cannot_be_has_a_verdict(drive, monkeypatch):
+@pytest.mark.usefixtures("undoubted")
+def test_answer_that_cannot_be_has_a_verdict(drive, tmp_path, monkeypatch):
     """Probabilities that are zero in float32."""
     monkeypatch.setattr(
         "studies.faithfulness.token_probabilities", lambda model, forced, pixels, scored: np.zeros((len(pixels), 1))
     )
     code, out, _ = drive(*EVALUATE)
     assert code == 0
-    assert "a mean probability of 0.000" in out
+    assert {row["p"] for row in read_csv(tmp_path / "out/evaluate/scores.csv")} == {"0.0000"}
     assert "costs the answer 0 % of its probability" in out
     assert "0 of 2 maps beat every random order" in out
     assert "-0" not in out.split("wrote ")[0]
@@ -411,6 +436,7 @@ def test_whole_answer_can_be_evaluated(drive, tmp_path):
     assert len(read_csv(tmp_path / "out/evaluate/scores.csv")) == 2
 
 
+@pytest.mark.usefixtures("undoubted")
 def test_evaluate_mode_leaves_out_a_layer_without_gradient_and_says_so(drive, tmp_path):
     flags = ["--mode", "evaluate", "--tap", "output", "--layers", 2, 3, "--steps", 3, "--answer", ANSWER]
     code, out, _ = drive(*flags, "--randomize")
@@ -550,7 +576,7 @@ def test_words_and_evaluate_mode_agree_on_the_probability(drive, tmp_path):
     drive(*EVALUATE)
     drive(*WORDS, "--answer", ANSWER, "--words", "cat")
     (word,) = json.loads((tmp_path / "out/words/words.json").read_text(encoding="utf-8"))["words"]
-    score = read_csv(tmp_path / "out/evaluate/scores.csv")[0]["probability"]
+    score = read_csv(tmp_path / "out/evaluate/scores.csv")[0]["p"]
     assert np.mean(word["probabilities"]) == pytest.approx(float(score), abs=5e-5)
     assert float(score) > 1e-3
 
@@ -803,7 +829,7 @@ def test_benchmark_of_a_list_has_methods_layers_centre_and_random_rows(drive, tm
     assert code == 1
     with (tmp_path / "out/evaluate/benchmark.csv").open() as file:
         rows = list(csv.DictReader(file))
-    layers = [(method, layer) for method in ("gradcam", "hirescam", "product", "paper") for layer in "12"]
+    layers = [(method, layer) for method in METHODS_COMPARED for layer in "12"]
     assert [(row["method"], row["layer"]) for row in rows] == [*layers, ("centre", ""), ("random", "")]
     assert {row["words"] for row in rows} == {"2"}
     for row in rows:
@@ -845,7 +871,10 @@ def test_studies_of_the_flow_write_their_files_and_tell_cost_and_finding(drive, 
     assert "forward passes" in lines[0]
     assert lines[1] == f"answer: {ANSWER}"
     assert lines[2].startswith("explained")
-    assert lines[3].startswith("attention: the image gets" if mode == "flow" else ("no cliff", "hidden from layer"))
+    assert lines[3].startswith("evidence: p ")
+    doubts = [line for line in lines[4:] if line.startswith("warning: ")]
+    found = lines[4 + len(doubts)]
+    assert found.startswith("attention: the image gets" if mode == "flow" else ("no cliff", "hidden from layer"))
     assert out.count("\nwrote ") == len(names)
     assert "→" not in out or "--window" in flags
 
@@ -889,6 +918,15 @@ def test_a_target_that_one_photo_lacks_names_the_photo(drive, tmp_path, image, m
     assert code == 2
     assert "other.png: " in err
     assert "'cat' is not in the answer 'red dog'" in err
+
+
+@pytest.mark.parametrize("mode", ["single", "flow", "knockout"])
+def test_a_target_that_one_photo_of_a_list_lacks_does_not_stop_the_others(drive, tmp_path, listed, mode):
+    listed.write_text("".join(f'{{"image": "photos/p{i}.png", "target": "{word}"}}\n' for i, word in enumerate("xxr")))
+    code, out, err = drive("--mode", mode, "--image_path", listed, "--answer", ANSWER)
+    assert code == 1
+    assert "line 1: target='x' is not in the answer 'the red cat'" in err
+    assert "3 photos: 1 explained in " in out
 
 
 @pytest.fixture
@@ -1171,7 +1209,7 @@ def test_a_failing_pass_writes_nothing_and_says_why_in_one_line(drive, monkeypat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(test_gradcam, "explain", fail)
+    monkeypatch.setattr(test_gradcam, "explain_with_evidence", fail)
     result, out, err = drive()
     assert (result, out) == (code, "")
     assert err == f"test_gradcam.py: error: {str(error) or 'MemoryError'}\n"

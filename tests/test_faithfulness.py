@@ -260,23 +260,23 @@ def test_row_of_scores_by_hand(given):
     for row in (first, random):
         # 0.08 is nearest to a tenth; 0.7 * 0.08 + 0.5 * 0.08 + 0.3 * 0.84 is the area
         assert row["without_hottest_10_percent"] == 0.6
-        assert (row["probability"], row["baseline_picture"], row["insertion"]) == (0.8, 0.2, 1.0)
+        assert (row["p"], row["baseline_picture"], row["insertion"]) == (0.8, 0.2, 1.0)
         assert row["deletion"] == pytest.approx(0.348)
         assert row["difference"] == pytest.approx(0.652)
 
 
 @pytest.mark.parametrize(
-    ("probability", "left", "said"),
+    ("p", "left", "said"),
     [
         (0.8, 0.4, []),
         (0.8, 0.408, ["the answer keeps 51 %"]),
         (0.01, 0.005, []),
-        (0.0099, 0.0099, ["would hardly say this"]),
-        (0, 0, ["would hardly say this"]),
+        (0.01, 0.0051, ["the answer keeps 51 %"]),
+        (0, 0, []),
     ],
 )
-def test_what_no_map_can_tell_is_said_beyond_its_bounds_only(probability, left, said):
-    lines = faithfulness.caveats({"probability": probability, "baseline_picture": left})
+def test_what_no_map_can_tell_is_said_beyond_its_bounds_only(p, left, said):
+    lines = faithfulness.caveats({"p": p, "baseline_picture": left})
     assert len(lines) == len(said)
     assert all(part in line for part, line in zip(said, lines, strict=True))
 
@@ -293,7 +293,7 @@ def test_stretches_whose_area_is_uncertain_are_halved():
 
 def rows_by_hand(*differences, without=0.4):
     """Rows of scores of layers 0, 1, ..., two methods in turn, and of the random orders."""
-    row = {"insertion": 0.9, "deletion": 0.5, "probability": 0.8, "without_hottest_10_percent": without}
+    row = {"insertion": 0.9, "deletion": 0.5, "p": 0.8, "without_hottest_10_percent": without}
     row["baseline_picture"] = 0.1
     methods = ("gradcam", "paper")
     rows = [row | {"method": methods[i % 2], "layer": i, "difference": d} for i, d in enumerate(differences)]
@@ -309,11 +309,13 @@ def random_orders(*differences):
 def test_verdict_by_hand_at_its_bounds():
     chance = random_orders(0.0, 0.1)
     lines = faithfulness.verdict(rows_by_hand(0.3, 0.281, 0.279, 0.1), chance)
-    assert lines[1].startswith("layer 0: removing the hottest 10 % of the image costs the answer 50 %")
-    assert lines[5].endswith("2 random orders: 0.00 to 0.10")
-    assert lines[6] == "as good, within 0.02: layer 1"
-    assert lines[7] == "3 of 4 maps beat every random order: do not rely on the others"  # as much as one is not more
-    assert len(lines) == 8
+    assert lines[0].startswith("layer 0: removing the hottest 10 % of the image costs the answer 50 %")
+    assert lines[4].endswith("2 random orders: 0.00 to 0.10")
+    assert lines[5] == "as good, within 0.02: layer 1"
+    assert lines[6] == "3 of 4 maps beat every random order: do not rely on the others"  # as much as one is not more
+    assert len(lines) == 7
+    doubted = [row | {"doubt": "the model hardly says this"} for row in rows_by_hand(0.3, 0.281, 0.279, 0.1)]
+    assert faithfulness.verdict(doubted, chance) == [*lines[:4], faithfulness.NOT_BELIEVED]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +330,7 @@ def test_verdict_by_hand_at_its_bounds():
 )
 def test_what_the_hottest_tenth_is_worth_in_words(without, said):
     lines = faithfulness.verdict(rows_by_hand(0.3, without=without), random_orders(0.0))
-    assert lines[1] == (
+    assert lines[0] == (
         f"layer 0: removing the hottest 10 % of the image {said} of its probability; a random 10 % {said}"
     )
 
@@ -339,13 +341,17 @@ def test_a_map_leads_only_if_it_beats_chance_by_more_than_a_tie():
     assert faithfulness.reservations(rows_by_hand(0.119, 0.1), chance) == none
     assert faithfulness.reservations(rows_by_hand(0.121, 0.1), chance) == []
     lines = faithfulness.comparison_verdict(rows_by_hand(0.119, 0.1), chance)
-    assert [line.split(";")[1] for line in lines[1:3]] == [" 0 of 1 maps beat every random order"] * 2
-    assert lines[3:] == none
+    assert [line.split(";")[1] for line in lines[:2]] == [" 0 of 1 maps beat every random order"] * 2
+    assert lines[2:] == none
     lines = faithfulness.comparison_verdict(rows_by_hand(0.3, 0.25, 0.115, 0.29), chance)
-    assert lines[1].endswith("at layer 0, mean over the layers 0.21; 1 of 2 maps beat every random order")
-    assert lines[3] == "leads: gradcam at layer 0; tied with it, within 0.02: paper at layer 3"
+    assert lines[0].endswith("at layer 0, mean over the layers 0.21; 1 of 2 maps beat every random order")
+    assert lines[2] == "leads: gradcam at layer 0; tied with it, within 0.02: paper at layer 3"
     lines = faithfulness.comparison_verdict(rows_by_hand(0.3, 0.25), chance)
-    assert lines[3] == "leads: gradcam at layer 0, 0.05 above the best of paper"
+    assert lines[2] == "leads: gradcam at layer 0, 0.05 above the best of paper"
+    doubted = [row | {"doubt": "the model hardly says this"} for row in rows_by_hand(0.3, 0.25)]
+    doubts = [f"none leads: {faithfulness.NOT_BELIEVED}"]
+    assert faithfulness.comparison_verdict(doubted, chance) == [*lines[:2], *doubts]
+    assert faithfulness.reservations(doubted, chance) == doubts
 
 
 def test_ties_are_broken_at_random_by_the_seed(reading, given):

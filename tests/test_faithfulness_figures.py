@@ -30,9 +30,8 @@ from matplotlib.colors import to_rgb
 
 import common.page
 from common.page import WIDTHS, Paper
-from smooth_gradcam import METHODS
 from studies.faithfulness import comparison_rows, score_rows, side_by_side
-from studies.faithfulness_figures import draw_comparison, draw_faithfulness, draw_randomization
+from studies.faithfulness_figures import STYLES, draw_comparison, draw_faithfulness, draw_randomization
 from studies.randomization import randomization_rows
 from visualization_utils import LayerPictures
 
@@ -54,13 +53,13 @@ def test_figures_of_measures_fit_on_page_and_column(aspect, width):
     maps = layered((size[1] // 28, size[0] // 28), range(28), answer=LONG)
     photo, result, paper = make_image(*size), measured(maps, 5), Paper(width)
     staged = {number: dataclasses.replace(maps) for number in (0, 4, 8, 12, 16, 20, 24, 28)}
-    four = {method: layered(maps.grid, [0, 5, 27], seed=i) for i, method in enumerate(METHODS)}
-    together = side_by_side(four)
+    every = {method: layered(maps.grid, [0, 5, 27], seed=i) for i, method in enumerate(STYLES)}
+    together = side_by_side(every)
     compared = measured(together, 5)
     for figure in (
         draw_faithfulness(photo, maps, result, score_rows(maps, result, None), paper=paper),
         draw_randomization(photo, staged, randomization_rows(staged), paper=paper),
-        draw_comparison(photo, together, compared, comparison_rows(four, together, compared, None), paper=paper),
+        draw_comparison(photo, together, compared, comparison_rows(every, together, compared, None), paper=paper),
     ):
         laid_out(figure, width)
 

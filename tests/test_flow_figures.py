@@ -7,8 +7,9 @@ from flow_by_hand import LAYERS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_core import ANSWER, PROMPT
 
+from common.evidence import explain_with_evidence
 from common.page import WIDTHS, Paper
-from smooth_gradcam import Settings, explain, find_target, read
+from smooth_gradcam import Settings, find_target, read
 from studies.flow import attention_flow, gradient_flow
 from studies.flow_figures import trace
 from studies.knockout_figures import sever
@@ -21,13 +22,16 @@ def reading(model, processor, image):
 
 def test_trace_keeps_attention_gradients_and_maps_as_they_are_alone(reading):
     span, settings = find_target(reading.answer, "red"), Settings(num_samples=2, noise_std=0.2)
-    files, lines = trace([reading], ["photo"], [span], [0, 2], settings, quiet=True)
+    files, lines, (evidence,) = trace([reading], ["photo"], [span], [0, 2], settings, quiet=True)
     arrays = files["information_flow.npz"]
-    (alone,) = explain(reading, [span], range(LAYERS), settings)
+    (alone,) = explain_with_evidence(reading, [span], range(LAYERS), settings)
     np.testing.assert_array_equal(arrays["maps_0"], np.stack([alone.maps[i] for i in range(LAYERS)]))
     np.testing.assert_array_equal(arrays["attention_0"], attention_flow(reading, span))
     np.testing.assert_array_equal(arrays["gradient_0"], gradient_flow(reading, span, settings))
     assert arrays["maps_0"].max() > 0
+    assert tuple(arrays["evidence_0"]) == evidence[:2]
+    assert evidence == alone.evidence
+    assert f"evidence: {evidence}" in lines
     assert any("the image gets" in line for line in lines)
 
 

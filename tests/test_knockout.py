@@ -524,7 +524,7 @@ def test_accuracy_of_the_kept_tokens_is_that_of_their_runs(reading, monkeypatch)
     values = np.full((4, len(reading.tokens)), 0.5)
     severed = Severed(reading, [0], values, right, values, kept, {})
     monkeypatch.setattr("studies.knockout_figures.sever_photo", lambda *_, **__: severed)
-    files, lines = sever([reading], ["a"], [None], keep=3, accuracy=True, quiet=True)
+    files, lines, _ = sever([reading], ["a"], [None], keep=3, accuracy=True, quiet=True)
     assert "the image is needed to the last layer: accuracy 0.000 without it, 1.000 with it" in lines[0]
     assert lines[1].endswith("in the layer before: cliff 1, 1.000")
     assert len(lines) == 2  # the model is right with the whole image, so nothing is said instead
@@ -533,13 +533,15 @@ def test_accuracy_of_the_kept_tokens_is_that_of_their_runs(reading, monkeypatch)
 
 
 def test_severing_keeps_what_each_photos_sweep_gives(reading, own):
-    files, lines = sever([reading, own], ["given", "own"], [None, None], quiet=True)
+    files, lines, evidence = sever([reading, own], ["given", "own"], [None, None], quiet=True)
     arrays, swept = files["knockout.npz"], [sever_photo(part) for part in (reading, own)]
     curves = []
     for i, part in enumerate(swept):
         np.testing.assert_array_equal(arrays[f"removed_{i}"], part.removed)
         np.testing.assert_array_equal(arrays[f"right_{i}"], part.right)
         curves.append(part.removed[:, part.explained].mean(1))
+        assert tuple(arrays[f"evidence_{i}"]) == evidence[i][:2] == (curves[i][-1], curves[i][0])
+        assert evidence[i] == part.evidence
     table = list(csv.DictReader(io.StringIO(files["knockout.csv"])))
     assert [float(row["probability"]) for row in table] == pytest.approx(np.concatenate(curves), abs=1e-4)
     finding = truncation_finding(np.array(curves), "")
