@@ -1,15 +1,22 @@
 """The demo model loads as any checkpoint does, reads its scenes, and its maps light up where the objects are."""
 
+import base64
+import json
+import re
+
 import benchmark_words
 import numpy as np
 import pytest
 import scenes
 import torch
 import train
+from drawn_maps import prose_of
 from evaluate import UNSEEN, answers, evaluate, read_description
 from PIL import Image
 from transformers import AutoProcessor
 
+import common.page
+import test_gradcam
 from smooth_gradcam import Settings, explain, find_target, get_model_layers, read, upsample_cam
 
 DEMO_MODEL = scenes.OBJECTS.parent
@@ -82,9 +89,58 @@ def test_each_word_of_the_demo_picture_points_at_its_object_under_noise(demo):
 
 @pytest.mark.parametrize("number", [0, 4])
 def test_each_word_of_an_unseen_scene_lights_its_own_object_and_no_other(demo, number):
-    rows = benchmark_words.measure(*demo, number, layer=16)
+    rows = benchmark_words.measure(*demo, number, layer=16, method="gradcam")
     assert len(rows) == len(scenes.make_scene(UNSEEN + number).objects) > 1
     assert all(near and not other for _, near, other in rows)
+
+
+@pytest.fixture
+def said_of_words(demo, tmp_path, capsys, monkeypatch, pages):
+    """A function that runs words mode on the demo picture: (lines, {word: record}, {word: data of the page}, prose)."""
+    monkeypatch.setattr(test_gradcam, "load_model", lambda *given: demo[0])
+    monkeypatch.setattr(test_gradcam, "load_processor", lambda *given: demo[1])
+    monkeypatch.setattr(common.page, "DPI", 40)
+
+    def run(answer, words):
+        flags = ["--mode", "words", "--layers", "14", "--noise_std", "0", "--output_dir", str(tmp_path), "--quiet"]
+        assert test_gradcam.main([*flags, "--answer", answer, "--words", words]) == 0
+        out, _ = capsys.readouterr()
+        data = re.search(r'id="data">(.*?)</script>', (tmp_path / "words/index.html").read_text(encoding="utf-8"))
+        records = json.loads((tmp_path / "words/words.json").read_text(encoding="utf-8"))["words"]
+        shown = {word["text"]: word for word in json.loads(data[1])["words"]}
+        return out.splitlines(), {word["name"]: word for word in records}, shown, prose_of(pages[-1])
+
+    return run
+
+
+def test_word_that_is_not_seen_is_not_believed_and_one_that_is_has_its_needed_tokens(said_of_words):
+    lines, records, shown, prose = said_of_words(scenes.describe(scenes.demo_scene()), "There,dog")
+    assert [line for line in lines if "warning" in line] == ["warning: not from the photo: There (100 % kept)"]
+    there, dog = records["There"], records["dog"]
+    assert there["evidence"]["p"] > 0.9 < there["evidence"]["kept"]
+    assert there["doubt"] == "this does not come from the photo (100 % of p is left without it)"
+    assert dog["evidence"]["p"] > 0.9
+    assert dog["evidence"]["kept"] < 0.1
+    assert dog["doubt"] == ""
+    assert {word: one["doubt"] for word, one in shown.items()} == {"There": there["doubt"], "dog": ""}
+    cam = np.frombuffer(base64.b64decode(shown["dog"]["maps"][0]), "<u2").reshape(12, 16).astype(np.float32)
+    assert np.count_nonzero(cam) < 20
+    assert scenes.demo_scene().object("dog").mask.flat[upsample_cam(cam, (900, 1200)).argmax()]
+    assert "p 1.00, 100 % kept" in prose
+    assert "the last two are not to be believed" in prose
+    assert "Hot: where the explained words come from, on the image tokens alone that they need" in prose
+
+
+def test_zebra_that_is_not_there_is_hardly_said(said_of_words):
+    lines, records, shown, prose = said_of_words("There is a zebra.", "There,zebra")
+    assert "warning: not from the photo: There (100 % kept), zebra (100 %)" in lines
+    (unlikely,) = (line for line in lines if line.startswith("warning: hardly said"))
+    assert re.fullmatch(r"warning: hardly said: zebra \(p \de-\d\)", unlikely)
+    assert records["zebra"]["evidence"]["p"] < 1e-3
+    assert records["zebra"]["doubt"].startswith("the model hardly says this (p ")
+    assert all(one["doubt"] for one in shown.values())
+    assert "Not to be believed, so drawn in 35 % of the colours" in prose
+    assert "Hot:" not in prose
 
 
 @pytest.mark.parametrize("prompt", ["Beschreibe das Bild.", "这张图片里有什么?", "ما هذا؟", "?!", "🙂", "x" * 300])

@@ -1,13 +1,16 @@
 """The parts of an answer: its words and their maps in one pass, occurrences, and one word in place of another."""
 
+import json
 import random
 import unicodedata
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_image
+from drawn_maps import numbered_words
 from test_core import (
     ANSWER,
     CLEAN,
@@ -22,18 +25,31 @@ from test_core import (
 )
 
 import smooth_gradcam as core
+from common.evidence import Evidence, departures_of_most, doubt_lines, explain_with_evidence
 from common.passes import contrasted_passes
 from smooth_gradcam import (
     ExplanationWarning,
+    Look,
     Reading,
     Settings,
     compute_token_maps,
     explain,
     find_target,
     read,
+    render_cam,
     token_spans,
 )
-from studies.words import choose_words, compute_word_maps, split_words, word_tokens
+from studies.words import (
+    choose_words,
+    compute_word_maps,
+    create_word_maps,
+    draw_words,
+    map_words,
+    name_words,
+    split_words,
+    word_tokens,
+)
+from visualization_utils import FADED
 
 UNEVEN = pytest.mark.filterwarnings("ignore:contrast=.* scores are sums:smooth_gradcam.ExplanationWarning")
 
@@ -63,7 +79,7 @@ def test_words_maps_are_those_of_the_words_as_targets(model, processor, image, m
 
 
 def test_words_of_a_generated_answer_are_explained(model, processor, image):
-    options = {"max_new_tokens": 5, "num_samples": 1}
+    options = {"max_new_tokens": 5, "num_samples": 1, "method": "gradcam"}
     (first, *_) = compute_word_maps(model, processor, image, PROMPT, [0], words="all", **options)
     alone = compute_token_maps(model, processor, image, PROMPT, [0], target=first.target, **options)
     assert first.tokens == alone.tokens
@@ -73,15 +89,15 @@ def test_words_of_a_generated_answer_are_explained(model, processor, image):
 
 @pytest.mark.parametrize("words", [["cat"], "all"])
 @pytest.mark.parametrize("layers", [[1], [0, 1, 2]])
-def test_one_forward_serves_all_words_and_layers(model, processor, image, words, layers):
+def test_one_forward_serves_all_words_and_layers_and_one_more_their_evidence(model, processor, image, words, layers):
     forwards = []
-    handles = [model.register_forward_hook(lambda *_: forwards.append("model"))]
+    handles = [model.model.register_forward_hook(lambda *_: forwards.append("model"))]
     handles += [model.model.visual.register_forward_hook(lambda *_: forwards.append("vision"))]
     options = {"num_samples": 3, "answer": ANSWER, "words": words}
     compute_word_maps(model, processor, image, PROMPT, layers, **options)
     for handle in handles:
         handle.remove()
-    assert forwards == ["vision", "model"] * 3
+    assert forwards == ["vision", "model"] * (3 + 1)
 
 
 @UNEVEN
@@ -118,7 +134,7 @@ def test_gradients_of_disjoint_parts_add_up_to_that_of_the_whole(model, processo
 def test_word_without_gradient_is_reported_alone(model, processor, image, monkeypatch):
     cat = processor.tokenizer.convert_tokens_to_ids("Ġcat")
     monkeypatch.setitem(core.SCORES, "logit", lambda logits, tokens: core.logit_score(logits * (tokens != cat), tokens))
-    options = {"num_samples": 2, "answer": "red cat red", "words": "all"}
+    options = {"num_samples": 2, "answer": "red cat red", "words": "all", "method": "gradcam"}
     found = compute_word_maps(model, processor, image, PROMPT, [0, 2], **options)
     assert [one.no_gradient for one in found] == [set(), {0, 2}, set()]
     assert [one.blank for one in found] == [{}, {0: "no gradient", 2: "no gradient"}, {}]
@@ -134,10 +150,11 @@ def test_word_maps_have_one_target_each_and_no_contrast(model, processor, image)
 
 
 def test_tokens_of_words_have_the_probabilities_of_a_full_pass(model, processor, image):
-    """From the reading that was explained; of a token that writes a part of a character the text is the character."""
+    """And take no pass of their own; of a token that writes a part of a character the text is the character."""
     reading = read(model, processor, image, PROMPT, ANSWER)
-    spans = choose_words(reading.answer, reading.spans, ["red", "猫"])
-    probabilities, texts = word_tokens(reading, explain(reading, spans, [0], Settings(use_smooth=False)))
+    found = map_words(reading, ["red", "猫"], [0], Settings(use_smooth=False))
+    with core.hooked([model.register_forward_hook(raising(AssertionError("a pass of the model")))]):
+        probabilities, texts = word_tokens(reading, found)
     logits = model(**forced_by_hand(reading.inputs, reading.tokens)).logits[0]
     after = logits[-len(reading.tokens) - 1 :].softmax(-1)
     expected = [after[i, token].item() for i, token in enumerate(reading.tokens)]
@@ -151,12 +168,124 @@ def test_probabilities_are_of_float32(make_model, processor, image, dtype):
     model = make_model(dtype)
     reading = read(model, processor, image, PROMPT, "red")
     (token,) = reading.tokens
-    model.lm_head.register_forward_hook(lambda module, args, output: torch.zeros_like(output).index_fill(2, at, 14))
+    model.lm_head.register_forward_hook(lambda module, args, output: torch.zeros_like(output).index_fill(-1, at, 14))
     at = torch.tensor([token])
-    ((probability,),), _ = word_tokens(reading, explain(reading, [(0, 3)], [0], Settings(use_smooth=False)))
+    ((probability,),), _ = word_tokens(reading, map_words(reading, "red", [0], Settings(use_smooth=False)))
     others = len(processor.tokenizer) - 1
     assert probability == pytest.approx(1 / (1 + others * np.exp(-14)), abs=1e-6)
     assert probability < 1
+
+
+# what they rest on
+
+
+def test_words_have_their_evidence_and_are_explained_by_the_tokens_they_need(model, processor, image, tmp_path):
+    options = {"use_smooth": False, "seed": 3, "answer": ANSWER}
+    found = compute_word_maps(model, processor, image, PROMPT, [0, 2], words="all", **options)
+    for one in found:
+        by = {"by": explain_with_evidence, "method": "needed", "target": one.target}
+        alone = compute_token_maps(model, processor, image, PROMPT, [0, 2], **options, **by)
+        assert one.settings == alone.settings
+        assert one.evidence[:2] == pytest.approx(alone.evidence[:2], rel=1e-5)
+        assert one.likeness == pytest.approx(alone.likeness, abs=1e-3)
+        for layer, cam in one.maps.items():
+            np.testing.assert_allclose(cam, alone.maps[layer], rtol=1e-4, atol=1e-7)
+    options["use_smooth"] = True
+    drawn = create_word_maps(model, processor, image, PROMPT, [0], tmp_path, words="cat", quiet=True, **options)
+    assert json.loads((tmp_path / "words.json").read_text(encoding="utf-8"))["settings"]["method"] == "needed"
+    assert list(drawn) == ["cat"]
+
+
+def test_word_that_is_the_whole_answer_is_a_word(model, processor, image):
+    (found,) = compute_word_maps(model, processor, image, PROMPT, [0], answer="cat", use_smooth=False)
+    assert found.settings.method == "needed"
+
+
+def test_given_method_passes_and_batches_are_taken(model, processor, image):
+    reading, batches = read(model, processor, image, PROMPT, ANSWER), []
+
+    def passes(*given):
+        batches.append(given[-1])
+        yield from core.noisy_passes(*given)
+
+    settings = Settings(2, method="hirescam")
+    (found,) = map_words(reading, "cat", [1], settings, passes=passes, batch_size=2)
+    (expected,) = explain(reading, [find_target(ANSWER, "cat")], [1], settings)
+    np.testing.assert_allclose(found.maps[1], expected.maps[1], rtol=1e-5)
+    assert found.settings == expected.settings
+    assert batches == [2]
+
+
+def resting(evidence, likeness=(), count=3):
+    """The words w00, w01, ... with this evidence and likeness at layers 3 and 9, and their photo."""
+    photo, maps = numbered_words(count, [3, 9])
+    pairs = [(pair and Evidence(*pair)) for pair in evidence] + [None] * (count - len(evidence))
+    likeness = [dict(zip((3, 9), values, strict=True)) for values in likeness] or [{}] * count
+    changes = zip(maps, pairs, likeness, strict=True)
+    return photo, [replace(one, evidence=pair, likeness=like) for one, pair, like in changes]
+
+
+def lines_of(maps):
+    return doubt_lines(dict(zip(name_words(maps), maps, strict=True)))
+
+
+def test_doubted_words_are_named_with_their_reason_from_the_thresholds_on():
+    assert lines_of(resting([(0.1, 0.0), (0.5, 0.4), None])[1]) == []
+    assert lines_of(resting([(0.5, 0.401), (0.4, 0.5), (0.5, 0.39)])[1]) == [
+        "not from the photo: w00 (80 % kept), w01 (100 %)"
+    ]
+    assert lines_of(resting([(0.099, 0.0), (4e-6, 0.0), (0.5, 0.0)])[1]) == ["hardly said: w00 (p 0.10), w01 (p 4e-6)"]
+    assert lines_of(resting([(0.01, 0.01)])[1]) == ["not from the photo: w00 (100 % kept)", "hardly said: w00 (p 0.01)"]
+
+
+@pytest.mark.parametrize(("count", "end"), [(10, "w09 (100 %)"), (11, "w09 (100 %) and 1 more"), (40, "30 more")])
+def test_at_most_ten_doubted_words_are_named(count, end):
+    (line,) = lines_of(resting([(1.0, 1.0)] * count, count=count)[1])
+    assert line.endswith(end)
+    assert line.count("%") == 10
+
+
+ELSE = "something else than the middle layers (correlation"
+
+
+@pytest.mark.parametrize(
+    ("likeness", "layers", "said"),
+    [
+        ([(0.29, 0.9), (0.24, 0.1), (0.3, 0.9)], [3, 9], f"of most words, layer 3 shows {ELSE} 0.3)"),
+        ([(0.3, 0.9), (0.29, 0.1), (0.3, 0.9)], [3, 9], ""),
+        ([(0.1, 0.2), (0.1, 0.2), (0.9, 0.9)], [3, 9], f"of most words, layers 3, 9 show {ELSE} 0.1 to 0.2)"),
+        ([(0.1, 0.2), (0.1, 0.2), (0.9, 0.9)], [9], f"of most words, layer 9 shows {ELSE} 0.2)"),
+    ],
+)
+def test_layers_are_named_that_show_something_else_for_most_words(likeness, layers, said):
+    maps = resting([(1.0, 0.0)] * 3, likeness)[1]
+    assert departures_of_most(maps, layers) == said
+    doubted = [replace(one, evidence=Evidence(1.0, 1.0), likeness={3: 0.0, 9: 0.0}) for one in maps]
+    assert departures_of_most(maps + 2 * doubted, layers) == said  # they have no say
+    assert departures_of_most(doubted, layers) == ""
+
+
+def test_evidence_is_written():
+    photo, maps = resting([(0.5, 0.1), (0.05, 0.05), None], [(0.25, 1.0)] * 3)
+    results, files = draw_words(photo, "", maps, [[0.5]] * 3, [["x"]] * 3)
+    first, second, third = json.loads(files["words.json"])["words"]
+    assert first["evidence"] == {"p": 0.5, "without_photo": 0.1, "kept": 0.2}
+    assert (first["doubt"], third["doubt"], third["evidence"]) == ("", "", None)
+    assert second["doubt"] == maps[1].evidence.doubt != ""
+    assert first["likeness"] == {"3": 0.25, "9": 1.0}
+    np.testing.assert_array_equal(files["maps.npz"]["evidence"], [(0.5, 0.1), (0.05, 0.05), (np.nan, np.nan)])
+
+
+@pytest.mark.parametrize("scale", ["map", "all"])
+def test_pictures_of_doubted_words_are_faded(scale):
+    photo, maps = resting([(0.5, 0.4), (0.5, 0.401), (0.09, 0.0)])
+    results = draw_words(photo, "", maps, [[0.5]] * 3, [["x"]] * 3, Look(scale=scale))[0]
+    peak = max(cam.max() for one in maps for cam in one.maps.values())
+    for i, (pictures, share) in enumerate(zip(results.values(), (1, FADED, FADED), strict=True)):
+        own = maps[i].maps[3].max() if scale == "map" else peak
+        expected = render_cam(photo, maps[i].maps[3], Look(scale=scale), own / share)
+        for name, picture in zip(("superimposed", "heatmap"), expected, strict=True):
+            np.testing.assert_array_equal(pictures[3][name], picture)
 
 
 @pytest.mark.parametrize("words", ["dog", ["cat", "dog"], "cat,dog", "cat,", "", [], [""]])
@@ -334,7 +463,8 @@ def test_named_function_word_and_the_words_content_and_all_can_be_had_in_a_list(
 
 def test_repeated_word_is_explained_at_each_place(model, processor, image):
     answer = "cat the cat"
-    found = compute_word_maps(model, processor, image, PROMPT, [0], words="cat", answer=answer, use_smooth=False)
+    options = {"answer": answer, "use_smooth": False, "method": "gradcam"}
+    found = compute_word_maps(model, processor, image, PROMPT, [0], words="cat", **options)
     assert [one.target_span for one in found] == [(0, 3), (8, 11)]
     for i, one in enumerate(found, 1):
         options = CLEAN | {"answer": answer}

@@ -1,6 +1,7 @@
 """The figure of words: each stands under its text and beside its layer, on as many pages as it takes."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from drawn_maps import (
 )
 
 import common.page
+from common.evidence import Evidence
 from common.page import Paper
 from smooth_gradcam import Look, colorize_cam
 from studies.words import draw_words, html_data
@@ -50,10 +52,17 @@ def test_any_number_of_words_of_any_photo_fits_on_page_and_column(aspect, count,
     size = ASPECTS[aspect]
     answer = " ".join(f"a w{i:03d}," for i in range(count))
     maps = worded([f"w{i:03d}" for i in range(count)], answer, (size[1] // 28, size[0] // 28), [3, 27], [27])
+    maps = resting(maps, ([0.9, 0.08], [0.99, 0.99], [2e-6, 1e-7]), likeness={3: 0.1})
     files = words_files(make_image(*size), maps, paper=Paper(width))
     names = [name for name in files if name.endswith(".png")]
     for name in {names[0], names[-1]}:
         assert laid_out(files[name](), width).get_size_inches()[1] < 10.5
+
+
+def resting(maps, evidence, **changes):
+    """The maps with these pairs of probabilities in turn."""
+    pairs = itertools.cycle(evidence)
+    return [dataclasses.replace(word, evidence=Evidence(*next(pairs)), **changes) for word in maps]
 
 
 def draw_pages(files):
@@ -170,6 +179,73 @@ def test_long_answers_take_several_pages_and_each_word_stands_once(pages, count,
         assert f", layers {rows[0]}–{rows[-1]}" in prose_of(pages[i]) or len(rows) == len(layers)
         found += cells
     assert sorted(found) == sorted((word.target, layer) for word in maps for layer in layers)
+
+
+# what the words rest on
+
+HOT = "Hot: where the explained words come from"
+BELIEVED, PHOTOLESS, UNLIKELY = (0.98, 0.03), (0.5, 0.5), (4e-6, 0.0)
+REASONS = "Weak: below 5 % of the strongest of all, hardly said (p below 0.1), or more than 80 % of p kept without the"
+REASONS += " photo"
+
+
+def test_evidence_stands_under_each_word_and_is_coloured_if_it_is_doubted(pages):
+    photo, maps = numbered_words(3, [3])
+    drawn(words_files(photo, resting(maps, [BELIEVED, PHOTOLESS, UNLIKELY]))["words_by_layer.png"])
+    heads = [box_of(text) for text in pages[0].texts if (text.get_weight(), text.get_size()) == ("bold", 7)]
+    found = {text.get_text(): text for text in pages[0].texts if text.get_text().startswith("p ")}
+    assert list(found) == ["p .98, 3 % kept", "p .50, 100 % kept", "p 4e-6, 0 % kept"]
+    for head, text in zip(heads, found.values(), strict=True):
+        assert text.get_size() == 6
+        assert box_of(text)[0] == pytest.approx(head[0], abs=3)
+        assert 0 <= box_of(text)[1] - head[3] < 6
+    colours = [text.get_color() for text in found.values()]
+    assert colours[0] == "0.3" != colours[1] == colours[2]
+    prose = prose_of(pages[0])
+    assert "Under each word: its probability p, and the share of p that is kept without the photo." in prose
+    labels = [text for text in texts_of(pages[0]) if text.startswith("max ")]
+    assert [text.endswith(", weak") for text in labels] == [False, True, True]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_caption_of_words_that_are_believed_has_no_doubt(pages, count):
+    photo, maps = numbered_words(count, [3])
+    drawn(words_files(photo, resting(maps, [(0.1, 0.08)]))["words_by_layer.png"])
+    prose = prose_of(pages[0])
+    assert HOT in prose
+    assert not {"believed", "Weak", "hardly"} & set(prose.replace(":", " ").split())
+
+
+@pytest.mark.parametrize("evidence", [[PHOTOLESS, BELIEVED], [BELIEVED, UNLIKELY]])
+def test_caption_says_what_weak_is_and_does_not_take_the_first_word_for_all(pages, evidence):
+    photo, maps = numbered_words(2, [3])
+    drawn(words_files(photo, resting(maps, evidence))["words_by_layer.png"])
+    prose = prose_of(pages[0])
+    assert HOT in prose
+    assert "Not to be believed" not in prose
+    assert f"{REASONS}; the last two are not to be believed, and drawn in 35 % of the colours." in prose
+
+
+def test_caption_of_doubted_words_alone_says_that_none_is_to_be_believed(pages):
+    photo, maps = numbered_words(2, [3])
+    drawn(words_files(photo, resting(maps, [PHOTOLESS, UNLIKELY]))["words_by_layer.png"])
+    prose = prose_of(pages[0])
+    assert "Hot:" not in prose
+    assert "Not to be believed, so drawn in 35 % of the colours: the map as read at each layer" in prose
+    assert f"{REASONS}. " in prose
+
+
+def test_caption_speaks_of_the_words_and_layers_of_its_page(pages):
+    photo, maps = numbered_words(50, [5])
+    maps = resting(maps, [BELIEVED], likeness={5: 0.2})
+    draw_pages(words_files(photo, maps))
+    count = len(pages[0].axes) - 2  # of words on the first page
+    draw_pages(words_files(photo, resting(maps[:count], [PHOTOLESS]) + maps[count:]))
+    first, last = (prose_of(page) for page in pages[2:])
+    assert "Not to be believed" in first
+    assert "middle layers" not in first
+    assert "believed" not in last
+    assert "Of most words, layer 5 shows something else than the middle layers (correlation 0.2)." in last
 
 
 # layers without a map

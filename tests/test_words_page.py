@@ -14,6 +14,7 @@ import pytest
 from conftest import make_image
 from PIL import Image
 
+from common.evidence import Evidence
 from smooth_gradcam import Look, Settings, TokenMaps, colour_table, overlay_cam, render_cam, upsample_cam
 from studies.words import html_data, words_html
 from visualization_utils import FADED
@@ -272,6 +273,8 @@ def test_page_reads_what_python_writes(page):
             target_tokens=[i],
             no_gradient=frozenset([16]),
             settings=Settings(5, 0.1),
+            evidence=[Evidence(0.5, 0.5), Evidence(0.98, 0.03)][i],
+            likeness={0: 0.2, 5: 1.0},
         )
         for i, span in enumerate(spans)
     ]
@@ -282,8 +285,10 @@ def test_page_reads_what_python_writes(page):
     page.open(data, "#word=1&layer=5")
     is_shown(page, photo, cams[1, 1])
     assert page.status().startswith("Hund · layer 5")
+    assert page.status().endswith("p 0.98, 3 % kept")
     page.keys("ARROW_LEFT")
-    is_shown(page, photo, cams[0, 1])
+    assert_same(page.pixels(), render_cam(photo, cams[0, 1], peak=cams[0, 1].max() / FADED)[0])
+    assert page.find("#hottest").text == "not to be believed: this does not come from the photo"
     page.keys("ARROW_UP")
     is_grey(page, "no gradient")
     page.keys("ARROW_DOWN", "ARROW_DOWN")
@@ -740,6 +745,142 @@ def test_words_are_tinted_by_strength_and_weak_maps_are_called_weak(page):
     assert "weak" not in page.find("#hottest").text
 
 
+PHOTOLESS = "this does not come from the photo (100 % of p is left without it)"
+UNLIKELY = "the model hardly says this (p 4e-6)"
+DOUBTED = 0.5, "100 %", {0: PHOTOLESS, 2: f"{UNLIKELY} and {PHOTOLESS}"}  # of the three words the first and the last
+
+
+@pytest.mark.parametrize("look", [{}, {"scale": "all"}, {"opacity": 0.5}], ids=str)
+def test_doubted_words_are_faded_in_every_picture_as_the_figures_fade_them(page, look):
+    data, photo, cams = make_data(evidence=DOUBTED)
+    data["look"] |= look
+    page.open(data, "#word=0&layer=5&with=1&compare=side")
+    given, peak = Look(**look), max(cam.max() for cam in cams.values())
+    full = [peak if look.get("scale") == "all" else cams[word, 1].max() for word in range(3)]
+    for word, share, part in ((0, FADED, "#canvas"), (1, 1, "#second-canvas")):
+        assert_same(page.pixels(part), render_cam(photo, cams[word, 1], given, full[word] / share)[0])
+    page.keys("ARROW_RIGHT", "ARROW_RIGHT")
+    assert_same(page.pixels(), render_cam(photo, cams[2, 1], given, full[2] / FADED)[0])
+    small = page.pixels("#strip button:nth-child(2) canvas")
+    large = Image.fromarray(page.pixels().astype(np.uint8)).resize(small.shape[1::-1])
+    assert np.abs(small - np.asarray(large).astype(int)).mean() < 4  # photos are made smaller in other ways
+
+
+def test_difference_to_a_doubted_word_is_faded(page):
+    data, photo, cams = make_data(evidence=DOUBTED)
+    page.open(data, "#word=1&layer=5&with=2&compare=difference")
+    difference = cams[1, 1] / cams[1, 1].max() - cams[2, 1] / cams[2, 1].max()
+    share = FADED * upsample_cam(difference / np.abs(difference).max(), SIZE[::-1])[..., None]
+    ends = np.where(share > 0, [178, 24, 43], [33, 102, 172])
+    opacity = 0.7 * np.minimum(2 * np.abs(share), 1)
+    expected = np.asarray(photo) * (1 - opacity) + opacity * (255 + np.abs(share) * (ends - 255))
+    assert np.abs(page.pixels() - expected).max() <= 4
+    assert "The largest difference has 35 % of the colours." in page.find("#meaning").text
+    assert "house: not to be believed: the model hardly says this and" in page.find("#hottest").text
+
+
+def test_doubted_words_look_different_and_say_why(page):
+    page.open(make_data(evidence=DOUBTED)[0], "#word=1&layer=5")
+    style = "const { color, fontStyle, textDecorationStyle } = getComputedStyle(arguments[0]);"
+    style += " return [color, fontStyle, textDecorationStyle]"
+    first, other, last = (page.js(style, page.word(i)) for i in range(3))
+    assert first == last
+    assert first[0] != page.js(style, page.find("#answer"))[0]
+    assert first[1:] == ["italic", "dotted"]
+    assert other[1:] == ["normal", "solid"]
+    assert page.find("#doubts").is_displayed()
+    said = page.word(2).get_attribute("title")
+    assert "not to be believed: the model hardly says this and this does not come from the photo" in said
+    assert "believed" not in page.word(1).get_attribute("title")
+    assert page.find("#hottest").text.startswith("hottest: ")
+    page.keys("ARROW_RIGHT")
+    assert page.status().endswith("p 0.50, 100 % kept")
+    told = page.find("#hottest").text
+    assert told == "not to be believed: the model hardly says this and this does not come from the photo"
+    assert page.find("#meaning").text.startswith("Not to be believed, so faded: each map’s own maximum, ")
+    assert page.find("#evidence").text.endswith("their mean is p 0.50; without the photo, 100 % of it is kept.")
+    assert page.js(style, page.word(2))[1:] == ["italic", "dotted"]  # shown and kept, too
+
+
+def test_page_without_doubt_says_nothing_of_it(page):
+    for evidence in ((0.5, "3 %", {}), (None, None, {})):
+        page.open(make_data(evidence=evidence)[0], "#word=1&layer=5&row=1&column=1")
+        assert not page.find("#doubts").is_displayed()
+        assert "believed" not in page.find("main").text
+        assert ("p 0.50, 3 % kept" in page.find("#readout").text) == bool(evidence[0])
+        assert ("kept" in page.find("main").text) == bool(evidence[0])
+        assert "null" not in page.find("main").text
+
+
+def test_strength_of_doubted_words_is_faded_and_told(page):
+    data, _, cams = make_data(evidence=DOUBTED)
+    page.open(data, "#word=1&layer=5")
+    maxima = np.array([[cams[i, j].max() for j in range(3)] for i in range(3)])
+    shares, cells = np.array([FADED, 1, FADED]), "return [...document.querySelectorAll('#matrix td')]"
+    tints = page.js(f"{cells}.map((td) => Number(td.style.getPropertyValue('--t')))")
+    expected = shares[:, None] * (1 + np.log10(maxima / maxima.max()) / 3)
+    np.testing.assert_allclose(tints, expected.ravel(), atol=2e-3)
+    labels = page.js(f"{cells}.map((td) => td.ariaLabel)")
+    assert [label.endswith(", not to be believed") for label in labels] == [True] * 3 + [False] * 3 + [True] * 3
+    heads = page.driver.find_elements("css selector", "#matrix tbody th")
+    assert [head.value_of_css_property("font-style") for head in heads] == ["italic", "normal", "italic"]
+    own = [float(page.js("return arguments[0].style.getPropertyValue('--t')", page.word(i))) for i in range(3)]
+    assert own == pytest.approx(shares * maxima[:, 1] / maxima[:, 1].max(), abs=1e-3)
+
+
+def test_cell_says_which_of_its_maps_are_doubted(page):
+    cams = {key: np.full(GRID, 1 + key[0], np.float32) for key in np.ndindex(3, 3)}
+    page.open(make_data(cams=cams, evidence=DOUBTED)[0], "#word=0&layer=5&row=2&column=4")
+    text = page.find("#readout").text
+    assert "100 % of the maximum (1.00), not to be believed" in text
+    assert "p 0.50, 100 % kept" in text
+    assert text.endswith("cat 4.2 %, red 4.2 % (doubted), house 4.2 % (doubted)")  # what is believed comes first
+    page.keys("TAB", "TAB", "TAB", "ARROW_LEFT")
+    assert "not to be believed" in page.js("return document.getElementById('spoken').textContent")
+
+
+def test_layer_that_shows_something_else_says_so(page):
+    unlike = {(1, 0): 0.49, (1, 1): 0.5, (0, 0): 0.1, (2, 0): None}  # of the first not to be believed, the last unknown
+    page.open(make_data(unlike=unlike, evidence=(0.5, "3 %", {0: UNLIKELY}))[0], "#word=1&layer=0")
+    assert page.find("#hottest").text.endswith(" · unlike the middle layers (correlation 0.5)")
+    assert "unlike the middle layers" in page.word(1).get_attribute("title")
+    page.keys("ARROW_UP")
+    assert "unlike" not in page.find("#hottest").text
+    page.keys("ARROW_DOWN")
+    for key, word in (("ARROW_LEFT", "red"), ("ARROW_RIGHT", "cat"), ("ARROW_RIGHT", "house")):
+        page.keys(key)
+        assert page.status().startswith(word)
+        assert ("unlike" in page.find("#hottest").text) == (word == "cat")
+
+
+def test_saved_pictures_say_what_is_not_to_be_believed(page, downloads):
+    said = "window.said = []; const fill = CanvasRenderingContext2D.prototype.fillText;"
+    said += "CanvasRenderingContext2D.prototype.fillText = function (text, ...at) { said.push(text);"
+    said += " fill.call(this, text, ...at); };"
+    data, photo, cams = make_data(evidence=DOUBTED, unlike={(1, 0): 0.2}, size=(560, 392))
+    page.open(data, "#word=0&layer=5")
+    page.js(said)
+
+    def told(button, name):
+        downloads(button, name)
+        return " ".join(page.js("return said.splice(0)"))
+
+    found = told("save", "photo_red_layer_5.png")
+    saved = np.asarray(Image.open(page.path.with_name("photo_red_layer_5.png")).convert("RGB")).astype(int)
+    assert_same(saved[:392, :560], render_cam(photo, cams[0, 1], peak=cams[0, 1].max() / FADED)[0])
+    assert "red: not to be believed: this does not come from the photo" in found
+    assert "so faded: each map’s own maximum" in found
+    assert "red: not to be believed" in told("save-layers", "photo_red_all_layers.png")
+    found = told("save-words", "photo_all_words_layer_5.png")
+    assert all(text in found for text in ("red, doubted", "house, doubted", "Doubted: hardly said, or not from"))
+    assert "cat, doubted" not in found
+    assert "Share of each map’s own maximum" in found
+    page.keys("ARROW_RIGHT", "ARROW_DOWN")
+    assert "cat: unlike the middle layers (correlation 0.2)" in told("save", "photo_cat_layer_0.png")
+    assert "Unlike the middle layers: layer 0" in told("save-layers", "photo_cat_all_layers.png")
+    assert "Unlike the middle layers: cat" in told("save-words", "photo_all_words_layer_0.png")
+
+
 def test_link_keeps_the_whole_view_and_can_be_copied(page):
     data, photo, cams = make_data()
     page.open(data, "#word=1&layer=5")
@@ -881,8 +1022,9 @@ def test_phone_needs_no_scrolling_sideways_and_keeps_the_picture_in_view(page, s
     words = ["word", "x" * 300]
     layers = list(range(28))
     data, _, _ = make_data(
-        answer=f"A {words[0]} " + "and more " * 300 + words[1], words=words, size=size, layers=layers
-    )
+        answer=f"A {words[0]} " + "and more " * 300 + words[1], words=words, size=size, layers=layers,
+        evidence=(0.05, "100 %", {0: f"{UNLIKELY} and {PHOTOLESS}"}),
+    )  # fmt: skip
     page.open(data, width=360, height=844, mobile=True)
     page.open_numbers()
     assert page.js("return document.documentElement.scrollWidth") <= 360
@@ -933,7 +1075,7 @@ return ratios;
 
 
 def test_light_and_dark_differ_and_both_can_be_read(page):
-    data, _, _ = make_data()
+    data, _, _ = make_data(evidence=DOUBTED)
     grounds = set()
     for scheme in ("light", "dark"):
         page.open(data, media={"prefers_color_scheme": scheme, "prefers_reduced_motion": "reduce"})
