@@ -50,9 +50,7 @@ def test_table_has_means_over_the_words_that_have_the_measure():
 
 def test_table_tells_how_many_words_are_doubted_and_has_its_maps_first():
     def rows(method, p, kept, doubt):
-        evidence = {"p": p, "kept": kept} | (
-            {"doubt": doubt} if doubt else {}
-        )  # of a table's empty cell nothing is left
+        evidence = {"p": p, "kept": kept} | ({"doubt": doubt} if doubt else {})  # an empty cell leaves nothing
         return [{"method": method, "layer": layer, "near": 1.0} | evidence for method, layer in ((method, "7"), CENTRE)]
 
     found = [
