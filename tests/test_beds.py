@@ -69,10 +69,17 @@ def test_a_word_counts_whose_probability_falls_by_a_quarter(monkeypatch, scenes_
     picture = beds.read(scenes_bed.model, scenes_bed.processor, drawn)
     assert (len(picture.words), picture.tried) == (2, 2)
     word = picture.words[0]
-    for left, counts in ((0.74, True), (0.76, False)):
-        values = iter([left * 0.8, 0.8])
-        monkeypatch.setattr(beds, "probability", lambda *_, values=values: next(values))
-        assert beds.counts(picture.reading, word, drawn.without[word.name]) == counts
+    for said, left, counts, doubted in (
+        (0.8, 0.74, True, False),
+        (0.8, 0.76, False, False),
+        (0.1, 0.74, True, False),
+        (0.09, 0.74, False, True),
+        (0.09, 0.76, False, False),
+    ):
+        for only_doubted, expected in ((False, counts), (True, doubted)):
+            values = iter([said, left * said])
+            monkeypatch.setattr(beds, "probability", lambda *_, values=values: next(values))
+            assert beds.counts(picture.reading, word, drawn.without[word.name], only_doubted) == expected
 
 
 # the test doubles

@@ -164,7 +164,7 @@ def test_a_decoder_of_any_width_says_of_text_what_it_said(qwen2, tmp_path):
 @pytest.mark.usefixtures("nothing_loaded")
 def test_widths_are_compared_before_anything_is_loaded(qwen2, tmp_path):
     hint = "train eyes for it with --train --eyes build/eyes.safetensors"
-    for flags, width in (((), 896), (("--eyes", save_eyes(tmp_path / "eyes", 64)), 64)):
+    for flags, width in (((), "896 and 1536"), (("--eyes", save_eyes(tmp_path / "eyes", 64)), 64)):
         said = refused("--decoder", qwen2, "--output", tmp_path / "output", *flags)
         assert said == f"these eyes are for width {width}, and --decoder {qwen2} has 32: {hint}"
 
