@@ -212,7 +212,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     )
     prompt = "Describe the main content in this image in detail."
     add("--prompt", type=_text, default=prompt, help="question about the photo")
-    add("--num_samples", *MAPS, type=int, default=10, help="noisy copies: 3-5 preview, 10 standard, 20-50 high quality")
+    copies = "noisy copies, 2 to 2.5 forward passes each: 3-5 preview, 10 standard, 20-50 high quality"
+    add("--num_samples", *MAPS, type=int, default=10, help=copies)
     noise = "noise in shares of the pixel range; 0 is plain Grad-CAM"
     add("--noise_std", *MAPS, type=float, default=0.15, help=noise)
     output = "each mode writes to a folder of its own in this one"
