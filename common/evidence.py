@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 DOUBTED = 0.1  # probability below which the model hardly says a word
+UNSAID = 0.01  # probability of a single token below which the model hardly says the words with it
 PHOTOLESS = 0.8  # share of its probability above which, left without the photo, a word does not come from it
 ALIKE = 0.3  # rank correlation with the middle layer's map below which a layer shows something else
 NEEDED = 0.9  # share of what the photo gives a word that is lost without the image tokens that it needs
@@ -67,7 +68,8 @@ class Evidence(NamedTuple):
 
     @property
     def hardly_said(self) -> bool:
-        return self.p < DOUBTED
+        """Whether the model hardly says the words, or one of their tokens, which a mean over sure ones would hide."""
+        return self.p < DOUBTED or min(self.tokens, default=1) < UNSAID
 
     @property
     def photoless(self) -> bool:
@@ -77,7 +79,10 @@ class Evidence(NamedTuple):
     @property
     def doubt(self) -> str:
         """Why a map of these words is not to be believed; empty if nothing speaks against it."""
-        reasons = [f"the model hardly says this (p {probability_text(self.p)})"] * self.hardly_said
+        what = f"this (p {probability_text(self.p)})"
+        if self.p >= DOUBTED and self.hardly_said:
+            what = f"a part of this (p {probability_text(min(self.tokens))} for a token)"
+        reasons = [f"the model hardly says {what}"] * self.hardly_said
         if self.photoless:
             reasons.append(f"this does not come from the photo ({share_text(self.kept)} of p is left without it)")
         return " and ".join(reasons)

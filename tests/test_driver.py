@@ -230,6 +230,7 @@ METHODS_COMPARED = ["gradcam", "hirescam", "product", "paper", "needed"]
 def undoubted(monkeypatch):
     """What the tiny model says counts as said, and as coming from the photo."""
     monkeypatch.setattr(common.evidence, "DOUBTED", 0)
+    monkeypatch.setattr(common.evidence, "UNSAID", 0)
     monkeypatch.setattr(common.evidence, "PHOTOLESS", 1)
 
 
