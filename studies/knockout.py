@@ -189,8 +189,8 @@ class Severed(NamedTuple):
     @property
     def evidence(self) -> Evidence:
         """That of the explained tokens: the image is hidden nowhere, and in all layers."""
-        seen, unseen = self.removed[[-1, 0]][:, self.explained]  # (T,) twice
-        return Evidence(float(seen.mean()), float(unseen.mean()), tuple(seen.tolist()))
+        values = self.removed[[-1, 0]][:, self.explained]  # (2, T)
+        return Evidence(*values.mean(1).tolist(), tuple(values[0].tolist()))
 
 
 def tokens_that_need_the_photo(removed: np.ndarray) -> list[int]:
