@@ -51,6 +51,7 @@ from common.evidence import (
     evidence_lines,
     explain_by_methods,
     explain_with_evidence,
+    passed,
 )
 from common.files import other_files, output_folder
 from common.page import PAGE, Paper
@@ -303,8 +304,8 @@ def compare_methods(request: Request, reading: Reading, span, layers, mask) -> E
     """Evaluate mode with --compare: every method with the settings that are given, or its own."""
     from studies.faithfulness_figures import compare
 
-    request.forecast(reading, methods=len(COMPARED))
     settings = {method: replace(request.settings, method=method) for method in COMPARED}
+    request.forecast(reading, methods=len(set(map(passed, settings.values()))))
     progress = show_progress(request.args.quiet)
     results = explain_by_methods(reading, [span], layers, settings, progress, **request.copies)
     maps = {method: own for method, (own,) in results.items()}

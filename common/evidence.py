@@ -39,7 +39,7 @@ from smooth_gradcam import (
 
 __all__ = [
     *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
-    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "probability_text"),
+    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "passed", "probability_text"),
     *("settled_for", "share_text", "spearman", "warnings_of", "weighed"),
 ]
 
@@ -239,30 +239,40 @@ def explain_by_methods(
 ) -> dict[str, list[TokenMaps]]:  # fmt: skip
     """{name: maps} of several settings, {name: settings}, as `explain_with_evidence` gives them.
 
-    The evidence is measured once for all of them.
+    The evidence is measured once for all of them, and settings that share their `passed` share their passes.
     """
-    given = spans, list(layers)
-    results = {name: _likened(reading, *given, one, progress, **options) for name, one in settings.items()}
+    layers, results, explained = list(layers), {}, {}
+    middle = get_model_layers(reading.model)[1] // 2
+    for name, one in settings.items():
+        way = passed(one)
+        if way not in explained:
+            explained[way] = explain(reading, spans, [*layers, middle], way, progress, **options)
+        results[name] = _likened(explained[way], reading, layers, one.method)
     finished = iter(_finish(reading, sum(results.values(), [])))
     return {name: list(islice(finished, len(own))) for name, own in results.items()}
 
 
-def _likened(reading: Reading, spans, layers: list, settings: Settings, progress, **options) -> list[TokenMaps]:
-    """The maps with their likeness, those of "needed" and "auto" on all image tokens."""
+def passed(settings: Settings) -> Settings:
+    """The settings of the passes that these maps come from: those of "needed" and "auto" are Grad-CAM's at first."""
+    return replace(settings, method="gradcam") if METHODS[settings.method].finish is _finish else settings
+
+
+def _likened(results: list[TokenMaps], reading: Reading, layers: list, method: str) -> list[TokenMaps]:
+    """The maps of these layers, of those of the middle layer too, with their likeness to it, as maps of the method."""
     asked = [tap.key for tap in find_taps(reading.model, layers, "input")]
-    middle = get_model_layers(reading.model)[1] // 2
-    ranked = settings if METHODS[settings.method].finish is not _finish else replace(settings, method="gradcam")
-    results = explain(reading, spans, [*layers, middle], ranked, progress, **options)
-    for i, maps in enumerate(results):
+    middle, likened = get_model_layers(reading.model)[1] // 2, []
+    for maps in results:
         likeness = {
             layer: spearman(maps.maps[layer], maps.maps[middle])
             for layer in asked
             if isinstance(layer, int) and not {layer, middle} & set(maps.blank)
         }
         own = {layer: maps.maps[layer] for layer in asked}
-        named = replace(maps.settings, method=settings.method)
-        results[i] = replace(maps, maps=own, no_gradient=maps.no_gradient & set(own), settings=named, likeness=likeness)
-    return results
+        named = replace(maps.settings, method=method)
+        likened.append(
+            replace(maps, maps=own, no_gradient=maps.no_gradient & set(own), settings=named, likeness=likeness)
+        )
+    return likened
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
