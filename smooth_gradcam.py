@@ -225,10 +225,15 @@ class TokenMaps:
     no_gradient: frozenset  # layers whose gradient is exactly zero
     settings: Settings
     image: int = 0  # which of the prompt's images, or of a video's temporal patches: 0 is the first
+    thinking: int = 0  # characters of `answer` that only lead to it
+    cut_off: bool = False  # whether generation ended before the answer did
     evidence: tuple | None = None  # the `Evidence` of `common/evidence.py`, where it was measured
-    likeness: dict = field(
-        default_factory=dict
-    )  # layer -> rank correlation with the middle layer's map, where measured
+    likeness: dict = field(default_factory=dict)  # layer -> rank correlation with the middle layer's map, if measured
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the answer is explained, with or without the thinking before it."""
+        return tuple(self.target_span) in ((0, len(self.answer)), (self.thinking, len(self.answer)))
 
     @cached_property
     def blank(self) -> dict[int | str, str]:
@@ -338,15 +343,56 @@ class Reading:
 
     model: nn.Module
     processor: object
-    photos: tuple[Image.Image, ...]  # RGB, in the order of the prompt
-    prompt: str
-    inputs: dict[str, Tensor]  # what the processor makes of photos and prompt
+    photos: tuple[Image.Image, ...]  # those that are explained, RGB, in the order of the prompt
+    prompt: str  # of a conversation all its texts
+    inputs: dict[str, Tensor]  # what the processor makes of pictures and prompt
     positions: Tensor  # (N,) of the image tokens in the sequence, those of all photos
     grids: tuple[tuple[int, int], ...]  # (H, W) of each photo
     tokens: list[int]  # A token ids of the answer
     spans: list[tuple[int, int]]  # A: the characters of `answer` that each token has a part in
     answer: str
     pixels: str = "pixel_values"  # which of the inputs gets the noise
+    chat: tuple[dict, ...] = ()  # the messages, {"role", "content": parts}
+    pictures: tuple[Image.Image, ...] = ()  # all those of the prompt
+    numbers: tuple[int, ...] = ()  # which of them the photos are
+    thinking: int = 0  # characters of the answer that only lead to it, up to the end of </think>
+    cut_off: bool = False  # whether generation ended before the answer did
+
+    def of(self, *numbers: int) -> "Reading":
+        """The same with these pictures of the prompt explained, 0 is the first; the others are read like text.
+
+        Raises ValueError for a picture that is not there.
+        """
+        positions, grids = image_grids(self.model, self.inputs, "image" if self.pixels == "pixel_values" else "video")
+        if not numbers or not set(numbers) <= set(range(len(grids))):
+            raise ValueError(f"pictures {numbers} must be some of 0 to {len(grids) - 1}")
+        parts = positions.split([math.prod(grid) for grid in grids])
+        photos, grids, parts = (tuple(every[i] for i in numbers) for every in (self.pictures, grids, parts))
+        return replace(self, photos=photos, grids=grids, positions=torch.cat(parts), numbers=numbers)
+
+    @property
+    def own(self) -> Tensor:
+        """(M,) bool: which of the M image tokens in the sequence are those of `photos`."""
+        ids = self.inputs["input_ids"][0]
+        return torch.isin((ids == ids[self.positions[0]]).nonzero()[:, 0], self.positions)
+
+    def part(self, name: str = "answer") -> tuple[int, int]:
+        """(start, end) in characters of `answer`: of its part behind the "thinking", of that, or of "all".
+
+        Raises ValueError for another name, and ExplanationError if that part is empty.
+        """
+        end = len(self.answer)
+        parts = {"answer": (self.thinking, end), "thinking": (0, self.thinking), "all": (0, end)}
+        if name not in parts:
+            raise ValueError(f"part={name!r} must be one of {', '.join(parts)}")
+        if not self.answer[slice(*parts[name])].strip():
+            why = " (it was cut off: raise max_new_tokens)" if self.cut_off else ""
+            raise ExplanationError(f"there is no {name} to explain in {self.answer!r}{why}: choose another part")
+        return parts[name]
+
+    def is_whole(self, span: tuple[int, int]) -> bool:
+        """Whether these characters are all of the answer, with or without the thinking before it."""
+        return tuple(span) in ((0, len(self.answer)), (self.thinking, len(self.answer)))
 
     @property
     def photo(self) -> Image.Image:
@@ -370,44 +416,104 @@ class Reading:
         return [i for i, (first, last) in enumerate(self.spans) if first < end and last > start]
 
 
-def read(model, processor, image, prompt: str, answer: str | None = None, max_new_tokens: int = 128) -> Reading:
+def read(model, processor, image, prompt, answer: str | None = None, max_new_tokens: int = 128) -> Reading:
     """Photo, prompt and answer, the model's own (greedy) if none is given, as `explain` needs them.
 
-    `image` is what `load_rgb` opens, or a list of such: they stand before the prompt, in their order. Raises ValueError
-    for bad arguments, ExplanationError if the model's answer is empty.
+    `image` is what `load_rgb` opens, or a list of such: they stand before the prompt, in their order. `prompt` is a
+    text, or a conversation: chat messages as transformers' templates take them, {"role", "content": a text, or a list
+    of {"type": "text", "text": ...} and {"type": "image", "image": ...}}. There, images fill the places without one,
+    {"type": "image"}, in their order, or stand before the last message's text if there are none; with None, all are
+    in the messages. Of a conversation the given images are explained, or else its last picture: see `Reading.of`.
+
+    Raises ValueError for bad arguments, ExplanationError if the model's answer is empty.
     """
     check_family(model)
-    check_text("prompt", prompt)
     check_processor(processor, "image_processor")
-    photos = tuple(map(load_rgb, image if isinstance(image, (list, tuple)) else [image]))
-    if not photos:
+    images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+    chat, pictures, given = conversation(images, prompt)
+    if not pictures:
         raise ValueError(f"image={image!r} has no photo: give one or more")
-    inputs = prepare_inputs(model, processor, photos, prompt)
-    return answered(model, processor, photos, prompt, inputs, "image", answer, max_new_tokens)
+    photos = tuple(map(load_rgb, pictures))
+    reading = answered(model, processor, photos, chat, prepare_inputs(model, processor, photos, chat), "image", answer,
+                       max_new_tokens)  # fmt: skip
+    return reading.of(*given) if len(given) < len(photos) else reading
+
+
+def conversation(images: list, prompt, kind: str = "image") -> tuple[list[dict], list, list[int]]:
+    """(messages whose contents are lists of parts, their pictures, the numbers of those that are explained)."""
+    text = {"type": "text", "text": prompt}
+    prompt = [{"role": "user", "content": [*({"type": kind} for _ in images), text]}] if type(prompt) is str else prompt
+    chat, keys = [], {"type", "text", "image", "path", "url"}
+    for message in prompt if isinstance(prompt, (list, tuple)) and prompt else [None]:
+        role, parts = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        parts = [text | {"text": parts}] if isinstance(parts, str) else parts
+        known = isinstance(role, str) and isinstance(parts, (list, tuple)) and all(isinstance(p, dict) for p in parts)
+        if not known or not all(part.get("type") in ("text", kind) and set(part) <= keys for part in parts):
+            form = '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}'
+            raise ValueError(f"prompt={prompt!r} must be a text, or a list of messages such as {form}")
+        chat.append({"role": role, "content": [dict(part) for part in parts]})
+    if chat[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's: give its text as the answer, to be explained")
+    places = [part for message in chat for part in message["content"] if part["type"] == kind]
+    pictures = [next((place.pop(key) for key in ("image", "path", "url") if key in place), None) for place in places]
+    if images and all(picture is not None for picture in pictures):
+        before = sum(part["type"] == kind for message in chat[:-1] for part in message["content"])
+        chat[-1]["content"][:0] = [{"type": kind} for _ in images]
+        pictures[before:before] = [None] * len(images)
+    empty = [i for i, picture in enumerate(pictures) if picture is None]
+    if len(empty) != len(images):
+        raise ValueError(f"the messages have {len(empty)} places for a picture, and {len(images)} are given")
+    for i, image in zip(empty, images, strict=True):
+        pictures[i] = image
+    return chat, pictures, empty or [len(pictures) - 1]
+
+
+def shown(chat: list[dict]) -> str:
+    """The texts of a conversation; of several messages in a line each, with its role and "[image]" for a picture."""
+    said = [[part.get("text", f"[{part['type']}]") for part in message["content"]] for message in chat]
+    if len(chat) == 1:
+        return "\n".join(part["text"] for part in chat[0]["content"] if part["type"] == "text")
+    return "\n".join(f"{message['role']}: {' '.join(texts)}" for message, texts in zip(chat, said, strict=True))
 
 
 def answered(
-    model, processor, photos, prompt: str, inputs: dict[str, Tensor], kind: str, answer: str | None, max_new_tokens: int
-) -> Reading:
+    model, processor, photos, chat: list[dict], inputs: dict[str, Tensor], kind: str, answer: str | None,
+    max_new_tokens: int,
+) -> Reading:  # fmt: skip
     """The reading of inputs whose `kind` ("image" or "video") is explained, with the given or the generated answer."""
     check_whole("max_new_tokens", max_new_tokens, 1)
     positions, grids = image_grids(model, inputs, kind)
     if min(map(math.prod, grids)) < 9:
-        shown = " and ".join(f"{width} x {height}" for height, width in grids)
-        warn(f"the photo is seen as {shown} image tokens: too few to tell places apart")
-    tokenizer = processor.tokenizer
+        sizes = " and ".join(f"{width} x {height}" for height, width in grids)
+        warn(f"the photo is seen as {sizes} image tokens: too few to tell places apart")
+    tokenizer, cut_off = processor.tokenizer, False
     if answer is None:
         with borrowed(model), memory_explained(len(positions)):
-            tokens = generate(model, tokenizer, inputs, max_new_tokens)
+            tokens, cut_off = generate(model, tokenizer, inputs, max_new_tokens)
         if len(tokens) >= 8 and len(set(tokens)) == 1:
             warn(f"the model repeats one token, {decode(tokenizer, tokens[:1])!r}: its weights may be damaged")
+        elif cut_off:
+            warn(f"the answer was cut off after {len(tokens)} tokens: raise max_new_tokens")
     else:
         tokens = tokenise(tokenizer, answer)
     text, spans = decode(tokenizer, tokens), token_spans(tokenizer, tokens)
     if not text.strip():
         raise ExplanationError("the model's answer is empty: give a text to explain as the answer")
     pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
-    return Reading(model, processor, photos, prompt, inputs, positions, grids, tokens, spans, text, pixels)
+    return Reading(model, processor, photos, shown(chat), inputs, positions, grids, tokens, spans, text, pixels, chat,
+                   photos, tuple(range(len(grids))), thinking_end(tokenizer, tokens, spans, text), cut_off)  # fmt: skip
+
+
+def thinking_end(tokenizer, tokens: list[int], spans: list[tuple[int, int]], text: str) -> int:
+    """The characters of an answer up to the end of </think>, a text or a special token; all if that never comes.
+
+    0 for an answer without thinking.
+    """
+    marks = {name: span[1] for name, span in zip(tokenizer.convert_ids_to_tokens(tokens), spans, strict=True)}
+    end = marks.get("</think>", text.find("</think>") + len("</think>") if "</think>" in text else 0)
+    if not end and ("<think>" in marks or "<think>" in text):
+        return len(text)
+    return end + len(text[end:]) - len(text[end:].lstrip()) if end else 0
 
 
 def warn(message: str) -> None:
@@ -415,23 +521,26 @@ def warn(message: str) -> None:
     warnings.warn(message, ExplanationWarning, stacklevel=4)
 
 
-def prepare_inputs(model, processor, photos, prompt: str, **video) -> dict[str, Tensor]:
-    """What the processor makes of photos and a prompt behind them, with its chat template.
+def prepare_inputs(model, processor, photos, prompt, **video) -> dict[str, Tensor]:
+    """What the processor makes of photos and a prompt behind them, or of `conversation`'s messages.
 
     `video`, the processor's arguments for one, takes the place of the photos. The tensors are where the model's
     embeddings are.
     """
-    for marker in processor.tokenizer.all_special_tokens:
-        if marker in prompt and not re.search("object|box|quad", marker):  # except those of grounding
-            raise ValueError(f"prompt={prompt!r} contains {marker}, which stands for a picture or a turn of the chat")
-    kinds = ["video"] if video else ["image"] * len(photos)
-    chat = [{"role": "user", "content": [*({"type": kind} for kind in kinds), {"type": "text", "text": prompt}]}]
+    kind = "video" if video else "image"
+    chat = conversation([None] if video else list(photos), prompt, kind)[0] if isinstance(prompt, str) else prompt
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    if prompt.strip() not in text:
-        raise ValueError(f"the chat template drops the prompt {prompt!r}: the question was never asked")
-    shown = text.count(processor.image_token) + text.count(processor.video_token)
-    if shown != len(kinds):
-        raise ValueError(f"the chat template shows {shown} pictures where {len(kinds)} are given")
+    texts = [(message["role"], part["text"]) for message in chat for part in message["content"] if "text" in part]
+    for role, said in texts:
+        check_text("prompt", said)
+        for marker in processor.tokenizer.all_special_tokens:
+            if marker in said and not re.search(GROUNDING, marker):
+                raise ValueError(f"prompt={said!r} contains {marker}, which stands for a picture or a turn of the chat")
+        if said.strip() not in text and role != "assistant":  # of whose earlier thoughts some templates drop
+            raise ValueError(f"the chat template drops the prompt {said!r}: the question was never asked")
+    count, expected = text.count(processor.image_token) + text.count(processor.video_token), 1 if video else len(photos)
+    if count != expected:
+        raise ValueError(f"the chat template shows {count} pictures where {expected} are given")
     given = video or {"images": [reduced(photo, processor.image_processor) for photo in photos]}
     inputs = dict(processor(text=[text], **given, return_tensors="pt"))
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
@@ -453,15 +562,6 @@ def reduced(photo: Image.Image, image_processor) -> Image.Image:
     return photo.reduce(factor) if factor > 1 else photo
 
 
-def grid_from_count(count: int) -> tuple[int, int]:
-    """(H, W), H <= W: the factors of a bare count of image tokens nearest to a square; 3577 gives (49, 73).
-
-    For inputs without grid sizes only: a portrait photo has H > W, and many counts have several factor pairs.
-    """
-    height = next(h for h in range(math.isqrt(count), 0, -1) if count % h == 0)
-    return height, count // height
-
-
 def image_grids(model, inputs: dict[str, Tensor], kind="image") -> tuple[Tensor, tuple[tuple[int, int], ...]]:
     """Positions (N,) of the image tokens in the sequence and the grid (H, W) of each image, in raster order.
 
@@ -477,8 +577,8 @@ def image_grids(model, inputs: dict[str, Tensor], kind="image") -> tuple[Tensor,
     return positions, grids
 
 
-def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -> list[int]:
-    """The greedy answer, cut before its end-of-turn token.
+def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -> tuple[list[int], bool]:
+    """The greedy answer without its end-of-turn token, and whether it was cut off before that came.
 
     Greedy whatever the model's generation config says: of that, only the end and padding tokens are used.
     """
@@ -494,14 +594,19 @@ def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -
     finally:
         model.generation_config = usual
     tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), None)]
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
+    return tokens[:end], end is None
+
+
+GROUNDING = r"object|box|quad|think"  # in the names of special tokens that texts may have
 
 
 def tokenise(tokenizer, text: str, name: str = "answer") -> list[int]:
-    """The text's token ids. Raises ValueError for special tokens in it."""
+    """The text's token ids. Raises ValueError for special tokens in it, other than those of grounding and thinking."""
     check_text(name, text)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if set(tokens) & set(tokenizer.all_special_ids):
+    special = {token for token in tokenizer.all_special_tokens if not re.search(GROUNDING, token)}
+    if special & set(tokenizer.convert_ids_to_tokens(tokens)):
         raise ValueError(f"{name}={text!r} must be text without special tokens")
     return tokens
 
@@ -560,18 +665,22 @@ def occurrences(answer: str, target: str, name: str = "target") -> list[tuple[in
     return [match.span() for match in found]
 
 
-def find_target(answer: str, target: str | None, occurrence: int = 1) -> tuple[int, int]:
-    """(start, end) in characters of `target` in `answer`, the first or the given occurrence; None is all of it.
+def find_target(answer, target: str | None, occurrence: int = 1, part: str = "answer") -> tuple[int, int]:
+    """(start, end) in characters of `target` in the answer, the first or the given occurrence; None is all of it.
 
-    Where the target stands as a whole word, only whole words count: "cat" is not sought in "cattle".
-    Raises ValueError, with the answer, if it is not there, or not as often.
+    `answer` is a text, or a `Reading`, in whose `part` the target is sought. Where the target stands as a whole word,
+    only whole words count: "cat" is not sought in "cattle". Raises ValueError, with the answer, if it is not there, or
+    not as often.
     """
     check_whole("target_occurrence", occurrence, 1)
+    start, end = answer.part(part) if isinstance(answer, Reading) else (0, len(answer))
+    answer = (answer.answer if isinstance(answer, Reading) else answer)[start:end]
     found = [(0, len(answer))] if target is None else occurrences(answer, target)
     if occurrence > len(found):
         what = "needs a target" if target is None else f"is more than the {len(found)} of {target!r} in {answer!r}"
         raise ValueError(f"target_occurrence={occurrence} {what}")
-    return found[occurrence - 1]
+    first, last = found[occurrence - 1]
+    return start + first, start + last
 
 
 class Scored(NamedTuple):
@@ -911,9 +1020,8 @@ def noisy_passes(
     """
     tokens, parts = reading.tokens, [reading.tokens_of(span) for span in spans]
     if settings.method == "paper" and settings.contrast is None:
-        whole = list(range(len(tokens)))
+        parts = [[*part, len(tokens)] * reading.is_whole(span) or part for span, part in zip(spans, parts, strict=True)]
         tokens = [*tokens, reading.processor.tokenizer.eos_token_id]
-        parts = [[*part, len(whole)] if part == whole else part for part in parts]
     forced, targets = score_parts(reading.inputs, tokens, parts)
     clean, still = reading.inputs[reading.pixels], reading.pixels == "pixel_values"
     images = reading.processor.image_processor if still else reading.processor.video_processor
@@ -936,10 +1044,13 @@ def noisy_passes(
 # token maps
 
 
-def image_rows(key, tensor: Tensor, positions: Tensor) -> Tensor:
-    """Of a sequence (1, L, ...) the rows (N, C) at the image tokens; of the vision tower all its rows (k * N, C)."""
-    if tensor.dim() == 2 and len(tensor) % len(positions) == 0:
-        return at_least_float32(tensor)
+def image_rows(key, tensor: Tensor, positions: Tensor, own: Tensor) -> Tensor:
+    """The rows of the image tokens: (N, C) of a sequence (1, L, ...), (k * N, C) of the vision tower (k * M, C).
+
+    `own` (M,) are the explained ones of all that the vision tower has.
+    """
+    if tensor.dim() == 2 and len(tensor) % len(own) == 0:
+        return at_least_float32(tensor[own.repeat_interleave(len(tensor) // len(own)).to(tensor.device)])
     if tensor.dim() >= 3 and tensor.shape[0] == 1 and tensor.shape[1] > positions[-1]:
         return at_least_float32(tensor[0].flatten(1)[positions.to(tensor.device)])
     raise ValueError(f"layer {key} gives the shape {tuple(tensor.shape)}: no row for each image token")
@@ -966,7 +1077,8 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
     """(N,) of one copy, image after image, None if no path leads from the image tokens at this layer to the answer."""
     if gradient is None:
         return None
-    features, gradient = (image_rows(key, tensor, reading.positions) for tensor in (features, gradient))  # (k * N, C)
+    places = reading.positions, reading.own
+    features, gradient = (image_rows(key, tensor, *places) for tensor in (features, gradient))  # (k * N, C)
     if not gradient.isfinite().all():
         raise not_finite(f"the gradient at layer {key} is not finite", reading.model)
     if not gradient.any():
@@ -1024,25 +1136,28 @@ def explain(
         about += reading.tokens_of(span), frozenset(cams) - live, settings
         for image, (grid, end) in enumerate(zip(reading.grids, ends, strict=True)):
             own = {key: cam[end - math.prod(grid) : end].reshape(grid) for key, cam in cams.items()}
-            results.append(TokenMaps(own, grid, *about, image))
+            picture = reading.numbers[image], reading.thinking, reading.cut_off
+            results.append(TokenMaps(own, grid, *about, *picture))
     return METHODS[settings.method].finish(reading, results)
 
 
 def compute_token_maps(
-    model, processor, image, prompt: str, layers: Iterable[int | nn.Module], *, answer: str | None = None,
-    max_new_tokens: int = 128, target: str | None = None, target_occurrence: int = 1,
+    model, processor, image, prompt, layers: Iterable[int | nn.Module], *, answer: str | None = None,
+    max_new_tokens: int = 128, target: str | None = None, target_occurrence: int = 1, part: str = "answer",
     progress: Callable[[Iterable], Iterable] | None = None, batch_size: int = 1, passes: Callable = noisy_passes,
     by: Callable = explain, **settings,
 ) -> TokenMaps:  # fmt: skip
     """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
 
-    image           path, PIL image, or uint8 RGB array (height, width, 3): see `load_rgb`
+    image           path, PIL image, or uint8 RGB array (height, width, 3): see `load_rgb`; None for messages that have it
+    prompt          a text, or chat messages, whose last picture is explained unless `image` is one: see `read`
     layers          decoder layer indices (negative ones from the end), or modules of the model; the maps' keys are
                     the index of a decoder layer, the name in the model of any other module (read at its output)
     answer          explain this text in place of the generated answer
     max_new_tokens  where the generated answer is cut off
     target          score only the tokens of this part of the answer; None is the whole answer
     target_occurrence  which one, where the answer has the target several times: 1 is the first
+    part            where the target is sought, and what is the whole answer: see `Reading.part`
     progress        wraps the iterable over the copies, e.g. tqdm; None is silent
     batch_size      noisy copies that go through the model at once; the maps do not depend on it beyond rounding
     passes, by      how the copies pass the model, see `explain`; and what is called in the place of `explain`
@@ -1061,7 +1176,7 @@ def compute_token_maps(
     check_family(model)
     find_taps(model, layers, settings.settled().tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
-    span = find_target(reading.answer, target, target_occurrence)
+    span = find_target(reading, target, target_occurrence, part)
     return by(reading, [span], layers, settings, progress, batch_size=batch_size, passes=passes)[0]
 
 

@@ -54,6 +54,7 @@ from common.evidence import (
     passed,
 )
 from common.files import other_files, output_folder
+from common.messages import load_messages, paths_of, prompt_of, take_last
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
 from common.photos import load_mask, load_photo, object_mask, open_photos, readable
@@ -178,7 +179,7 @@ class Question(NamedTuple):
 
     name: str
     photo: Image.Image
-    prompt: str
+    prompt: str | list  # or messages
     answer: str | None
     where: str = ""  # in a list
 
@@ -189,7 +190,8 @@ def questions(args: argparse.Namespace) -> list[Question]:
         names = [readable(Path(path).name) for path in args.photos]
         names = names if len(set(names)) == len(names) else [readable(path) for path in args.photos]
         photos = map(load_photo, args.photos)
-        return [Question(name, photo, args.prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
+        prompt = prompt_of(args)
+        return [Question(name, photo, prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
     from studies.photo_list import read_answers
 
     found = []
@@ -199,7 +201,8 @@ def questions(args: argparse.Namespace) -> list[Question]:
                 photo = load_photo(str(item.image))
             except ValueError as exc:
                 raise ValueError(f"{item.source}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
-            found.append(Question(item.name, photo, item.prompt, item.answer, f"--answers {item.source}"))
+            own = argparse.Namespace(**vars(args) | {"prompt": item.prompt, "messages": item.messages})
+            found.append(Question(item.name, photo, prompt_of(own), item.answer, f"--answers {item.source}"))
     except ValueError as exc:
         raise ValueError(f"--answers {exc}") from exc
     return found
@@ -211,6 +214,11 @@ def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
         return load_mask(path, size)
     except ValueError as exc:
         raise ValueError(f"--mask {path}: {exc}") from exc
+
+
+def part_of(args: argparse.Namespace) -> str:
+    """Which part of an answer is explained; of words, both the thinking and what stands behind it."""
+    return args.part or ("all" if args.mode == "words" else "answer")
 
 
 def check_answer(args: argparse.Namespace) -> None:
@@ -246,12 +254,12 @@ def explain_target(request: Request, readings: list[Reading], names, layers, mas
     """Every mode that explains one part of the answer of one photo."""
     args, (reading,) = request.args, readings
     chosen = sum(layers.values(), []) if isinstance(layers, dict) else layers
-    span = find_target(reading.answer, args.target, args.target_occurrence)
+    span = find_target(reading, args.target, args.target_occurrence, part_of(args))
     if args.compare:
         return compare_methods(request, reading, span, chosen, mask)
     request.forecast(reading)
     token_maps = request.explain(reading, span, chosen, request.settings)
-    what = "the whole answer" if token_maps.target == reading.answer else repr(token_maps.target)
+    what = "the whole answer" if token_maps.whole else repr(token_maps.target)
     if request.settings.contrast is not None:
         what += f" rather than {request.settings.contrast!r}"
     count = f"{len(token_maps.target_tokens)} of {len(reading.tokens)} tokens"
@@ -321,17 +329,18 @@ def measure_photo(request: Request, reading: Reading, layers, mask) -> Explained
 
     args, methods = request.args, COMPARED if request.args.compare else [request.settings.method]
     methods = {method: replace(request.settings, method=method) for method in methods}
-    word = (args.target, args.target_occurrence, args.answer is not None)
+    word = (args.target, args.target_occurrence, part_of(args), args.answer is not None)
     return benchmark_photo(reading, layers, methods, *word, mask, **measuring(request), **request.copies)
 
 
 def explain_words(request: Request, readings: list[Reading], names, layers, mask) -> Explained:
     """Words mode, whose words.json has the evidence of each word."""
-    from studies.words import choose_words, draw_words, map_words, name_words, word_tokens
+    from studies.words import draw_words, map_words, name_words, word_tokens, words_of
 
     args, (reading,), (name,) = request.args, readings, names
-    request.forecast(reading, parts=len(choose_words(reading.answer, reading.spans, args.words)))
-    word_maps = map_words(reading, args.words, layers, request.settings, show_progress(args.quiet), **request.copies)
+    copies = request.copies | {"part": part_of(args)}
+    request.forecast(reading, parts=len(words_of(reading, args.words, part_of(args))))
+    word_maps = map_words(reading, args.words, layers, request.settings, show_progress(args.quiet), **copies)
     files = draw_words(reading.photo, name, word_maps, *word_tokens(reading, word_maps), **request.drawing)[1]
     named = dict(zip(name_words(word_maps), word_maps, strict=True))
     lines = [f"explained: {', '.join(named)} at layer {', '.join(map(str, layers))}"]
@@ -349,7 +358,7 @@ def find_targets(args: argparse.Namespace, readings: list[Reading], names) -> li
     spans = []
     for reading, name in zip(readings, names, strict=True):
         try:
-            spans.append(find_target(reading.answer, args.target, args.target_occurrence))
+            spans.append(find_target(reading, args.target, args.target_occurrence, part_of(args)))
         except ValueError as exc:
             if len(readings) == 1:
                 raise
@@ -373,7 +382,7 @@ def sever_photos(request: Request, readings: list[Reading], names, layers, mask)
     args = request.args
     spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
     options = {"window": args.window, "keep": args.keep, "quiet": args.quiet, "accuracy": args.answers is not None}
-    options |= {"runs_at_once": request.runs_at_once, "paper": request.paper}
+    options |= {"runs_at_once": request.runs_at_once, "paper": request.paper, "part": part_of(args)}
     return sever(readings, names, spans, mask=mask, **options)
 
 
@@ -402,6 +411,10 @@ class Done(NamedTuple):
 def run(args: argparse.Namespace) -> Done:
     """Check, load, explain, draw and write."""
     request = Request.of(args)
+    if args.messages is not None:
+        args.messages = load_messages(args.messages)
+        if not (args.listed or args.photo_given) and (last := take_last(args.messages)):
+            args.image_path, args.photos = last, [last]
     if args.listed:
         return explain_list(request)
     asked = questions(args)
@@ -411,7 +424,7 @@ def run(args: argparse.Namespace) -> Done:
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
     photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
-    inputs = [args.model_path, args.mask, args.answers, *photos]
+    inputs = [args.model_path, args.mask, args.answers, *photos, *paths_of(args.messages)]
     folder, subfolders = Path(args.output_dir, FOLDERS[args.mode]), layers if args.mode == "comparative" else ()
     with output_folder(folder, subfolders, "--output_dir", inputs) as write:
         with model_named(args.model_path):
@@ -455,7 +468,7 @@ def explain_list(request: Request) -> Done:
         model, processor = loaded(chosen or device)
         own = request._replace(args=asked, settings=replace(request.settings, contrast=asked.contrast))
         with vision_kept(model):
-            reading = read(model, processor, photo, asked.prompt, asked.answer, asked.max_new_tokens)
+            reading = read(model, processor, photo, prompt_of(asked), asked.answer, asked.max_new_tokens)
             wanted = args.mode == "evaluate" or (args.mode == "knockout" and args.window is not None)
             mask = object_mask(item.object, photo.size) if item.object and wanted else None
             if args.mode == "evaluate":

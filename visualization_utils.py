@@ -223,8 +223,12 @@ def text_rows(token_maps: TokenMaps) -> list[tuple[str, str, tuple[int, int]]]:
     if token_maps.settings.contrast is not None:
         other, _ = excerpt(token_maps.settings.contrast, (0, 0), EXCERPT["target"])
         explained += f", rather than “{other}” in its place"
-    if token_maps.target == token_maps.answer:
-        span, explained = (0, 0), f"the whole answer: {len(token_maps.tokens)} tokens"
+    if token_maps.whole:
+        behind = " behind its thinking" if 0 < token_maps.thinking == token_maps.target_span[0] else ""
+        explained = f"the whole answer{behind}: {len(token_maps.target_tokens)} tokens"
+        span = span if behind else (0, 0)
+    if token_maps.cut_off:
+        explained += f"; the answer was cut off after {len(token_maps.tokens)} tokens"
     if token_maps.evidence is not None:
         explained += f"; {token_maps.evidence}"
     rows = [("Prompt", prompt, (0, 0)), ("Answer", answer, span), ("Explained", explained, (0, 0))]

@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from common.encoding import decimal
+from common.passes import with_contrast
 from smooth_gradcam import (
     METHODS,
     Method,
@@ -60,6 +61,7 @@ class Evidence(NamedTuple):
     p: float  # probability, each token after those before it
     without: float  # the same while no text sees the photo
     tokens: tuple[float, ...] = ()  # p of each token
+    contrast: float | None = None  # p of the contrast in the place of the words, if there is one
 
     @property
     def kept(self) -> float:
@@ -93,7 +95,8 @@ class Evidence(NamedTuple):
         return {"p": self.p, "kept": self.kept, "doubt": self.doubt}
 
     def __str__(self) -> str:
-        return f"p {probability_text(self.p)}, {share_text(self.kept)} of it left without the photo"
+        contrast = "" if self.contrast is None else f"; the contrast's p {probability_text(self.contrast)}"
+        return f"p {probability_text(self.p)}, {share_text(self.kept)} of it left without the photo{contrast}"
 
 
 def probability_text(p: float) -> str:
@@ -129,6 +132,8 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
             model.model(**forced, **{name: cache}, use_cache=True)
         cache.crop(start - length)
         embeddings, positions = given["inputs_embeds"][:, start:], given["position_ids"][..., start:]
+        pictures = given.get("visual_pos_masks")  # of Qwen3-VL, whose first layers add to them; some may come later
+        pictures = embeddings.new_zeros(1, 0, dtype=torch.bool) if pictures is None else pictures[:, start:]
 
         def hide(hidden: np.ndarray) -> np.ndarray:
             results = []
@@ -139,6 +144,10 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
                 own.batch_repeat_interleave(count)
                 text = {"inputs_embeds": embeddings.expand(count, -1, -1), "attention_mask": mask.to(embeddings.device)}
                 text["position_ids"] = positions.expand(*positions.shape[:-2], count, -1)
+                if later := int(pictures.sum()):
+                    text["visual_pos_masks"] = pictures.expand(count, -1)
+                    added = given["deepstack_visual_embeds"]
+                    text["deepstack_visual_embeds"] = [features[-later:].repeat(count, 1) for features in added]
                 states = decoder(**text, **{name: own}, use_cache=True).last_hidden_state
                 states = states[:, [position - start for position in scored.predicting]]  # (R, A, C)
                 logits = at_least_float32(model.get_output_embeddings()(states.flatten(0, 1)))  # (R * A, V)
@@ -161,7 +170,7 @@ def weighed(reading: Reading, results: list[TokenMaps], hide: Callable) -> list[
     count, photos = len(reading.positions), len(reading.grids)
     seen, unseen = hide(np.array([[False] * count, [True] * count]))  # (A,) twice
     for i, maps in enumerate(results):
-        settings = settled_for(maps.settings, len(maps.target_tokens) == len(maps.tokens))
+        settings = settled_for(maps.settings, maps.whole)
         results[i] = replace(maps, evidence=_evidence_of(maps.target_tokens, seen, unseen), settings=settings)
     parts = [results[i : i + photos] for i in range(0, len(results), photos)]
     wanted = [
@@ -214,7 +223,13 @@ def _needed_only(cams: list[np.ndarray], explained: list[TokenMaps], hide: Calla
 
 def _finish(reading: Reading, results: list[TokenMaps]) -> list[TokenMaps]:
     with image_hiding(reading) as hide:
-        return weighed(reading, results, hide)
+        results = weighed(reading, results, hide)
+    if (contrast := results[0].settings.contrast) is None:
+        return results
+    other, span = with_contrast(reading, results[0].target_span, contrast)
+    with image_hiding(other) as hide:
+        p = hide(np.zeros((1, len(reading.positions)), bool))[0, other.tokens_of(span)].mean()
+    return [replace(maps, evidence=maps.evidence._replace(contrast=float(p))) for maps in results]
 
 
 METHODS["needed"] = Method(gradcam, "Grad-CAM of needed tokens", finish=_finish)
@@ -312,6 +327,8 @@ def evidence_lines(maps: TokenMaps, layers: Iterable) -> list[str]:
     lines = [f"evidence: {maps.evidence}"]
     if doubt := doubt_of(maps):
         lines.append(f"warning: {doubt}: the map is faded, and not to be believed")
+    if (maps.evidence.contrast or 1) < UNSAID:
+        lines.append(f"warning: the model would hardly say {maps.settings.contrast!r} there")
     if apart := departures(maps, layers):
         lines.append(f"warning: {apart}")
     return lines

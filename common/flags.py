@@ -37,6 +37,7 @@ CHOICES = {  # as the modules have them, whose import takes too long for --help
     "method": ("auto", "needed", "gradcam", "hirescam", "product", "paper"),
     "rules": ("attnlrp", "detached", "plain"),
     "tap": ("input", "output", "post_attention_layernorm"),
+    "part": ("answer", "thinking", "all"),
     "baseline": ("blur", "mean", "black"),
     "colormap": ("plasma", "inferno", "magma", "viridis", "cividis", "turbo", "jet"),
     "upsample": ("smooth", "cells"),
@@ -60,12 +61,13 @@ CANNOT = {  # mode: {flag: what to do in its place}
         "--save_raw": "knockout.npz is always written",
     },
 }
-OF_A_LIST = ("--image_path", "--prompt", "--answer", "--max_new_tokens", "--target", "--target_occurrence", "--mask")
+OF_A_LIST = ("--image_path", "--prompt", "--messages", "--answer", "--max_new_tokens", "--target", "--target_occurrence", "--mask")
 TOGETHER = [  # flags that cannot be combined with another: (that one, whether it is there, the flags, why)
     ("--compare", lambda args: args.compare, ("--method", "--randomize", "--save_raw"), "all methods are measured"),
     ("--answers", lambda args: args.answers is not None, OF_A_LIST, "the list has the photos, prompts and answers"),
     ("a list of photos", lambda args: args.listed, ("--mask", "--answers", "--randomize"), "they are of one photo"),
     ("--answer", lambda args: args.answer is not None, ("--max_new_tokens",), "nothing is generated"),
+    ("--messages", lambda args: args.messages is not None, ("--prompt", "--system"), "the messages have both"),
 ]
 EXAMPLES = """examples:
   python test_gradcam.py --mode single --layer 27
@@ -207,11 +209,14 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
         nargs="+",
         default=[str(HERE / "demo.jpeg")],
         metavar="IMAGE_PATH",
-        help="photo to explain, or a list of them: a folder, a glob, a .jsonl of {image, prompt?, answer?, target?, "
+        help="photo to explain, or a list of them: a folder, a glob, a .jsonl of {image, prompt? | messages?, answer?, target?, "
         "contrast?, mask? | box? | segmentation?}, several photos (one figure of all in flow and knockout mode)",
     )
     prompt = "Describe the main content in this image in detail."
     add("--prompt", type=_text, default=prompt, help="question about the photo")
+    add("--system", type=_text, help="system prompt, in the place of the chat template's own")
+    messages = "a JSON file of chat messages, with pictures of their own, in the place of --prompt"
+    add("--messages", type=_path, help=messages)
     copies = "noisy copies, 2 to 2.5 forward passes each: 3-5 preview, 10 standard, 20-50 high quality"
     add("--num_samples", *MAPS, type=int, default=10, help=copies)
     noise = "noise in shares of the pixel range; 0 is plain Grad-CAM"
@@ -228,6 +233,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--target", *targeted, type=_text, help="explain only this word or phrase of the answer")
     which = "which one, where the answer has the target several times"
     add("--target_occurrence", *targeted, type=_count, default=1, help=which)
+    part = "of a reasoning model's answer, explain what stands behind </think>, or before it (default: answer; words: all)"
+    add("--part", help=part)
     contrasted = tuple(mode for mode in MAPS if mode != "words")
     contrast = "explain the target's score minus that of this text in its place"
     add("--contrast", *contrasted, type=_text, help=contrast)
@@ -308,6 +315,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_flags(args, {word.split("=")[0] for word in argv})
     except ValueError as exc:
         parser.error(str(exc))
+    args.photo_given = "--image_path" in {word.split("=")[0] for word in argv}
     args.image_path, args.photos = args.image_path[0], args.image_path
     return args
 

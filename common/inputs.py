@@ -1,13 +1,16 @@
-"""The files that a run reads: only regular ones, and never one that it is about to replace."""
+"""The files that a run reads: only regular ones, never one that it is about to replace, and JSON without surprises."""
 
 import io
+import json
 import os
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["check_inputs", "open_regular"]
+__all__ = ["check_inputs", "open_regular", "parse_json"]
+
+MAX_DEPTH = 20  # levels of nesting in JSON
 
 
 def open_regular(path) -> io.BufferedReader:
@@ -38,3 +41,27 @@ def check_inputs(folders: Iterable[Path], inputs: Iterable, name: str = "save_di
             raise ValueError(
                 f"the input {source} lies in {folder}, the folder that this run writes to: choose another {name}"
             )
+
+
+def parse_json(text: bytes):
+    """The value of UTF-8 JSON. Raises ValueError if it is none, has a name twice, or is nested deeper than 20."""
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_unique)
+        if _depth(value) > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"is not valid JSON ({exc})") from exc
+    return value
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    """A JSON object, for json.loads, which by itself would take the last of two values of one name."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return dict(pairs)
+
+
+def _depth(value) -> int:
+    """The depth of nesting of a JSON value."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if values is None else 1 + max(map(_depth, values), default=0)

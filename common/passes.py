@@ -31,12 +31,13 @@ from smooth_gradcam import (
     identity_rule,
     layer_norm_rule,
     noisy_passes,
+    reduced,
     tokenise,
 )
 
 __all__ = [
-    *("SENSITIVE", "UNLIKELY", "contrasted_passes", "passes_of", "recomputed", "token_probabilities", "vision_kept"),
-    "watched_passes",
+    *("SENSITIVE", "UNLIKELY", "contrasted_passes", "own_patches", "passes_of", "recomputed", "repainted"),
+    *("token_probabilities", "vision_kept", "watched_passes", "with_contrast"),
 ]
 
 
@@ -57,14 +58,14 @@ def contrasted_passes(
     """
     if len(spans) != 1:
         raise ValueError(f"contrast={settings.contrast!r} takes the place of one part of the answer, not {len(spans)}")
-    other, span = _with_contrast(reading, spans[0], settings.contrast)
+    other, span = with_contrast(reading, spans[0], settings.contrast)
     targets = noisy_passes(reading, spans, taps, settings, progress, batch_size)
     contrasts = noisy_passes(other, [span], taps, settings, None, batch_size)  # the seed makes the noise the same
     for (part, pairs), (_, contrast_pairs) in zip(targets, contrasts, strict=True):
         yield part, _difference(pairs, contrast_pairs)
 
 
-def _with_contrast(reading: Reading, span: tuple[int, int], contrast: str) -> tuple[Reading, tuple[int, int]]:
+def with_contrast(reading: Reading, span: tuple[int, int], contrast: str) -> tuple[Reading, tuple[int, int]]:
     """The reading of the answer up to the span with `contrast` in its place, and the span of the contrast there."""
     indices = reading.tokens_of(span)
     first, last = reading.spans[indices[0]][0], reading.spans[indices[-1]][1]  # of whole tokens: all their text is kept
@@ -167,10 +168,23 @@ def _run_once(tower, run: Callable, stored: dict, pixels: Tensor, *args, **kwarg
     return output
 
 
-# probabilities
+# pixels and probabilities
 
 UNLIKELY = 0.01  # probability below which the model would hardly give an answer
 SENSITIVE = 0.2  # fall in probability without the photo from which on a token needs it (EAGLE, 2025: sensitive tokens)
+
+
+def own_patches(reading: Reading) -> Tensor:
+    """(patches,) bool: which rows of the pixels are those of the explained photos."""
+    return reading.own.repeat_interleave(len(reading.inputs[reading.pixels]) // len(reading.own))
+
+
+def repainted(reading: Reading, photo) -> Tensor:
+    """The pixels of all pictures, (patches, ...), with another picture of its size in the place of the only photo."""
+    pixels, processor = reading.inputs["pixel_values"].clone(), reading.processor.image_processor
+    other = processor(images=[reduced(photo, processor)], return_tensors="pt")["pixel_values"]
+    pixels[own_patches(reading)] = other.to(pixels)
+    return pixels
 
 
 def token_probabilities(model, forced: dict[str, Tensor], pixels: Tensor, scored: Scored) -> np.ndarray:

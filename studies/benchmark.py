@@ -15,7 +15,7 @@ import torch
 from common.encoding import decimal, to_csv
 from common.evidence import Evidence, evidence_lines, explain_by_methods, settled_for
 from common.page import Paper
-from common.passes import SENSITIVE, token_probabilities
+from common.passes import SENSITIVE, repainted, token_probabilities
 from smooth_gradcam import (
     Look,
     Reading,
@@ -24,7 +24,6 @@ from smooth_gradcam import (
     borrowed,
     find_target,
     noisy_passes,
-    prepare_inputs,
     score_parts,
 )
 from studies.faithfulness import (
@@ -179,9 +178,8 @@ def _sensitive_tokens(reading: Reading, tokens: list[int], baseline: str) -> lis
     """
     blank = baseline_image(reading.photo, baseline)
     with borrowed(reading.model):
-        blank = prepare_inputs(reading.model, reading.processor, [blank], reading.prompt)["pixel_values"]
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [tokens])
-        pixels = torch.stack([reading.inputs["pixel_values"], blank])
+        pixels = torch.stack([reading.inputs["pixel_values"], repainted(reading, blank)])
         full, empty = token_probabilities(reading.model, forced, pixels, scored)
     return [token for token, fall in zip(tokens, full - empty, strict=True) if fall > SENSITIVE]
 
@@ -223,8 +221,8 @@ def _benchmark_rows(
 
 
 def benchmark_photo(
-    reading: Reading, layers: list[int], methods: dict[str, Settings], target: str | None, occurrence: int, given: bool,
-    mask: np.ndarray | None, *, look: Look, paper: Paper, passes=noisy_passes, batch_size: int = 1, **measuring,
+    reading: Reading, layers: list[int], methods: dict[str, Settings], target: str | None, occurrence: int, part: str,
+    given: bool, mask: np.ndarray | None, *, look: Look, paper: Paper, passes=noisy_passes, batch_size: int = 1, **measuring,
 ) -> tuple[dict, list[str], list[Evidence]]:  # fmt: skip
     """({file name: content}, lines to print, evidence): the measures of every method and layer, and the first's maps.
 
@@ -233,13 +231,13 @@ def benchmark_photo(
     Raises ValueError if a `given` answer lacks it.
     """
     try:
-        span = find_target(reading.answer, target, occurrence)
+        span = find_target(reading, target, occurrence, part)
     except ValueError:
         if given:
             raise
         return {}, [f"left out: the model does not say {target!r}"], []
     tokens = reading.tokens_of(span)
-    settled = (settled_for(settings, len(tokens) == len(reading.tokens)) for settings in methods.values())
+    settled = (settled_for(settings, reading.is_whole(span)) for settings in methods.values())
     spans = [span, *(reading.spans[i] for i in tokens)] if mask is not None and len(tokens) > 1 else [span]
     copies = {"passes": passes, "batch_size": batch_size}
     maps = explain_by_methods(reading, spans, layers, {one.method: one for one in settled}, **copies)

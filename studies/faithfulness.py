@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from common.encoding import decimal
-from common.passes import token_probabilities
+from common.passes import own_patches, repainted, token_probabilities
 from common.progress import show_progress
 from common.terminal import say
 from smooth_gradcam import (
@@ -25,7 +25,6 @@ from smooth_gradcam import (
     borrowed,
     check_whole,
     memory_explained,
-    prepare_inputs,
     score_parts,
 )
 from studies.localization import localization
@@ -121,16 +120,18 @@ def insertion_deletion(
     model, count, rng = reading.model, len(reading.positions), np.random.default_rng(seed)
     blank = baseline_image(reading.photo, baseline)
     with borrowed(model):
-        blank = prepare_inputs(model, reading.processor, [blank], reading.prompt)["pixel_values"]
+        own, whole = own_patches(reading), reading.inputs["pixel_values"]
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [token_maps.target_tokens])
         ends = [
-            pixels.unflatten(0, (count, -1)) for pixels in (blank, reading.inputs["pixel_values"])
+            pixels[own].unflatten(0, (count, -1)) for pixels in (repainted(reading, blank), whole)
         ]  # (N, patches, ...)
         shares = [*np.linspace(0, 1, min(steps, count) + 1), *extra_shares]
         moved = np.unique(np.round(np.multiply(shares, count)).astype(int))  # (S + 1,) numbers of tokens
 
         def probability(pixels):  # (B, N, patches, ...) -> (B,)
-            return token_probabilities(model, forced, pixels.flatten(1, 2), scored).mean(1)
+            pictures = whole.repeat(len(pixels), 1, 1)
+            pictures[:, own] = pixels.flatten(1, 2)
+            return token_probabilities(model, forced, pictures, scored).mean(1)
 
         last = len(moved) - 1
         first = np.arange(last + 1) if tolerance == 0 else np.round(np.linspace(0, last, 9)).astype(int)

@@ -292,8 +292,7 @@ def trace(
     shares, _, gradients = curves_by_layer(traced)
     sizes = {name: np.mean([group_size(one.reading, name) for one in traced]) for name in shares}
     means = [{name: values.mean(0) for name, values in kind.items()} for kind in (shares, gradients)]
-    target = traced[0].maps.target
-    explained = "the whole answer" if target == readings[0].answer else repr(target)
+    explained = "the whole answer" if traced[0].maps.whole else repr(traced[0].maps.target)
     explained += "" if settings.contrast is None else f" rather than {settings.contrast!r}"
     lines = [f"explained: {explained}; maps at layer {', '.join(map(str, layers))}"]
     lines += _evidence_lines(traced, names, layers)

@@ -199,11 +199,12 @@ def tokens_that_need_the_photo(removed: np.ndarray) -> list[int]:
 
 
 def sever_photo(
-    reading: Reading, span=None, *, window=None, keep=None, mask=None, batch_size=8, progress=None
+    reading: Reading, span=None, *, part="answer", window=None, keep=None, mask=None, batch_size=8, progress=None
 ) -> Severed:
     """Truncation at every layer and, with a window, attention knockout around every layer, in one sweep.
 
     span    (start, end) in characters of the answer; None is the tokens that need the photo, or all if none does
+    part    the part of the answer that these are in, see `Reading.part`
     window  layers that are blocked at once around each; None leaves knockout out
     keep    image tokens that stay visible in a second truncation, those with most attention in the layer before
     mask    the object's pixels, bool (height, width): its image tokens and the others are also blocked separately
@@ -238,10 +239,12 @@ def sever_photo(
     kept = kept_right = None
     if keep is not None:
         kept, others, kept_right = others[: total + 1], others[total + 1 :], right[total + 1 : 2 * total + 2]
-    explained = reading.tokens_of(span) if span else tokens_that_need_the_photo(removed)
+    explained = within = reading.tokens_of(span or reading.part(part))
+    if span is None:
+        explained = [token for token in tokens_that_need_the_photo(removed) if token in within]
     return Severed(
         reading,
-        explained or list(range(len(reading.tokens))),
+        explained or within,
         removed,
         right[: total + 1],
         kept,
@@ -369,7 +372,7 @@ def said_instead(severed: list[Severed], names: list[str]) -> list[str]:
     for reading, name in wrong[:REPORTED]:
         tokenizer = reading.processor.tokenizer
         with borrowed(reading.model):
-            answer = decode(tokenizer, generate(reading.model, tokenizer, reading.inputs, 32))
+            answer = decode(tokenizer, generate(reading.model, tokenizer, reading.inputs, 32)[0])
         lines.append(f"{name}, {reading.prompt!r}: right would be {reading.answer!r}, the model says {answer!r}")
     return lines
 

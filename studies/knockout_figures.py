@@ -135,7 +135,7 @@ def _draw_knockout(
 
 def sever(
     readings: list[Reading], names: list[str], spans: list, *, window=None, keep=None, mask=None, accuracy=False,
-    runs_at_once=8, quiet=False, paper=PAGE,
+    part="answer", runs_at_once=8, quiet=False, paper=PAGE,
 ) -> tuple[dict[str, object], list[str], list[Evidence]]:  # fmt: skip
     """({file name: content}, findings in lines, evidence of each photo's explained tokens) of knockout mode.
 
@@ -149,7 +149,7 @@ def sever(
         length, groups = sequence_length(readings[0]), token_groups(readings[0])
         share = (length - groups["image"].stop) / length
         say(f"{runs} runs of each photo; {forecast_forwards(readings, 2 + runs * share)}")
-    keywords = {"window": window, "keep": keep, "mask": mask, "batch_size": runs_at_once}
+    keywords = {"part": part, "window": window, "keep": keep, "mask": mask, "batch_size": runs_at_once}
     keywords["progress"] = show_progress(quiet or len(readings) > 1, "blocked runs", "batch")
     severed = [sever_photo(reading, span, **keywords) for reading, span in zip(readings, spans, strict=True)]
     what = "accuracy" if accuracy else "probability of the explained tokens"

@@ -32,7 +32,8 @@ import torch
 from common.encoding import is_ours
 from common.files import STAGING, disk_full, other_files, output_folder, write_files
 from common.flags import FOLDERS, MODES_OF_FLAG
-from common.inputs import check_inputs, open_regular
+from common.inputs import check_inputs, open_regular, parse_json
+from common.messages import check_messages, paths_of
 from common.photos import load_photo
 from common.processes import Processes, prefetched, progress_bar
 from common.terminal import plain, say
@@ -47,13 +48,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 TEXTS = ("prompt", "answer", "target", "contrast")
 OBJECTS = ("mask", "box", "segmentation")
 MAX_LIST, MAX_LINE, MAX_NAME = 2**30, 2**24, 200  # bytes of a list, of a line in it, and of a folder's name
-MAX_DEPTH, READABLE = 20, 400  # levels of nesting in a line, characters of a message
+READABLE = 400  # characters of a message
 EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
 ANSWER = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
 RECORD, RESULTS = "result.json", "results.jsonl"
 OWN_SUFFIXES = (".jsonl", ".csv", ".tex")  # of files beside the folders
 NEUTRAL = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
 NEUTRAL += ("recompute",)  # flags that do not change results, beyond rounding
+NEUTRAL += ("messages",)  # or are the items' own
 
 
 # reading a list
@@ -70,6 +72,7 @@ class Item:
     target: str | None = None
     contrast: str | None = None
     object: dict = field(default_factory=dict)  # that is explained: {"mask" | "box" | "segmentation": ...}
+    messages: list | None = None  # a conversation in the place of the prompt, see common/messages.py
     source: str = ""  # list and line
     error: str = ""  # why it cannot be explained
 
@@ -77,7 +80,7 @@ class Item:
 def read_list(paths: Iterable[str]) -> list[Item]:
     """The items of photos, folders, globs and lists, in this order; those of folders and globs are sorted by name.
 
-    A line of a list is {"image", "prompt"?, "answer"?, "target"?, "contrast"?, "mask"? | "box"? | "segmentation"?},
+    A line is {"image", "prompt"? | "messages"?, "answer"?, "target"?, "contrast"?, "mask"? | "box"? | "segmentation"?},
     such as `EXAMPLE`, with paths relative to the list; see `object_mask` of common/photos.py. Other keys are ignored. A
     line with a fault is an item with an `error` that names file and line. What this tool wrote is left out of folders
     and globs, with a warning. Raises ValueError if a list cannot be read, or if no item is without error.
@@ -153,19 +156,15 @@ def _read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str =
 
 def _read_line(line: bytes, folder: Path, source: str, needed: tuple[str, ...]) -> Item:
     """The item of a line. Raises ValueError that continues "list.jsonl, line 3"."""
-    try:
-        if len(line) == MAX_LINE:
-            raise ValueError(f"longer than {MAX_LINE} bytes")
-        record = json.loads(line.decode(), object_pairs_hook=_unique)
-        if _depth(record) > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH}")
-    except (ValueError, RecursionError) as exc:
-        raise ValueError(f"is not valid JSON ({exc})") from exc
+    if len(line) == MAX_LINE:
+        raise ValueError(f"is not valid JSON (longer than {MAX_LINE} bytes)")
+    record = parse_json(line)
     if not isinstance(record, dict):
         raise ValueError("is not a JSON object")
     for name in ("image", *TEXTS):
         text = record.get(name)
-        if (text is not None or name in needed) and (not isinstance(text, str) or not text.strip()):
+        missing = name in needed and not (name == "prompt" and "messages" in record)
+        if (text is not None or missing) and (not isinstance(text, str) or not text.strip()):
             raise ValueError(f"has no text for {name!r}")
         if name != "image" and re.search("[\0\ud800-\udfff]", text or ""):  # a file name may have any bytes
             raise ValueError(f"has characters for {name!r} that are not text")
@@ -180,20 +179,15 @@ def _read_line(line: bytes, folder: Path, source: str, needed: tuple[str, ...]) 
     for path in (image, Path(objects.get("mask", image))):
         if reason := _unusable(path):
             raise ValueError(f"cannot be explained: {reason}")
-    return Item(record["image"], image, *map(record.get, TEXTS), objects, source)
-
-
-def _unique(pairs: list[tuple]) -> dict:
-    """A JSON object, for json.loads, which by itself would take the last of two values of one name."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name is there twice")
-    return dict(pairs)
-
-
-def _depth(value) -> int:
-    """The depth of nesting of a JSON value."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if values is None else 1 + max(map(_depth, values), default=0)
+    messages = record.get("messages")
+    if messages is not None:
+        if record.get("prompt") is not None:
+            raise ValueError("has a prompt beside its messages")
+        try:
+            check_messages(messages, folder)
+        except ValueError as exc:
+            raise ValueError(f"has messages that cannot be read: {exc}") from exc
+    return Item(record["image"], image, *map(record.get, TEXTS), objects, messages, source)
 
 
 def read_answers(path: Path) -> list[Item]:
@@ -234,7 +228,8 @@ def named(items: list[Item]) -> list[Item]:
 
 def _texts_of(item: Item) -> dict:
     """What the item itself asks, {"prompt": ..., ...}."""
-    return {name: getattr(item, name) for name in TEXTS}
+    own = {name: getattr(item, name) for name in TEXTS}
+    return own if item.messages is None else own | {"messages": item.messages}
 
 
 def digest(path: Path) -> str:
@@ -253,6 +248,7 @@ def key_of(item: Item, settings: dict) -> str:
     """A hash that differs where results would: of the contents of photo and mask, what is asked, and the settings."""
     explained = digest(Path(item.object["mask"])) if "mask" in item.object else item.object
     record = _texts_of(item) | {"object": explained, "photo": digest(item.image), "settings": settings}
+    record |= {"pictures": [digest(Path(path)) for path in paths_of(item.messages)]} if item.messages else {}
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -326,6 +322,7 @@ def work_off(
     """
     good, failed, start = [item for item in items if not item.error], {}, time.time()
     inputs = [*inputs, *(item.image for item in good), *(item.object.get("mask") for item in good)]
+    inputs += [path for item in good for path in paths_of(item.messages)]
     own_folder = output_folder(folder, name="--output_dir", inputs=inputs)
     with own_folder if processes.first else nullcontext(lambda files: None) as write:
         if processes.first:
@@ -381,7 +378,7 @@ def _failed_record(item: Item, reason: str) -> dict:
 
 def _flags_for(args: argparse.Namespace, item: Item) -> argparse.Namespace:
     """The flags with what the item asks. Raises ValueError for a contrast without a target."""
-    own = {name: text for name, text in _texts_of(item).items() if text is not None}
+    own = {name: value for name, value in _texts_of(item).items() if value is not None}
     own = {name: text for name, text in own.items() if args.mode in MODES_OF_FLAG.get(f"--{name}", FOLDERS)}
     flags = argparse.Namespace(**vars(args) | own | {"image_path": str(item.image), "photos": [str(item.image)]})
     if flags.contrast is not None and flags.target is None:
@@ -412,6 +409,8 @@ def run_list(
         items = read_list(args.photos)
     except ValueError as exc:
         raise ValueError(f"--image_path: {exc}") from exc
+    if args.messages is not None:
+        items = [item if item.messages or item.prompt else replace(item, messages=args.messages) for item in items]
     processes = Processes(cpu=args.device == "cpu" or not torch.cuda.is_available())
     settings = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
     settings["model_path"] = about["model"]

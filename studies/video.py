@@ -33,7 +33,7 @@ from smooth_gradcam import (
     answered,
     check_family,
     check_processor,
-    check_text,
+    conversation,
     find_target,
     get_model_layers,
     prepare_inputs,
@@ -89,14 +89,14 @@ def read_video(model, processor, video: Video, prompt: str, answer=None, max_new
     """
     check_family(model)
     check_processor(processor, "video_processor")
-    check_text("prompt", prompt)
+    chat, *_ = conversation([video], prompt, "video")
     count = len(video.frames)
     metadata = VideoMetadata(total_num_frames=count, fps=video.fps, frames_indices=list(range(count)))
     frames = np.stack([np.asarray(frame) for frame in video.frames])
     keywords = {"videos": [frames], "video_metadata": [metadata], "fps": video.fps, "do_sample_frames": False}
-    inputs = prepare_inputs(model, processor, (), prompt, **keywords)
+    inputs = prepare_inputs(model, processor, (), chat, **keywords)
     photos = video.frames[:: processor.video_processor.temporal_patch_size]
-    return answered(model, processor, photos, prompt, inputs, "video", answer, max_new_tokens)
+    return answered(model, processor, photos, chat, inputs, "video", answer, max_new_tokens)
 
 
 def animate(
@@ -198,7 +198,7 @@ def create_video_maps(
     copies = {"progress": show_progress(quiet), "passes": passes_of(settings.contrast)}
     with output_folder(save_dir, inputs=frames) as write:
         reading = read_video(model, processor, video, prompt, answer, max_new_tokens)
-        span = find_target(reading.answer, target, target_occurrence)
+        span = find_target(reading, target, target_occurrence)
         patches = explain_with_evidence(reading, [span], [layer], settings, **copies)
         write(_draw_video(reading, patches, layer, video, look, paper))
     return patches

@@ -124,34 +124,45 @@ def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple
 
 
 def map_words(
-    reading: Reading, words, layers, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1
-) -> list[TokenMaps]:
+    reading: Reading, words, layers, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1,
+    part: str = "all",
+) -> list[TokenMaps]:  # fmt: skip
     """The raw maps of each chosen word, with their evidence; the method "auto" is "needed", as each is of a word.
 
-    `words` and errors are those of `compute_word_maps`, the other arguments of `explain`.
+    `words`, `part` and errors are those of `compute_word_maps`, the other arguments of `explain`.
     """
     if settings.contrast is not None:
         raise ValueError(f"contrast={settings.contrast!r}: a map of each word takes no contrast")
     if settings.method == "auto":
         settings = replace(settings, method="needed")
-    spans = choose_words(reading.answer, reading.spans, words)
+    spans = words_of(reading, words, part)
     return explain_with_evidence(reading, spans, layers, settings, progress, passes=passes, batch_size=batch_size)
 
 
+def words_of(reading: Reading, words, part: str = "all") -> list[tuple[int, int]]:
+    """The spans of the chosen words that are in this part of the answer, see `choose_words` and `Reading.part`."""
+    start, end = reading.part(part)
+    spans = [span for span in choose_words(reading.answer, reading.spans, words) if start <= span[0] and span[1] <= end]
+    if not spans:
+        raise ValueError(f"words={words!r}: none is in the part {part!r}, {reading.answer[start:end]!r}")
+    return spans
+
+
 def compute_word_maps(
-    model, processor, image, prompt: str, layers: Iterable[int | nn.Module],
-    *, words="content", answer=None, max_new_tokens=128, progress=None, batch_size=1, **settings,
+    model, processor, image, prompt, layers: Iterable[int | nn.Module],
+    *, words="content", part="all", answer=None, max_new_tokens=128, progress=None, batch_size=1, **settings,
 ) -> list[TokenMaps]:  # fmt: skip
     """The raw maps of each word of the answer, in its order: one forward per noisy copy serves all words and layers.
 
     `words` is "content" (all but function words), "all", or the words themselves, each at all its occurrences, as a
-    list or as "dog,apple"; `split_words` defines words, `choose_words` function words. Each map has its evidence; the
+    list or as "dog,apple"; `split_words` defines words, `choose_words` function words. Of a reasoning model's answer,
+    `part` is what stands behind its thinking ("answer"), the "thinking", or "all". Each map has its evidence; the
     method is "auto" unless given. The other arguments and the errors are those of `compute_token_maps`. Raises
     ValueError for words that are not in the answer, too.
     """
     settings = Settings(**{"method": "auto"} | settings)
     reading = read(model, processor, open_photos(image), prompt, answer, max_new_tokens)
-    return map_words(reading, words, layers, settings, progress, batch_size=batch_size)
+    return map_words(reading, words, layers, settings, progress, batch_size=batch_size, part=part)
 
 
 def word_tokens(reading: Reading, word_maps: list[TokenMaps]) -> tuple[list[list[float]], list[list[str]]]:
@@ -197,6 +208,8 @@ def html_data(
         "file_name": file_name,
         "prompt": first.prompt,
         "answer": first.answer,
+        "thinking": first.thinking,
+        "cut_off": first.cut_off,
         "grid": list(first.grid),
         "layers": list(first.maps),
         "settings": settings_text(first.settings),
@@ -265,6 +278,7 @@ def draw_words(
         for name, word, values, texts in zip(names, word_maps, probabilities, tokens, strict=True)
     ]
     record = {"prompt": first.prompt, "answer": first.answer, "grid": list(first.grid), "layers": list(first.maps)}
+    record |= {"thinking": first.thinking, "cut_off": first.cut_off}  # characters; whether the answer has no end
     record |= {"settings": asdict(first.settings), "words": records}
     files = (
         word_figures(photo, word_maps, look, paper)
@@ -287,8 +301,8 @@ def draw_words(
 
 def create_word_maps(
     model, processor, image, prompt, layer_range="auto", save_dir="cam_results_words",
-    *, words="content", answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN,
-    paper=PAGE, batch_size=1, **settings,
+    *, words="content", part="all", answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1, quiet=False,
+    look=PLAIN, paper=PAGE, batch_size=1, **settings,
 ):  # fmt: skip
     """A map of each word of the answer at each layer, all from one answer and one forward pass per noisy copy.
 
@@ -308,7 +322,8 @@ def create_word_maps(
     with output_folder(save_dir, inputs=[image]) as write:
         reading = read(model, processor, open_photos(image), prompt, answer, max_new_tokens)
         photo = reading.photo  # raises for several
-        word_maps = map_words(reading, words, layers, settings, show_progress(quiet), batch_size=batch_size)
+        copies = {"batch_size": batch_size, "part": part}
+        word_maps = map_words(reading, words, layers, settings, show_progress(quiet), **copies)
         file_name = readable(Path(image).name) if isinstance(image, (str, Path)) else ""
         results, files = draw_words(photo, file_name, word_maps, *word_tokens(reading, word_maps), look, paper)
         write(files)

@@ -140,11 +140,17 @@ class _Table:
 def word_figures(
     photo: Image.Image, word_maps: list[TokenMaps], look: Look = PLAIN, paper: Paper = PAGE
 ) -> dict[str, object]:
-    """{file name: the function that draws it} of the figure's pages; long answers take several."""
-    table, files = _Table(photo, word_maps, paper), {}
-    for i, blocks in enumerate(table.pages, 1):
-        name = "words_by_layer" if i == 1 else f"words_by_layer_{i}"
-        files |= paper.figure(name, functools.partial(_words_figure, photo, word_maps, table, blocks, look, paper))
+    """{file name: the function that draws it} of the figure's pages; long answers take several.
+
+    The words of the thinking that leads to an answer have pages of their own.
+    """
+    files, end = {}, word_maps[0].thinking
+    for name, inside in (("words_by_layer", False), ("words_by_layer_thinking", True)):
+        own = [word for word in word_maps if (word.target_span[0] < end) is inside]
+        table = _Table(photo, own, paper) if own else None
+        for i, blocks in enumerate(table.pages if own else [], 1):
+            page = name if i == 1 else f"{name}_{i}"
+            files |= paper.figure(page, functools.partial(_words_figure, photo, own, table, blocks, look, paper))
     return files
 
 
@@ -154,6 +160,7 @@ def _words_figure(photo, word_maps: list[TokenMaps], table: _Table, blocks: list
     rows = [(label, text, (0, 0)) for label, text, _ in text_rows(first)[:2]]
     page, strongest = Page(WIDTHS[paper.width], first.prompt + first.answer), strongest_of(word_maps)
     title = f"{method_title(first.settings)}, word by word"
+    title += ", of its thinking" if first.target_span[0] < first.thinking else ""
     start, end, layers = blocks[0][0][0], blocks[-1][0][-1] + 1, blocks[0][1]
     if end - start < len(word_maps):
         title += f" ({start + 1}–{end} of {len(word_maps)})"

@@ -199,7 +199,7 @@ def test_the_papers_score_of_a_word_has_no_end_of_turn(model, processor, image):
     (alone,) = explain(reading, spans[:1], [0], Settings(use_smooth=False, method="paper"))
     np.testing.assert_allclose(word.maps[0], alone.maps[0], rtol=1e-9)
     found, positions = gradients_of(model, processor, image, [0], **own)  # of the whole answer without its end
-    features, gradients = (core.image_rows(0, tensor, positions) for tensor in found[0])
+    features, gradients = (core.image_rows(0, tensor, positions, torch.ones(len(positions), dtype=torch.bool)) for tensor in found[0])
     shorter = core.paper(features, gradients).numpy()
     assert np.corrcoef(shorter, whole.maps[0].ravel())[0, 1] < 0.9999
 
@@ -692,10 +692,6 @@ def test_cells_are_the_mean_of_their_patches_row_by_row_and_out_of_window_order(
     means = np.arange(grid[0] * grid[1], dtype=np.float32)
     heat = (means[:, None] + np.array(patches) - np.mean(patches)).ravel()
     assert core.to_grid(key, heat, grid, VISION).tolist() == expected
-
-
-def test_bare_count_of_tokens_has_the_nearest_factor_pair():
-    assert [core.grid_from_count(n) for n in (3577, 12, 16, 13, 1)] == [(49, 73), (3, 4), (4, 4), (1, 13), (1, 1)]
 
 
 def test_windows_are_walked_one_after_another():

@@ -99,6 +99,7 @@ def hand_made(cams, method="needed", *, answer_tokens=(0, 1, 2), explained=(0,))
         replace(
             make_maps({k: np.float32(cam[photo]) for k, cam in enumerate(cams)}, method=method),
             tokens=list(answer_tokens), target_tokens=list(explained), image=photo,
+            target_span=(0, 3 if len(explained) == len(answer_tokens) else 1), answer="abc",
         )
         for photo in range(len(grids))
     ]  # fmt: skip
