@@ -335,17 +335,21 @@ def measure_photo(request: Request, reading: Reading, layers, mask) -> Explained
 
 def explain_words(request: Request, readings: list[Reading], names, layers, mask) -> Explained:
     """Words mode, whose words.json has the evidence of each word."""
+    from studies.prompt_words import Relevances
     from studies.words import draw_words, map_words, name_words, word_tokens, words_of
 
     args, (reading,), (name,) = request.args, readings, names
-    copies = request.copies | {"part": part_of(args)}
+    copies = request.copies | {"part": part_of(args)} | ({"passes": Relevances()} if args.prompt_words else {})
     request.forecast(reading, parts=len(words_of(reading, args.words, part_of(args))))
     word_maps = map_words(reading, args.words, layers, request.settings, show_progress(args.quiet), **copies)
-    files = draw_words(reading.photo, name, word_maps, *word_tokens(reading, word_maps), **request.drawing)[1]
+    asked = copies["passes"].asked(reading, word_maps) if args.prompt_words else None
+    drawing = request.drawing | {"asked": asked}
+    files = draw_words(reading.photo, name, word_maps, *word_tokens(reading, word_maps), **drawing)[1]
     named = dict(zip(name_words(word_maps), word_maps, strict=True))
     lines = [f"explained: {', '.join(named)} at layer {', '.join(map(str, layers))}"]
     warned = [*doubt_lines(named), departures_of_most(word_maps, layers)]
     lines += [f"warning: {text}" for text in warned if text]
+    lines += [] if asked is None else asked.lines(list(named))
     for layer in layers:
         if all(layer in word.blank for word in word_maps):
             why = word_maps[0].blank[layer]

@@ -61,12 +61,27 @@ CANNOT = {  # mode: {flag: what to do in its place}
         "--save_raw": "knockout.npz is always written",
     },
 }
-OF_A_LIST = ("--image_path", "--prompt", "--messages", "--answer", "--max_new_tokens", "--target", "--target_occurrence", "--mask")
+OF_A_LIST = (
+    "--image_path",
+    "--prompt",
+    "--messages",
+    "--answer",
+    "--max_new_tokens",
+    "--target",
+    "--target_occurrence",
+    "--mask",
+)
 TOGETHER = [  # flags that cannot be combined with another: (that one, whether it is there, the flags, why)
     ("--compare", lambda args: args.compare, ("--method", "--randomize", "--save_raw"), "all methods are measured"),
     ("--answers", lambda args: args.answers is not None, OF_A_LIST, "the list has the photos, prompts and answers"),
     ("a list of photos", lambda args: args.listed, ("--mask", "--answers", "--randomize"), "they are of one photo"),
     ("--answer", lambda args: args.answer is not None, ("--max_new_tokens",), "nothing is generated"),
+    (
+        "--prompt_words",
+        lambda args: args.prompt_words,
+        ("--tap", "--rules"),
+        "its relevance needs AttnLRP's, at the input",
+    ),
     ("--messages", lambda args: args.messages is not None, ("--prompt", "--system"), "the messages have both"),
 ]
 EXAMPLES = """examples:
@@ -229,11 +244,15 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--max_new_tokens", type=_count, default=128, help="where the generated answer is cut off")
     add("--answer", type=_text, help="explain this text in place of the generated answer")
     add("--words", "words", type=_words, default="content", help='content, all, or the words themselves: "dog,apple"')
+    asked = "also show what each word takes from each word of the prompt"
+    add("--prompt_words", "words", action="store_true", help=asked)
     targeted = tuple(mode for mode in FOLDERS if mode != "words")
     add("--target", *targeted, type=_text, help="explain only this word or phrase of the answer")
     which = "which one, where the answer has the target several times"
     add("--target_occurrence", *targeted, type=_count, default=1, help=which)
-    part = "of a reasoning model's answer, explain what stands behind </think>, or before it (default: answer; words: all)"
+    part = (
+        "of a reasoning model's answer, explain what stands behind </think>, or before it (default: answer; words: all)"
+    )
     add("--part", help=part)
     contrasted = tuple(mode for mode in MAPS if mode != "words")
     contrast = "explain the target's score minus that of this text in its place"
@@ -354,6 +373,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")
         if len(args.image_path) > 1:
             raise ValueError("--mask is of one photo: give one --image_path")
+    if args.prompt_words and args.method == "paper":
+        raise ValueError("--prompt_words cannot be combined with --method paper, whose gradients follow no rules")
     if args.target is None and args.target_occurrence > 1:
         raise ValueError(f"--target_occurrence {args.target_occurrence} needs a --target")
     if args.contrast is not None and args.target is None:

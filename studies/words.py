@@ -11,8 +11,6 @@ Shapes:  H, W  rows and columns of image tokens
 import base64
 import io
 import json
-import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,9 +33,10 @@ from smooth_gradcam import (
     get_model_layers,
     noisy_passes,
     normalize_cam,
-    occurrences,
     read,
 )
+from studies.prompt_words import Asked, Relevances
+from studies.word_choice import choose_words, split_words, words_of  # noqa: F401  (users import them from here)
 from studies.words_figure import word_figures
 from visualization_utils import (
     FADED,
@@ -52,72 +51,6 @@ __all__ = [
     *("choose_words", "compute_word_maps", "create_word_maps", "draw_words", "html_data", "map_words", "name_words"),
     *("split_words", "word_tokens", "words_html"),
 ]
-
-
-# choice of words
-
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
-FUNCTION_WORDS = """
-a an the this that these those some any each every all both no not nor and or but so than then as if while because of
-in on at by for from to into onto with without within over under above below between among through across along around
-near behind beside beyond against toward towards about up down out off upon is are was were be been being am do does
-did done has have had having can could will would shall should may might must i you he she it we they me him her us
-them my your his its our their there here who whom whose which what when where why how it's that's there's isn't aren't
-also just very too such other another more most much many only own same
-的 了 着 在 是 和 与 及 或 有 也 都 就 而 但 把 被 这 那 其 之 一个 这个 那个 个
-"""  # of English and Chinese
-
-
-def split_words(answer: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(start, end) in characters of each word of the answer; `spans` are those of its tokens, see `token_spans`.
-
-    A word is a run of letters, digits and their marks, with an apostrophe, hyphen or decimal point inside it. In
-    scripts without blanks (Chinese, Japanese, Thai, Lao, Khmer, Burmese) a word is a token of the model.
-    """
-    inside_tokens = {i for first, last in spans for i in range(first + 1, last)}
-    cuts = {start for start, _ in spans} - inside_tokens
-    unspaced = [bool(UNSPACED.match(character)) for character in answer]
-    words = []
-    for i, character in enumerate(answer):
-        inside = bool(words) and words[-1][1] == i
-        if character.isalnum():
-            if inside and unspaced[i] == unspaced[i - 1] and not (unspaced[i] and i in cuts):
-                words[-1] = words[-1][0], i + 1
-            else:
-                words.append((i, i + 1))
-        elif inside and (unicodedata.category(character)[0] == "M" or character in "\u200c\u200d"):  # (non-)joiners
-            words[-1] = words[-1][0], i + 1
-        elif inside and answer[i + 1 : i + 2].isalnum() and not (unspaced[i - 1] or unspaced[i + 1]):
-            number = answer[i - 1].isdigit() and answer[i + 1].isdigit()
-            if character in "-'\u2019" or (character in ".," and number):
-                words[-1] = words[-1][0], i + 1
-    return words
-
-
-def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple[int, int]]:
-    """The spans in characters of the chosen words, in the answer's order; `words` as in `compute_word_maps`.
-
-    "content" leaves out the words of `FUNCTION_WORDS`, English and Chinese, in any letter case. Raises ValueError if
-    nothing is left, or for a word that is not in the answer.
-    """
-    if isinstance(words, str) and words in ("content", "all"):
-        chosen = split_words(answer, spans)
-        if words == "content":
-            function_words = FUNCTION_WORDS.split()
-            chosen = [span for span in chosen if answer[slice(*span)].lower() not in function_words]
-        if not chosen:
-            raise ValueError(f"words={words!r}: there is none in the answer {answer!r}; name the parts to explain")
-        return chosen
-    chosen = set()
-    if not isinstance(words, Iterable):
-        raise ValueError(f'words={words!r} must be "content", "all", or words of the answer')
-    for word in words.split(",") if isinstance(words, str) else words:
-        chosen.update(occurrences(answer, word.strip() if isinstance(word, str) else word, "words"))
-    if not chosen:
-        raise ValueError(f'words={words!r} must be "content", "all", or words of the answer {answer!r}')
-    return sorted(chosen)
 
 
 # maps
@@ -137,15 +70,6 @@ def map_words(
         settings = replace(settings, method="needed")
     spans = words_of(reading, words, part)
     return explain_with_evidence(reading, spans, layers, settings, progress, passes=passes, batch_size=batch_size)
-
-
-def words_of(reading: Reading, words, part: str = "all") -> list[tuple[int, int]]:
-    """The spans of the chosen words that are in this part of the answer, see `choose_words` and `Reading.part`."""
-    start, end = reading.part(part)
-    spans = [span for span in choose_words(reading.answer, reading.spans, words) if start <= span[0] and span[1] <= end]
-    if not spans:
-        raise ValueError(f"words={words!r}: none is in the part {part!r}, {reading.answer[start:end]!r}")
-    return spans
 
 
 def compute_word_maps(
@@ -187,8 +111,9 @@ HTML_SIDE = 1600  # pixels of the longer side of the photo in the HTML page
 
 
 def html_data(
-    image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens, look: Look = PLAIN
-) -> dict:
+    image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens, look: Look = PLAIN,
+    asked: Asked | None = None,
+) -> dict:  # fmt: skip
     """The data of the HTML page, with the look in which it opens, as plain values: see words_page.html.
 
     A raw map is stored as its maximum, and the shares of it as base64 of 16 bits each, little-endian.
@@ -201,7 +126,9 @@ def html_data(
     def pack(cam):
         return base64.b64encode(np.round(65535 * normalize_cam(cam)).astype("<u2").tobytes()).decode()
 
-    return {
+    from_prompt = {} if asked is None else asked.html_data()
+    words = from_prompt.pop("words", [{}] * len(word_maps))
+    return from_prompt | {
         "photo": "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode(),
         "width": photo.width,
         "height": photo.height,
@@ -218,7 +145,8 @@ def html_data(
         "faded": FADED,
         "alike": ALIKE,
         "words": [
-            {
+            more
+            | {
                 "text": word.target,
                 "start": word.target_span[0],
                 "end": word.target_span[1],
@@ -232,7 +160,7 @@ def html_data(
                 "maxima": [float(cam.max()) for cam in word.maps.values()],
                 "blank": [word.blank.get(layer, "") for layer in word.maps],
             }
-            for word, values, texts in zip(word_maps, probabilities, tokens, strict=True)
+            for word, values, texts, more in zip(word_maps, probabilities, tokens, words, strict=True)
         ],
     }
 
@@ -253,11 +181,12 @@ def _evidence_record(word: TokenMaps) -> dict[str, float] | None:
 
 def draw_words(
     image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens: list[list[str]],
-    look: Look = PLAIN, paper: Paper = PAGE,
+    look: Look = PLAIN, paper: Paper = PAGE, asked: Asked | None = None,
 ) -> tuple[dict, dict[str, object]]:  # fmt: skip
     """({name of the word: {layer: LayerPictures}}, {file name: content}) of all words.
 
-    `probabilities` and `tokens` are those of `word_tokens`; `file_name` is the photo's, for the HTML page.
+    `probabilities` and `tokens` are those of `word_tokens`; `file_name` is the photo's, for the HTML page. `asked` is
+    what the words take from the prompt, which then has a figure of its own.
     """
     photo, first, names, strongest = open_photo(image), word_maps[0], name_words(word_maps), strongest_of(word_maps)
     results = {name: layer_pictures(photo, word, look, strongest) for name, word in zip(names, word_maps, strict=True)}
@@ -280,10 +209,12 @@ def draw_words(
     record = {"prompt": first.prompt, "answer": first.answer, "grid": list(first.grid), "layers": list(first.maps)}
     record |= {"thinking": first.thinking, "cut_off": first.cut_off}  # characters; whether the answer has no end
     record |= {"settings": asdict(first.settings), "words": records}
+    record |= {} if asked is None else {"prompt_words": asked.record(names)}
     files = (
         word_figures(photo, word_maps, look, paper)
+        | ({} if asked is None else asked.figures(word_maps, paper))
         | {
-            "index.html": words_html(html_data(photo, file_name, word_maps, probabilities, tokens, look)),
+            "index.html": words_html(html_data(photo, file_name, word_maps, probabilities, tokens, look, asked)),
             "words.json": json.dumps(record, ensure_ascii=False, indent=1) + "\n",
             "maps.npz": {
                 "maps": np.stack([np.stack(list(word.maps.values())) for word in word_maps]),  # (words, layers, H, W)
@@ -301,8 +232,8 @@ def draw_words(
 
 def create_word_maps(
     model, processor, image, prompt, layer_range="auto", save_dir="cam_results_words",
-    *, words="content", part="all", answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1, quiet=False,
-    look=PLAIN, paper=PAGE, batch_size=1, **settings,
+    *, words="content", part="all", prompt_words=False, answer=None, max_new_tokens=128, num_samples=5, noise_std=0.1,
+    quiet=False, look=PLAIN, paper=PAGE, batch_size=1, **settings,
 ):  # fmt: skip
     """A map of each word of the answer at each layer, all from one answer and one forward pass per noisy copy.
 
@@ -310,7 +241,8 @@ def create_word_maps(
     as in `create_layer_comparison_grid`, and so are the `settings`, but without target and contrast, and with the
     method "auto" unless given. Writes words_by_layer.png (words across, layers down; further pages for long answers),
     index.html (a page that shows the map of the word under the pointer; it needs no network), words.json (tokens,
-    spans, probabilities, evidence) and maps.npz. The pictures of a word that is hardly said, or that does not come from
+    spans, probabilities, evidence) and maps.npz; with `prompt_words` also what each word takes from those of the
+    prompt, prompt_words.png and on the page. The pictures of a word that is hardly said, or that does not come from
     the photo, are faded.
 
     Returns {word: {layer: {"superimposed", "heatmap", "cam"}}}, the second "dog" as "dog (2)". Raises what
@@ -322,9 +254,10 @@ def create_word_maps(
     with output_folder(save_dir, inputs=[image]) as write:
         reading = read(model, processor, open_photos(image), prompt, answer, max_new_tokens)
         photo = reading.photo  # raises for several
-        copies = {"batch_size": batch_size, "part": part}
+        copies = {"batch_size": batch_size, "part": part, "passes": Relevances() if prompt_words else noisy_passes}
         word_maps = map_words(reading, words, layers, settings, show_progress(quiet), **copies)
         file_name = readable(Path(image).name) if isinstance(image, (str, Path)) else ""
-        results, files = draw_words(photo, file_name, word_maps, *word_tokens(reading, word_maps), look, paper)
+        asked = copies["passes"].asked(reading, word_maps) if prompt_words else None
+        results, files = draw_words(photo, file_name, word_maps, *word_tokens(reading, word_maps), look, paper, asked)
         write(files)
     return results

@@ -199,7 +199,9 @@ def test_the_papers_score_of_a_word_has_no_end_of_turn(model, processor, image):
     (alone,) = explain(reading, spans[:1], [0], Settings(use_smooth=False, method="paper"))
     np.testing.assert_allclose(word.maps[0], alone.maps[0], rtol=1e-9)
     found, positions = gradients_of(model, processor, image, [0], **own)  # of the whole answer without its end
-    features, gradients = (core.image_rows(0, tensor, positions, torch.ones(len(positions), dtype=torch.bool)) for tensor in found[0])
+    features, gradients = (
+        core.image_rows(0, tensor, positions, torch.ones(len(positions), dtype=torch.bool)) for tensor in found[0]
+    )
     shorter = core.paper(features, gradients).numpy()
     assert np.corrcoef(shorter, whole.maps[0].ravel())[0, 1] < 0.9999
 
@@ -844,7 +846,7 @@ WHOLE, STD = "must be a whole number, {} or more, and below 2^63", "must be 0 to
         ("answer", [1, 2], "must be a non-empty string without lone surrogates"),
         ("answer", "a<|im_end|>", "must be text without special tokens"),
         ("prompt", "  ", "must be a non-empty string without lone surrogates"),
-        ("prompt", None, "must be a non-empty string without lone surrogates"),
+        ("prompt", None, "must be a text, or a list of messages such as"),
         ("prompt", "a <|image_pad|>", "contains <|image_pad|>, which stands for a picture or a turn of the chat"),
         ("prompt", "a<|im_end|>", "contains <|im_end|>, which stands for a picture or a turn of the chat"),
         ("prompt", "a<|vision_pad|>", "contains <|vision_pad|>, which stands for a picture or a turn of the chat"),
@@ -985,7 +987,7 @@ def plain(value):
     if isinstance(value, (dict, list, tuple, frozenset)):
         parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
         return all(plain(part) for part in parts)
-    return value is None or type(value) in (str, int, float, np.ndarray)
+    return value is None or type(value) in (str, bool, int, float, np.ndarray)
 
 
 def test_results_are_plain_values(model, processor, image):
@@ -1198,7 +1200,7 @@ def test_half_precision_is_summed_in_float32(dtype):
     """By hand: 4097 has 13 bits; half precision, with 8 or 11, would make 4096 of it."""
     features = torch.tensor([[[4096, 1], [0, 0], [0, 4096]]], dtype=dtype)  # (1, L, C)
     gradient = torch.ones_like(features)
-    about = {"grids": ((1, 2),), "positions": torch.tensor([0, 2])}
+    about = {"grids": ((1, 2),), "positions": torch.tensor([0, 2]), "own": torch.tensor([True, True])}
     reading = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vision_config=VISION)), **about)
     rows = (tensor[0, [0, 2]] for tensor in (features, gradient))  # as the vision tower has them
     for key, a, g in ((0, features, gradient), ("visual.merger", *rows)):

@@ -1,0 +1,195 @@
+"""What each word of an answer takes from each word of the prompt, beside the photo.
+
+The relevance of a position at a decoder layer is g . A, the gradient of the word's score times the hidden state that
+enters the layer. By AttnLRP's rules, relevance is shared out: it adds up to the score (Achtibat et al., ICML 2024).
+
+    passes = Relevances()               passes of `explain` that also collect the relevance of all positions
+      -> explain(..., passes=passes)
+      -> passes.asked(reading, maps)    Asked: shares of each word of the prompt and of the photo, as figure and tables
+
+Shapes:  L  positions of prompt and answer     K  layers     Q  words of the prompt
+"""
+
+import functools
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.patches import Rectangle
+
+from common.evidence import share_text
+from common.page import GAP, LINE, MARGIN, SMALL, TINY, WIDTHS, Page, Paper, header, small_print, text_width, wrap
+from smooth_gradcam import Reading, TokenMaps, at_least_float32, decode, noisy_passes, token_spans
+from studies.word_choice import split_words
+from visualization_utils import settings_text
+
+__all__ = ["Asked", "Relevances", "Shares", "prompt_words"]
+
+WARM, COLD = (0.70, 0.15, 0.12), (0.04, 0.36, 0.68)  # of words that speak for the explained one, and against it
+NAMED = 10  # words that are reported in lines
+
+
+class Shares(NamedTuple):
+    """What one word takes, as shares of the sum of absolute relevance over all positions, by layer: negative is
+    against the word. nan where no gradient reaches the layer."""
+
+    words: np.ndarray  # (K, Q), of each word of the prompt
+    photo: np.ndarray  # (K,) of the image tokens
+    answer: np.ndarray  # (K,) of the answer before the word
+
+
+def prompt_words(reading: Reading) -> tuple[list[tuple[int, int]], list[list[int]]]:
+    """(spans in `reading.prompt`, positions in the sequence) of the words of all messages, Q each.
+
+    A word is what `split_words` says. Texts that the chat template drops have none.
+    """
+    ids, tokenizer = reading.inputs["input_ids"][0].tolist(), reading.processor.tokenizer
+    kept = [i for i, token in enumerate(ids) if token != ids[int(reading.positions[0])]]
+    said = [ids[i] for i in kept]
+    text, spans, words, places, end, shown = decode(tokenizer, said), token_spans(tokenizer, said), [], [], 0, 0
+    for part in (part for message in reading.chat for part in message["content"] if "text" in part):
+        own = part["text"].strip()
+        start = text.find(unicodedata.normalize("NFC", own), end)
+        shown = reading.prompt.find(own, shown)
+        if start < 0 or not unicodedata.is_normalized("NFC", own):
+            continue
+        end = start + len(own)
+        tokens = [(max(a, start) - start, min(b, end) - start) for a, b in spans if a < end and b > start]
+        for a, b in split_words(own, tokens):
+            words.append((shown + a, shown + b))
+            places.append([i for i, (c, d) in zip(kept, spans, strict=True) if c < start + b and d > start + a])
+        shown += len(own)
+    return words, places
+
+
+class Relevances:
+    """Passes of `explain` that also collect the relevance of all positions, for each part and layer.
+
+    Raises ValueError, when they run, for settings that share no relevance out.
+    """
+
+    def __init__(self, passes: Callable = noisy_passes):
+        self.passes, self.sums = passes, {}
+
+    def __call__(self, reading: Reading, spans, taps, settings, *args) -> Iterator[tuple[int, dict]]:
+        """The same passes."""
+        if (settings.tap, settings.rules) != ("input", "attnlrp"):
+            wrong = f"tap {settings.tap} and rules {settings.rules}"
+            raise ValueError(f"relevance of the prompt's words needs tap input and rules attnlrp, not {wrong}")
+        for part, pairs in self.passes(reading, spans, taps, settings, *args):
+            for key, (features, gradient) in pairs.items():
+                if gradient is not None and features.dim() == 3:
+                    relevance = (at_least_float32(features) * at_least_float32(gradient)).sum(-1)[0]  # (L,)
+                    self.sums[part, key] = self.sums.get((part, key), 0) + relevance.cpu().numpy()
+            yield part, pairs
+
+    def asked(self, reading: Reading, word_maps: list[TokenMaps]) -> "Asked":
+        """What these words, the parts that were explained, take from the prompt."""
+        spans, places = prompt_words(reading)
+        length, image = reading.inputs["input_ids"].shape[1], reading.positions.cpu().numpy()
+        found = []
+        for part, maps in enumerate(word_maps):
+            rows = []
+            for layer in maps.maps:
+                own = self.sums.get((part, layer), np.full(length, np.nan))
+                own = own / max(float(np.abs(own).sum()), np.finfo(np.float32).tiny)
+                rows.append(([own[place].sum() for place in places], own[image].sum(), own[length:].sum()))
+            found.append(Shares(*(np.array(column, np.float32) for column in zip(*rows, strict=True))))
+        return Asked(reading.prompt, spans, list(word_maps[0].maps), found)
+
+
+class Asked(NamedTuple):
+    """What each explained word takes from the words of the prompt."""
+
+    prompt: str
+    spans: list[tuple[int, int]]  # Q words in the prompt
+    layers: list[int]  # K
+    found: list[Shares]  # of each explained word
+
+    @property
+    def middle(self) -> int:
+        """Which of the layers lines and the figure show: the one in their middle."""
+        return len(self.layers) // 2
+
+    def lines(self, names: list[str]) -> list[str]:
+        """A line for each of the first words."""
+        k, lines = self.middle, []
+        for name, own in list(zip(names, self.found, strict=True))[:NAMED]:
+            line = (
+                f"{name}: {share_text(own.photo[k])} from the photo, {share_text(own.words[k].sum())} from the prompt"
+            )
+            if len(self.spans):
+                most = int(np.abs(own.words[k]).argmax())
+                line += f" (most from {self.prompt[slice(*self.spans[most])]!r}, {share_text(own.words[k][most])})"
+            lines.append(line)
+        more = f"; {len(names) - NAMED} more in words.json" if len(names) > NAMED else ""
+        return [f"prompt words at layer {self.layers[k]}, shares of absolute relevance{more}:", *lines]
+
+    def record(self, names: list[str]) -> dict:
+        """For words.json: the words of the prompt, and of each explained word the shares by layer."""
+        words = [{"word": self.prompt[slice(*span)], "span": list(span)} for span in self.spans]
+        of_names = {
+            name: {
+                str(layer): {
+                    "photo": float(own.photo[k]),
+                    "answer": float(own.answer[k]),
+                    "words": own.words[k].tolist(),
+                }
+                for k, layer in enumerate(self.layers)
+            }
+            for name, own in zip(names, self.found, strict=True)
+        }
+        return {"words": words, "shares": of_names}
+
+    def html_data(self) -> dict:
+        """For the page: {"asked": words of the prompt, "words": what is added to each explained word}."""
+        finite = functools.partial(np.nan_to_num, nan=0.0)
+        more = [
+            {"asked": finite(own.words).round(4).tolist(), "from_photo": finite(own.photo).round(4).tolist()}
+            for own in self.found
+        ]
+        return {"asked": [{"start": start, "end": end} for start, end in self.spans], "words": more}
+
+    def figures(self, word_maps: list[TokenMaps], paper: Paper) -> dict[str, object]:
+        """{file name: the function that draws it}."""
+        return paper.figure("prompt_words", functools.partial(_figure, self, word_maps, paper))
+
+
+def _figure(asked: Asked, word_maps: list[TokenMaps], paper: Paper) -> Page:
+    """The prompt under each word of the answer, its words tinted by what the word takes from them."""
+    k, first, prompt = asked.middle, word_maps[0], asked.prompt.replace("\n", " ")
+    page = Page(WIDTHS[paper.width], prompt + first.answer)
+    title = f"What the words take from the prompt, layer {asked.layers[k]}"
+    y = header(page, MARGIN, MARGIN, title, [("Answer", first.answer, (0, 0))]) + GAP
+    values = np.abs([own.words[k] for own in asked.found])
+    largest = float(np.nan_to_num(values).max(initial=0))
+    for maps, own in zip(word_maps, asked.found, strict=True):
+        shares = {"photo": own.photo[k], "prompt": own.words[k].sum(), "answer before it": own.answer[k]}
+        numbers = ", ".join(f"{name} {share_text(share)}" for name, share in shares.items() if np.isfinite(share))
+        page.text(MARGIN, y, maps.target, SMALL, weight="bold")
+        x = MARGIN + text_width(maps.target, SMALL, page.families, "bold") + GAP
+        page.text(x, y + (SMALL - TINY) * LINE / 2, numbers or "no gradient reaches this layer", TINY, color="0.3")
+        y = _tinted(page, y + SMALL * LINE, prompt, asked.spans, own.words[k], largest) + GAP
+    text = (
+        "Red: words of the prompt that speak for the word above them; blue: against it. Relevance, gradient times hidden "
+        f"state, as shares of its absolute sum over all positions; full colour is {100 * largest:.1f} %. What is missing "
+        "to 100 % is the chat template's, or speaks against the word."
+    )
+    return page.finish(small_print(page, y, text, settings_text(first.settings)))
+
+
+def _tinted(page: Page, y: float, prompt: str, spans, shares: np.ndarray, largest: float) -> float:
+    """The prompt, wrapped, with a tint behind each word; returns the y below it."""
+    for start, end in wrap(prompt, page.inner, SMALL, page.families):
+        for (a, b), share in zip(spans, shares, strict=True):
+            a, b = max(a, start), min(b, end)
+            if a < b and largest > 0 and np.isfinite(share):
+                left = MARGIN + text_width(prompt[start:a], SMALL, page.families)
+                box = text_width(prompt[a:b], SMALL, page.families), SMALL * LINE
+                colour = (*(WARM if share > 0 else COLD), 0.7 * abs(float(share)) / largest)
+                tint = {"facecolor": colour, "edgecolor": "none", "zorder": -1, "transform": page.inches}
+                page.figure.add_artist(Rectangle((left, y), *box, **tint))
+        page.text(MARGIN, y, prompt[start:end].rstrip(), SMALL)
+        y += SMALL * LINE
+    return y
