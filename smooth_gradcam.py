@@ -1149,7 +1149,7 @@ def compute_token_maps(
 ) -> TokenMaps:  # fmt: skip
     """The raw maps of any set of layers in one pass: one answer, then one forward and backward per noisy copy.
 
-    image           path, PIL image, or uint8 RGB array (height, width, 3): see `load_rgb`; None for messages that have it
+    image           path, PIL image, or uint8 RGB array (height, width, 3): see `load_rgb`; None if the messages have it
     prompt          a text, or chat messages, whose last picture is explained unless `image` is one: see `read`
     layers          decoder layer indices (negative ones from the end), or modules of the model; the maps' keys are
                     the index of a decoder layer, the name in the model of any other module (read at its output)

@@ -80,7 +80,7 @@ TOGETHER = [  # flags that cannot be combined with another: (that one, whether i
         "--prompt_words",
         lambda args: args.prompt_words,
         ("--tap", "--rules"),
-        "its relevance needs AttnLRP's, at the input",
+        "relevance needs their defaults",
     ),
     ("--messages", lambda args: args.messages is not None, ("--prompt", "--system"), "the messages have both"),
 ]
@@ -224,8 +224,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
         nargs="+",
         default=[str(HERE / "demo.jpeg")],
         metavar="IMAGE_PATH",
-        help="photo to explain, or a list of them: a folder, a glob, a .jsonl of {image, prompt? | messages?, answer?, target?, "
-        "contrast?, mask? | box? | segmentation?}, several photos (one figure of all in flow and knockout mode)",
+        help="photo to explain, or a list of them: a folder, a glob, a .jsonl of {image, prompt? | messages?, answer?, "
+        "target?, contrast?, mask? | box? | segmentation?}, several photos (one figure of all in flow, knockout mode)",
     )
     prompt = "Describe the main content in this image in detail."
     add("--prompt", type=_text, default=prompt, help="question about the photo")
@@ -250,9 +250,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--target", *targeted, type=_text, help="explain only this word or phrase of the answer")
     which = "which one, where the answer has the target several times"
     add("--target_occurrence", *targeted, type=_count, default=1, help=which)
-    part = (
-        "of a reasoning model's answer, explain what stands behind </think>, or before it (default: answer; words: all)"
-    )
+    part = "of a reasoning model's answer: what stands behind </think>, before it, or all (default: answer; words: all)"
     add("--part", help=part)
     contrasted = tuple(mode for mode in MAPS if mode != "words")
     contrast = "explain the target's score minus that of this text in its place"

@@ -222,7 +222,8 @@ def _benchmark_rows(
 
 def benchmark_photo(
     reading: Reading, layers: list[int], methods: dict[str, Settings], target: str | None, occurrence: int, part: str,
-    given: bool, mask: np.ndarray | None, *, look: Look, paper: Paper, passes=noisy_passes, batch_size: int = 1, **measuring,
+    given: bool, mask: np.ndarray | None, *, look: Look, paper: Paper, passes=noisy_passes, batch_size: int = 1,
+    **measuring,
 ) -> tuple[dict, list[str], list[Evidence]]:  # fmt: skip
     """({file name: content}, lines to print, evidence): the measures of every method and layer, and the first's maps.
 

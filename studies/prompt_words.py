@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from common.evidence import share_text
+from common.encoding import decimal
 from common.page import GAP, LINE, MARGIN, SMALL, TINY, WIDTHS, Page, Paper, header, small_print, text_width, wrap
 from smooth_gradcam import Reading, TokenMaps, at_least_float32, decode, noisy_passes, token_spans
 from studies.word_choice import split_words
@@ -28,6 +28,10 @@ __all__ = ["Asked", "Relevances", "Shares", "prompt_words"]
 
 WARM, COLD = (0.70, 0.15, 0.12), (0.04, 0.36, 0.68)  # of words that speak for the explained one, and against it
 NAMED = 10  # words that are reported in lines
+
+
+def _percent(share: float) -> str:
+    return f"{decimal(100 * share, 1)} %"
 
 
 class Shares(NamedTuple):
@@ -116,12 +120,10 @@ class Asked(NamedTuple):
         """A line for each of the first words."""
         k, lines = self.middle, []
         for name, own in list(zip(names, self.found, strict=True))[:NAMED]:
-            line = (
-                f"{name}: {share_text(own.photo[k])} from the photo, {share_text(own.words[k].sum())} from the prompt"
-            )
+            line = f"{name}: {_percent(own.photo[k])} from the photo, {_percent(own.words[k].sum())} from the prompt"
             if len(self.spans):
                 most = int(np.abs(own.words[k]).argmax())
-                line += f" (most from {self.prompt[slice(*self.spans[most])]!r}, {share_text(own.words[k][most])})"
+                line += f" (most from {self.prompt[slice(*self.spans[most])]!r}, {_percent(own.words[k][most])})"
             lines.append(line)
         more = f"; {len(names) - NAMED} more in words.json" if len(names) > NAMED else ""
         return [f"prompt words at layer {self.layers[k]}, shares of absolute relevance{more}:", *lines]
@@ -129,18 +131,11 @@ class Asked(NamedTuple):
     def record(self, names: list[str]) -> dict:
         """For words.json: the words of the prompt, and of each explained word the shares by layer."""
         words = [{"word": self.prompt[slice(*span)], "span": list(span)} for span in self.spans]
-        of_names = {
-            name: {
-                str(layer): {
-                    "photo": float(own.photo[k]),
-                    "answer": float(own.answer[k]),
-                    "words": own.words[k].tolist(),
-                }
-                for k, layer in enumerate(self.layers)
-            }
+        shares = {
+            name: {kind: values.tolist() for kind, values in own._asdict().items()}  # by layer
             for name, own in zip(names, self.found, strict=True)
         }
-        return {"words": words, "shares": of_names}
+        return {"words": words, "shares": shares}
 
     def html_data(self) -> dict:
         """For the page: {"asked": words of the prompt, "words": what is added to each explained word}."""
@@ -166,17 +161,18 @@ def _figure(asked: Asked, word_maps: list[TokenMaps], paper: Paper) -> Page:
     largest = float(np.nan_to_num(values).max(initial=0))
     for maps, own in zip(word_maps, asked.found, strict=True):
         shares = {"photo": own.photo[k], "prompt": own.words[k].sum(), "answer before it": own.answer[k]}
-        numbers = ", ".join(f"{name} {share_text(share)}" for name, share in shares.items() if np.isfinite(share))
+        numbers = ", ".join(f"{name} {_percent(share)}" for name, share in shares.items() if np.isfinite(share))
         page.text(MARGIN, y, maps.target, SMALL, weight="bold")
         x = MARGIN + text_width(maps.target, SMALL, page.families, "bold") + GAP
         page.text(x, y + (SMALL - TINY) * LINE / 2, numbers or "no gradient reaches this layer", TINY, color="0.3")
         y = _tinted(page, y + SMALL * LINE, prompt, asked.spans, own.words[k], largest) + GAP
     text = (
-        "Red: words of the prompt that speak for the word above them; blue: against it. Relevance, gradient times hidden "
-        f"state, as shares of its absolute sum over all positions; full colour is {100 * largest:.1f} %. What is missing "
-        "to 100 % is the chat template's, or speaks against the word."
+        "Red: words of the prompt that speak for the word above them; blue: against it. Relevance, gradient times "
+        f"hidden state, as shares of its absolute sum over all positions; full colour is {_percent(largest)}. What is "
+        "missing to 100 % is the chat template's, or speaks against the word."
     )
-    return page.finish(small_print(page, y, text, settings_text(first.settings)))
+    settings = settings_text(first.settings).replace(f"method {first.settings.method}, ", "")
+    return page.finish(small_print(page, y, text, settings))
 
 
 def _tinted(page: Page, y: float, prompt: str, spans, shares: np.ndarray, largest: float) -> float:
