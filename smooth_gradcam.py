@@ -452,6 +452,8 @@ def conversation(images: list, prompt, kind: str = "image") -> tuple[list[dict],
             form = '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}'
             raise ValueError(f"prompt={prompt!r} must be a text, or a list of messages such as {form}")
         chat.append({"role": role, "content": [dict(part) for part in parts]})
+    for part in (part for message in chat for part in message["content"] if part["type"] == "text"):
+        check_text("prompt", part.get("text"))
     if chat[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's: give its text as the answer, to be explained")
     places = [part for message in chat for part in message["content"] if part["type"] == kind]
@@ -532,7 +534,6 @@ def prepare_inputs(model, processor, photos, prompt, **video) -> dict[str, Tenso
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     texts = [(message["role"], part["text"]) for message in chat for part in message["content"] if "text" in part]
     for role, said in texts:
-        check_text("prompt", said)
         for marker in processor.tokenizer.all_special_tokens:
             if marker in said and not re.search(GROUNDING, marker):
                 raise ValueError(f"prompt={said!r} contains {marker}, which stands for a picture or a turn of the chat")
