@@ -319,12 +319,16 @@ class Page:
         return axes
 
     def colour_scale(self, x, y, width, height, colours, ticks, size):
-        """Horizontal bars of colours, each (n, 3) uint8 RGB from 0 to 1, one above the other, with ticks below."""
+        """Horizontal bars of colours, each (n, 3) uint8 RGB from 0 to 1, one above the other, with ticks below.
+
+        Returns the axes.
+        """
         axes = self.axes(x, y, width, height)
         axes.imshow(np.stack(colours), aspect="auto", extent=(0, 1, 0, 1), interpolation="nearest")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.tick_params(labelsize=size, pad=1.5)
         axes.spines[:].set(color="black")
+        return axes
 
     def legend(self, y, entries: dict[str, object]) -> float:
         """{name: colour} as dots with names, in as few lines as possible; returns the y below them."""

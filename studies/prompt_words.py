@@ -166,13 +166,23 @@ def _figure(asked: Asked, word_maps: list[TokenMaps], paper: Paper) -> Page:
         x = MARGIN + text_width(maps.target, SMALL, page.families, "bold") + GAP
         page.text(x, y + (SMALL - TINY) * LINE / 2, numbers or "no gradient reaches this layer", TINY, color="0.3")
         y = _tinted(page, y + SMALL * LINE, prompt, asked.spans, own.words[k], largest) + GAP
+    bar = np.array([_tint(share) for share in np.linspace(-1, 1, 101)])  # (n, 4), to be laid on white
+    colours = np.rint(255 * (1 - bar[:, 3:] * (1 - bar[:, :3]))).astype(np.uint8)
+    axes = page.colour_scale((page.width - 2) / 2, y, 2, 0.12, [colours], (0, 0.5, 1), SMALL)
+    axes.set_xticks((0, 0.5, 1), [_percent(-largest), "0", _percent(largest)])
     text = (
         "Red: words of the prompt that speak for the word above them; blue: against it. Relevance, gradient times "
-        f"hidden state, as shares of its absolute sum over all positions; full colour is {_percent(largest)}. What is "
-        "missing to 100 % is the chat template's, or speaks against the word."
+        "hidden state, as shares of its absolute sum over all positions. What is missing to 100 % is the chat "
+        "template's, or speaks against the word."
     )
+    y += 0.12 + SMALL * LINE + GAP
     settings = settings_text(first.settings).replace(f"method {first.settings.method}, ", "")
     return page.finish(small_print(page, y, text, settings))
+
+
+def _tint(share: float) -> tuple[float, float, float, float]:
+    """The colour and opacity of a share from -1 to 1."""
+    return (*(WARM if share > 0 else COLD), 0.7 * abs(float(share)))
 
 
 def _tinted(page: Page, y: float, prompt: str, spans, shares: np.ndarray, largest: float) -> float:
@@ -183,8 +193,12 @@ def _tinted(page: Page, y: float, prompt: str, spans, shares: np.ndarray, larges
             if a < b and largest > 0 and np.isfinite(share):
                 left = MARGIN + text_width(prompt[start:a], SMALL, page.families)
                 box = text_width(prompt[a:b], SMALL, page.families), SMALL * LINE
-                colour = (*(WARM if share > 0 else COLD), 0.7 * abs(float(share)) / largest)
-                tint = {"facecolor": colour, "edgecolor": "none", "zorder": -1, "transform": page.inches}
+                tint = {
+                    "facecolor": _tint(share / largest),
+                    "edgecolor": "none",
+                    "zorder": -1,
+                    "transform": page.inches,
+                }
                 page.figure.add_artist(Rectangle((left, y), *box, **tint))
         page.text(MARGIN, y, prompt[start:end].rstrip(), SMALL)
         y += SMALL * LINE

@@ -55,7 +55,9 @@ def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple
     nothing is left, or for a word that is not in the answer.
     """
     if isinstance(words, str) and words in ("content", "all"):
+        marks = [mark.span() for mark in re.finditer("</?think>", answer)]
         chosen = split_words(answer, spans)
+        chosen = [word for word in chosen if not any(start < word[0] < end for start, end in marks)]
         if words == "content":
             function_words = FUNCTION_WORDS.split()
             chosen = [span for span in chosen if answer[slice(*span)].lower() not in function_words]

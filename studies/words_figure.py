@@ -49,7 +49,8 @@ DOUBT = "#b3261e"  # of the evidence of a word that is not to be believed
 
 def _columns_of_text(word_maps: list[TokenMaps]) -> list[tuple[str, str]]:
     """For each word (the answer's text since the word before, the word with the punctuation that follows it)."""
-    answer, columns, end = word_maps[0].answer, [], 0
+    answer, columns, end = word_maps[0].answer, [], word_maps[0].thinking
+    end = end if word_maps[0].target_span[0] >= end else 0
     for i, word in enumerate(word_maps):
         start, stop = word.target_span
         before, end = answer[min(end, start) : start].strip(), stop

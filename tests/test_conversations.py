@@ -558,6 +558,7 @@ def test_words_of_thinking_and_answer_are_drawn_apart(drive, tmp_path):
     assert record["answer"][: record["thinking"]] == "<think>the cat</think> "
     behind = [word["word"] for word in record["words"] if word["span"][0] >= record["thinking"]]
     assert behind == ["red", "cat"]
+    assert [word["word"] for word in record["words"]] == ["the", "cat", *behind]
     code, out, _ = drive(
         "--mode", "words", "--words", "all", "--answer", "<think>the</think> red cat", "--part", "answer"
     )

@@ -67,6 +67,8 @@ def make_data(
         "file_name": "photo.jpeg",
         "prompt": "What is in this image?",
         "answer": answer,
+        "thinking": 0,
+        "cut_off": False,
         "grid": list(grid),
         "layers": list(layers),
         "settings": "Score: sum of the logits.",
