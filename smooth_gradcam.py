@@ -494,8 +494,6 @@ def answered(
             tokens, cut_off = generate(model, tokenizer, inputs, max_new_tokens)
         if len(tokens) >= 8 and len(set(tokens)) == 1:
             warn(f"the model repeats one token, {decode(tokenizer, tokens[:1])!r}: its weights may be damaged")
-        elif cut_off:
-            warn(f"the answer was cut off after {len(tokens)} tokens: raise max_new_tokens")
     else:
         tokens = tokenise(tokenizer, answer)
     text, spans = decode(tokenizer, tokens), token_spans(tokenizer, tokens)

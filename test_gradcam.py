@@ -52,6 +52,7 @@ from common.evidence import (
     explain_by_methods,
     explain_with_evidence,
     passed,
+    warnings_of,
 )
 from common.files import other_files, output_folder
 from common.messages import load_messages, paths_of, prompt_of, take_last
@@ -437,6 +438,7 @@ def run(args: argparse.Namespace) -> Done:
             with vision_kept(model):
                 readings = [read_question(one, model, processor, args) for one in asked]
                 files, lines, _ = explain_mode(request, readings, [one.name for one in asked], layers, mask)
+        lines = cut_off_lines(readings, [one.name for one in asked]) + lines
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)
 
@@ -450,6 +452,13 @@ def read_question(question: Question, model, processor, args: argparse.Namespace
         if not question.where:
             raise
         raise ValueError(f"{question.where}: {exc}") from exc
+
+
+def cut_off_lines(readings: list[Reading], names: list[str]) -> list[str]:
+    """A warning for each generated answer that has no end."""
+    cut_off = {name: len(one.tokens) for name, one in zip(names, readings, strict=True) if one.cut_off}
+    said = {name: f"the answer was cut off after {count} tokens: --max_new_tokens" for name, count in cut_off.items()}
+    return warnings_of(said)
 
 
 def explain_list(request: Request) -> Done:
@@ -475,9 +484,12 @@ def explain_list(request: Request) -> Done:
             reading = read(model, processor, photo, prompt_of(asked), asked.answer, asked.max_new_tokens)
             wanted = args.mode == "evaluate" or (args.mode == "knockout" and args.window is not None)
             mask = object_mask(item.object, photo.size) if item.object and wanted else None
+            names = [readable(item.image.name)]
             if args.mode == "evaluate":
-                return reading, *measure_photo(own, reading, layers, mask)
-            return reading, *explain_mode(own, [reading], [readable(item.image.name)], layers, mask)
+                files, lines, evidence = measure_photo(own, reading, layers, mask)
+            else:
+                files, lines, evidence = explain_mode(own, [reading], names, layers, mask)
+            return reading, files, cut_off_lines([reading], names) + lines, evidence
 
     done = run_list(
         args, explain_photo, about, subfolders=layers if args.mode == "comparative" else (),
