@@ -13,12 +13,17 @@ memory that ran out, or a photo of a list that cannot be explained. A failed run
 The flags stand first: torch and transformers, which take seconds to load, are imported once they are known to be good.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without more ado, until `main` can tidy up
+
+# ruff: noqa: E402  (importing takes time; torch takes seconds)
 import argparse
 import functools
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 import unicodedata
@@ -30,15 +35,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without more ado, until `main` can tidy up
-
 from common.flags import FOLDERS, parse_args
 
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags are answered here
 
-# ruff: noqa: E402  (torch takes seconds to load)
 import numpy as np
 import transformers
 from PIL import Image

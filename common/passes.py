@@ -59,6 +59,13 @@ def contrasted_passes(
     if len(spans) != 1:
         raise ValueError(f"contrast={settings.contrast!r} takes the place of one part of the answer, not {len(spans)}")
     other, span = with_contrast(reading, spans[0], settings.contrast)
+    count, own = len(other.tokens_of(span)), len(reading.tokens_of(spans[0]))
+    if max(count, own) > 2 * min(count, own):
+        message = (
+            f"contrast={settings.contrast!r} has {count} tokens, the target {own}: scores are sums over tokens, "
+            "so the map mostly shows the difference in length"
+        )
+        warnings.warn(message, ExplanationWarning, stacklevel=2)
     targets = noisy_passes(reading, spans, taps, settings, progress, batch_size)
     contrasts = noisy_passes(other, [span], taps, settings, None, batch_size)  # the seed makes the noise the same
     for (part, pairs), (_, contrast_pairs) in zip(targets, contrasts, strict=True):
@@ -71,12 +78,6 @@ def with_contrast(reading: Reading, span: tuple[int, int], contrast: str) -> tup
     first, last = reading.spans[indices[0]][0], reading.spans[indices[-1]][1]  # of whole tokens: all their text is kept
     text = reading.answer[first : span[0]] + contrast + reading.answer[span[1] : last]
     tokens = tokenise(reading.processor.tokenizer, text, "contrast")
-    if max(len(tokens), len(indices)) > 2 * min(len(tokens), len(indices)):
-        message = (
-            f"contrast={contrast!r} has {len(tokens)} tokens, the target {len(indices)}: scores are sums over tokens, "
-            "so the map mostly shows the difference in length"
-        )
-        warnings.warn(message, ExplanationWarning, stacklevel=2)
     spans = [*reading.spans[: indices[0]], *[(first, first + len(text))] * len(tokens)]
     answer = reading.answer[:first] + text
     other = replace(reading, tokens=reading.tokens[: indices[0]] + tokens, spans=spans, answer=answer)
