@@ -85,6 +85,7 @@ from visualization_utils import (
     draw_grid,
     draw_multilayer,
     draw_single,
+    ninths,
     select_layers,
     visualize_multiple_layers,
 )
@@ -228,7 +229,7 @@ def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str,
     """The layers that the mode explains, of each third in comparative mode. Raises ValueError."""
     if args.mode == "comparative":
         return comparative_layers(total)
-    layers = args.layers
+    layers = args.layers or (ninths(total) if args.mode == "multi" else ["auto"])
     if args.mode == "single":
         layers = [total // 2 if args.layer is None else args.layer]
     try:
@@ -519,6 +520,8 @@ def main(argv: list[str] | None = None, signals: Sequence[int] = ()) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
+    for note in args.notes:
+        say(f"note: {note}")
     try:
         with quietly(args.verbose):
             done = run(args)

@@ -69,11 +69,11 @@ __all__ = [
     *("draw_single", "draw_grid", "draw_multilayer", "draw_comparative", "draw_layer", "layer_pictures"),
     *("select_layers", "comparative_layers", "split_thirds", "spread", "strongest_of", "strength", "check_drawing"),
     *("text_rows", "photo_rows", "photo_names", "method_title", "settings_text", "look_text", "caption", "made_from"),
-    *("footer", "full_colour", "reliance"),
+    *("footer", "full_colour", "reliance", "quarters", "ninths"),
 ]
 
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
-AUTO_LAYERS, LAYERS_PER_THIRD = 6, 3  # representative layers of "auto", and of a third in the comparative analysis
+LAYERS_PER_THIRD = 3  # in the comparative analysis
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
 
 
@@ -105,8 +105,18 @@ def comparative_layers(total: int, layers_per_third: int | None = LAYERS_PER_THI
     return {name: spread(layers, layers_per_third or len(layers)) for name, layers in split_thirds(total).items()}
 
 
+def quarters(total: int) -> list[int]:
+    """The layers of `visualize_multiple_layers` unless chosen: at a quarter, a half, three quarters, and the last."""
+    return sorted({total // 4, total // 2, 3 * total // 4, total - 1})
+
+
+def ninths(total: int) -> list[int]:
+    """Those of multi mode: two, four and six ninths of the way to the last layer, and the last; 6 12 18 27 of 28."""
+    return [*dict.fromkeys(part * (total - 1) // 9 for part in (2, 4, 6, 9))]
+
+
 def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
-    """Layer indices of "auto" (six, evenly spaced), "early", "middle", "late" (thirds), "all", or of a list.
+    """Layer indices of "auto" (six, a fifth of the layers apart), "early", "middle", "late" (thirds), "all", or a list.
 
     Raises ValueError that names the value and what is valid.
     """
@@ -118,7 +128,7 @@ def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
         )
     layers = list(range(total))
     if layer_range == "auto":
-        return spread(layers, AUTO_LAYERS)
+        return sorted({*layers[:: max(1, total // 5)][:5], total - 1})
     return layers if layer_range == "all" else split_thirds(total)[layer_range]
 
 
@@ -519,13 +529,14 @@ def visualize_multiple_layers(
     model, processor, image, prompt, layer_indices=None, save_dir="cam_results_multilayer",
     *, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, paper=PAGE, **settings,
 ):  # fmt: skip
-    """Heatmaps and overlays of chosen layers, `layer_indices`; None is six representative ones.
+    """Heatmaps and overlays of chosen layers, `layer_indices`; None is those of `quarters`, 7 14 21 27 of 28.
 
     Writes original_image.png, all_layers_comparison.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
     Further arguments, result and errors are those of `create_layer_comparison_grid`.
     """
     check_drawing(look, paper)
-    layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
+    total = get_model_layers(model)[1]
+    layers = quarters(total) if layer_indices is None else select_layers(layer_indices, total)
     settings |= {"num_samples": num_samples, "noise_std": noise_std}
     return _create(model, processor, image, prompt, layers, save_dir, draw_multilayer, look, paper, quiet, **settings)
 

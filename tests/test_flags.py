@@ -40,7 +40,7 @@ def test_examples_of_the_help_can_be_parsed(capsys):
 
 def test_defaults_stand_in_the_help():
     text = " ".join(make_parser()[0].format_help().split())
-    for default in ("single", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "logit"):
+    for default in ("grid", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "logit"):
         assert f"(default: {default})" in text
     assert "a whole answer and in flow mode (default: auto)" in text
 
@@ -93,7 +93,7 @@ def test_choices_of_the_flags_are_those_of_the_modules():
 
 
 def test_flags_are_those_of_the_command_line_unless_given(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["test_gradcam.py", "--layer", "5"])
+    monkeypatch.setattr("sys.argv", ["test_gradcam.py", "--mode", "single", "--layer", "5"])
     assert parse_args().layer == 5
     assert parse_args([]).layer is None
 
