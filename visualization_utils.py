@@ -1,7 +1,7 @@
 """Figures of Grad-CAM maps over the layers of a Qwen2.5-VL, for reading and for printing.
 
     photo, prompt -> TokenMaps          compute_token_maps: one pass for all layers
-      -> {layer: pictures}              LayerPictures: heatmap and overlay in the photo's own size, drawn on access
+      -> {layer: pictures}              LayerPictures: heatmap and overlay in the photo's own size, drawn when asked for
       -> {file name: content}           draw_...: these pictures, and a figure of all of them, laid out on a Page
       -> files                          output_folder: all files or none
 
@@ -11,7 +11,7 @@ Shapes:  H, W  rows and columns of image tokens     height, width  pixels of the
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -177,32 +177,68 @@ def draw_layer(
     return render_overlay(photo, cam, look, peak) if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
 
 
-class LayerPictures(Mapping):
-    """{"superimposed", "heatmap", "cam"} of one layer, drawn at each access: those of many layers would fill memory.
+_UNDRAWN = object()
+
+
+class LayerPictures(dict):
+    """{"superimposed", "heatmap", "cam"} of one layer; a picture is drawn when it is first asked for, and then kept.
 
     The first two are uint8 RGB (height, width, 3) of the photo's own size, grey panels where there is no map; the last
-    is the raw map, float32 (H, W).
+    is the raw map, float32 (H, W). Otherwise a dict like any other. What is asked for all values draws all of them;
+    copies and pickles are plain dicts.
     """
 
     def __init__(self, photo: Image.Image, token_maps: TokenMaps, layer, look: Look = PLAIN, strongest=None):
+        super().__init__(superimposed=_UNDRAWN, heatmap=_UNDRAWN, cam=token_maps.maps[layer])
         self.photo, self.token_maps, self.layer, self.look, self.strongest = photo, token_maps, layer, look, strongest
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name == "cam":
-            return self.token_maps.maps[self.layer]
-        if name not in self:
-            raise KeyError(name)
+    def draw(self, name: str) -> np.ndarray:
+        """The picture "superimposed" or "heatmap", newly drawn and not kept: those of many layers would fill memory."""
         overlay = name == "superimposed"
         return draw_layer(self.photo, self.token_maps, self.layer, overlay, self.look, self.strongest)
 
-    def __contains__(self, name) -> bool:
-        return name in tuple(self)
+    def __getitem__(self, name):
+        value = super().__getitem__(name)
+        if value is _UNDRAWN:
+            value = self[name] = self.draw(name)
+        return value
 
-    def __iter__(self):
-        return iter(("superimposed", "heatmap", "cam"))
+    def __iter__(self):  # with an iterator of its own, dict(pictures) and f(**pictures) ask for each item
+        return super().__iter__()
 
-    def __len__(self) -> int:
-        return 3
+    def get(self, name, default=None):
+        return self[name] if name in self else default  # noqa: SIM401  (this is what dict.get does)
+
+    def __reduce__(self):
+        return dict, (dict(self),)
+
+
+def _drawn_first(name: str):
+    method = getattr(dict, name)
+
+    @functools.wraps(method)
+    def drawn_first(self, *given, **named):
+        for key in self:
+            self[key]  # is drawn
+        return method(self, *given, **named)
+
+    return drawn_first
+
+
+for _name in (
+    "values",
+    "items",
+    "copy",
+    "pop",
+    "popitem",
+    "setdefault",
+    "__or__",
+    "__ror__",
+    "__eq__",
+    "__ne__",
+    "__repr__",
+):
+    setattr(LayerPictures, _name, _drawn_first(_name))
 
 
 def layer_pictures(
@@ -430,7 +466,7 @@ def _layers_figure(
 
 def _layer_files(results: dict, folder: str = "") -> dict[str, object]:
     return {
-        f"{folder}layer_{layer}_{kind}.png": functools.partial(result.__getitem__, kind)
+        f"{folder}layer_{layer}_{kind}.png": functools.partial(result.draw, kind)
         for layer, result in results.items()
         for kind in ("heatmap", "superimposed")
     }
@@ -444,8 +480,8 @@ def draw_single(
     ((layer, result),) = layer_pictures(photo, token_maps, look).items()
     return result, {
         "original_image.png": photo,
-        "heatmap.png": functools.partial(result.__getitem__, "heatmap"),
-        "superimposed_result.png": functools.partial(result.__getitem__, "superimposed"),
+        "heatmap.png": functools.partial(result.draw, "heatmap"),
+        "superimposed_result.png": functools.partial(result.draw, "superimposed"),
     } | paper.figure("visualization", functools.partial(_panel_figure, photo, token_maps, layer, look, paper))
 
 
