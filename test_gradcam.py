@@ -42,6 +42,7 @@ if __name__ == "__main__":
 import numpy as np
 import transformers
 from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # noqa: F401  (users import them from here)
 
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, model_named, resolve_device
 from common.evidence import (
@@ -54,6 +55,7 @@ from common.evidence import (
     passed,
 )
 from common.files import other_files, output_folder
+from common.notebook import Shown
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
 from common.photos import load_mask, load_photo, object_mask, open_photos, readable
@@ -129,7 +131,8 @@ def single_layer_visualization(
         token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
         result, files = draw_single(photo, token_maps, look, paper)
         write(files)
-    return dict(result) | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
+    about = {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
+    return Shown(dict(result) | about, files["visualization.png"])
 
 
 # what is asked for

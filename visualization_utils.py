@@ -11,15 +11,21 @@ Shapes:  H, W  rows and columns of image tokens     height, width  pixels of the
 """
 
 import functools
+import os  # noqa: F401  (users import it from here, as gridspec, plt and Rectangle)
 from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+from matplotlib import gridspec  # noqa: F401
+from matplotlib import pyplot as plt  # noqa: F401
+from matplotlib.patches import Rectangle  # noqa: F401
 from PIL import Image
 
 from common.bands import render_heatmap, render_overlay
-from common.evidence import departures, doubt_of, explain_with_evidence
+from common.evidence import FADED, departures, doubt_of, explain_with_evidence
 from common.files import output_folder
+from common.lazy import LazyDict
+from common.notebook import Shown, show_in_notebook
 from common.page import (
     BAND,
     BODY_HEIGHTS,
@@ -71,6 +77,8 @@ __all__ = [
     *("text_rows", "photo_rows", "photo_names", "method_title", "settings_text", "look_text", "caption", "made_from"),
     *("footer", "full_colour", "reliance", "quarters", "ninths"),
 ]
+
+show_in_notebook()
 
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
 LAYERS_PER_THIRD = 3  # in the comparative analysis
@@ -135,7 +143,6 @@ def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
 # pictures of one layer
 
 WEAK = 0.05  # share of the figure's strongest map below which a map is called weak
-FADED = 0.35  # share of the colours that a map gets which is not to be believed
 
 
 def strongest_of(token_maps: Iterable[TokenMaps]) -> float:
@@ -177,68 +184,21 @@ def draw_layer(
     return render_overlay(photo, cam, look, peak) if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
 
 
-_UNDRAWN = object()
-
-
-class LayerPictures(dict):
+class LayerPictures(LazyDict):
     """{"superimposed", "heatmap", "cam"} of one layer; a picture is drawn when it is first asked for, and then kept.
 
     The first two are uint8 RGB (height, width, 3) of the photo's own size, grey panels where there is no map; the last
-    is the raw map, float32 (H, W). Otherwise a dict like any other. What is asked for all values draws all of them;
-    copies and pickles are plain dicts.
+    is the raw map, float32 (H, W).
     """
 
     def __init__(self, photo: Image.Image, token_maps: TokenMaps, layer, look: Look = PLAIN, strongest=None):
-        super().__init__(superimposed=_UNDRAWN, heatmap=_UNDRAWN, cam=token_maps.maps[layer])
+        super().__init__("superimposed", "heatmap", cam=token_maps.maps[layer])
         self.photo, self.token_maps, self.layer, self.look, self.strongest = photo, token_maps, layer, look, strongest
 
-    def draw(self, name: str) -> np.ndarray:
-        """The picture "superimposed" or "heatmap", newly drawn and not kept: those of many layers would fill memory."""
+    def make(self, name: str) -> np.ndarray:
+        """The picture, newly drawn and not kept: those of many layers would fill memory."""
         overlay = name == "superimposed"
         return draw_layer(self.photo, self.token_maps, self.layer, overlay, self.look, self.strongest)
-
-    def __getitem__(self, name):
-        value = super().__getitem__(name)
-        if value is _UNDRAWN:
-            value = self[name] = self.draw(name)
-        return value
-
-    def __iter__(self):  # with an iterator of its own, dict(pictures) and f(**pictures) ask for each item
-        return super().__iter__()
-
-    def get(self, name, default=None):
-        return self[name] if name in self else default  # noqa: SIM401  (this is what dict.get does)
-
-    def __reduce__(self):
-        return dict, (dict(self),)
-
-
-def _drawn_first(name: str):
-    method = getattr(dict, name)
-
-    @functools.wraps(method)
-    def drawn_first(self, *given, **named):
-        for key in self:
-            self[key]  # is drawn
-        return method(self, *given, **named)
-
-    return drawn_first
-
-
-for _name in (
-    "values",
-    "items",
-    "copy",
-    "pop",
-    "popitem",
-    "setdefault",
-    "__or__",
-    "__ror__",
-    "__eq__",
-    "__ne__",
-    "__repr__",
-):
-    setattr(LayerPictures, _name, _drawn_first(_name))
 
 
 def layer_pictures(
@@ -466,7 +426,7 @@ def _layers_figure(
 
 def _layer_files(results: dict, folder: str = "") -> dict[str, object]:
     return {
-        f"{folder}layer_{layer}_{kind}.png": functools.partial(result.draw, kind)
+        f"{folder}layer_{layer}_{kind}.png": functools.partial(result.make, kind)
         for layer, result in results.items()
         for kind in ("heatmap", "superimposed")
     }
@@ -480,15 +440,15 @@ def draw_single(
     ((layer, result),) = layer_pictures(photo, token_maps, look).items()
     return result, {
         "original_image.png": photo,
-        "heatmap.png": functools.partial(result.draw, "heatmap"),
-        "superimposed_result.png": functools.partial(result.draw, "superimposed"),
+        "heatmap.png": functools.partial(result.make, "heatmap"),
+        "superimposed_result.png": functools.partial(result.make, "superimposed"),
     } | paper.figure("visualization", functools.partial(_panel_figure, photo, token_maps, layer, look, paper))
 
 
 def _draw_layers(photo, token_maps: TokenMaps, name: str, look: Look, paper: Paper) -> tuple[dict, dict[str, object]]:
     results, title = layer_pictures(photo, token_maps, look), f"{method_title(token_maps.settings)} by layer"
     figure = functools.partial(_layers_figure, photo, token_maps, list(results), title, look=look, paper=paper)
-    return results, paper.figure(name, figure) | _layer_files(results)
+    return Shown(results, figure), paper.figure(name, figure) | _layer_files(results)
 
 
 def draw_grid(image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE) -> tuple[dict, dict[str, object]]:
@@ -516,12 +476,13 @@ def draw_comparative(
     results = layer_pictures(photo, token_maps, look)
     draw = functools.partial(_layers_figure, photo, token_maps, look=look, paper=paper)
     heading = f"{title}: early, middle and late layers"
-    files = paper.figure("comparative_analysis", functools.partial(draw, list(results), heading, thirds))
+    whole = functools.partial(draw, list(results), heading, thirds)
+    files = paper.figure("comparative_analysis", whole)
     pictures = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
     for name, layers in pictures.items():
         figure = functools.partial(draw, list(layers), f"{title}, {name} layers")
         files |= paper.figure(f"{name}/layer_comparison_grid", figure) | _layer_files(layers, f"{name}/")
-    return pictures, files
+    return Shown(pictures, whole), files
 
 
 # the documented entry points
