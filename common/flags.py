@@ -356,6 +356,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
     args.layers = [part for parts in args.layers or args.layer_range or [] for part in parts]  # none: the mode's own
     if len(args.layers) > 1 and any(isinstance(part, str) for part in args.layers):
         raise ValueError(f"{flag} takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
+    args.layer_range = next((part for part in args.layers if isinstance(part, str)), args.layers or "auto")
     if args.noise_std == 0 and "--num_samples" in given and args.num_samples > 1:
         notes.append(f"--num_samples {args.num_samples}: without noise, copies would be equal, so one is made")
     if args.overwrite and not args.listed:
