@@ -319,14 +319,14 @@ def _in_full(word: str, known: Iterable[str]) -> str:
 
 
 def own_words() -> list[str]:
-    """The words of the command line that are meant for us: in a notebook, not the kernel's connection file."""
+    """The words of the command line, without a notebook kernel's own: -f FILE.json and --Class.name=value."""
     if "ipykernel" not in sys.modules:
         return sys.argv[1:]
     words = []
     for word in sys.argv[1:]:
         if words[-1:] == ["-f"] and word.endswith(".json"):
             words.pop()
-        elif not (word.startswith("--f=") and word.endswith(".json")):
+        elif not re.match(r"--f=.*\.json$|--\w+\.\w+=", word):
             words.append(word)
     return words
 

@@ -34,10 +34,10 @@ ITEM = '<div style="display:inline-block;margin:4px;vertical-align:top;text-alig
 class Shown(dict):
     """A dict of results that a notebook shows as their figure, or page; copies and pickles are plain dicts.
 
-    `figure` is a function that draws it, as in the files of `output_folder`; `page` is the text of an HTML file.
+    `figure` is a picture or what draws it, as in the files of `output_folder`; `page` is the text of an HTML file.
     """
 
-    def __init__(self, results: dict, figure: Callable | None = None, page: str | None = None):
+    def __init__(self, results: dict, figure: Callable | np.ndarray | None = None, page: str | None = None):
         super().__init__(results)
         self._figure, self._page = figure, page
 
@@ -45,7 +45,7 @@ class Shown(dict):
         if self._figure is None:
             return None
         with DRAWING:
-            picture = Image.fromarray(np.asarray(self._figure()))
+            picture = Image.fromarray(np.asarray(self._figure() if callable(self._figure) else self._figure))
         return encode(_at_most(picture, FIGURE_WIDTH, picture.height))
 
     def _repr_html_(self) -> str | None:
