@@ -658,9 +658,8 @@ def occurrences(answer: str, target: str, name: str = "target") -> list[tuple[in
         other = re.search(literal, answer, re.IGNORECASE) if wanted else None
         hint = f": there is {other[0]!r}" if other else ""
         words = ", ".join(list(dict.fromkeys(re.findall(r"\w+", answer)))[:40])
-        raise ValueError(
-            f"{name}={target!r} is not in the answer {answer!r} (letter case counts{hint}; its words: {words})"
-        )
+        said = f"{name}={target!r} is not in the answer {answer!r} (letter case counts{hint}; its words: {words})"
+        raise ValueError(said)
     return [match.span() for match in found]
 
 
@@ -1182,8 +1181,7 @@ def compute_token_maps(
 # pictures
 
 
-# the first five are perceptually uniform
-COLORMAPS = ("plasma", "inferno", "magma", "viridis", "cividis", "turbo", "jet")
+COLORMAPS = ("plasma", "inferno", "magma", "viridis", "cividis", "turbo", "jet")  # the first five: perceptually uniform
 UPSAMPLING = {"smooth": "bilinear", "cells": "nearest-exact"}
 SCALES = ("map", "word", "all")
 OPAQUE, HALF = 0.7, 0.5  # opacity that follows the value: the most there is, and the value from which on it is that
@@ -1250,10 +1248,7 @@ def opacity_of(cam01: np.ndarray, look: Look) -> np.ndarray:
 
 
 def overlay_cam(image_rgb: np.ndarray, heatmap: np.ndarray, alpha: float | np.ndarray = 0.5) -> np.ndarray:
-    """`alpha` parts of the heatmap over 1 - `alpha` parts of the photo, both (height, width, 3) uint8 RGB.
-
-    `alpha` is a number, or one for each pixel, (height, width).
-    """
+    """`alpha` parts, a number or (height, width), of the heatmap over 1 - `alpha` of the photo, both uint8 RGB."""
     photo, heatmap = np.ascontiguousarray(image_rgb), np.ascontiguousarray(heatmap)
     alpha = np.ascontiguousarray(np.broadcast_to(np.float32(alpha), photo.shape[:2]))
     return cv2.blendLinear(photo, heatmap, 1 - alpha, alpha)
@@ -1291,11 +1286,18 @@ class SmoothQwenGradCAM:
         self.model, self.processor, self.target_layer, self.options = model, processor, target_layer, options
         self.num_samples, self.noise_std, self.look = num_samples, noise_std, look or Look()
         self.result: TokenMaps | None = None  # of the last generate_cam
+        self.feature_maps, self.gradients, self.hooks = None, None, []  # nothing of a pass outlives it: see `result`
+        self.remove_hooks = self._remove_hooks = self.hooks.clear
 
     @property
     def device(self) -> torch.device:
-        """Where the model's embeddings are."""
+        """Where the model's embeddings are, and so inputs; another one is a ValueError, as the model stays there."""
         return self.model.get_input_embeddings().weight.device
+
+    @device.setter
+    def device(self, device):
+        if torch.device(device) != self.device and str(device) != self.device.type:
+            raise ValueError(f"device={device!r} must be the model's, {self.device}: move the model, and inputs follow")
 
     def generate_cam(self, image, prompt, use_smooth=True):
         """(superimposed, heatmap): uint8 RGB arrays (height, width, 3) of the photo's own size.
@@ -1305,8 +1307,8 @@ class SmoothQwenGradCAM:
         what `compute_token_maps` raises.
         """
         settings = {"num_samples": self.num_samples, "noise_std": self.noise_std, "use_smooth": use_smooth}
-        layers = [self.target_layer]
-        self.result = compute_token_maps(self.model, self.processor, image, prompt, layers, **settings, **self.options)
+        given = self.model, self.processor, image, prompt, [self.target_layer]
+        self.result = compute_token_maps(*given, **settings, **self.options)
         ((layer, cam),) = self.result.maps.items()
         if layer in self.result.blank:
             advice = 'choose an earlier layer, or tap="input" with a decoder layer'

@@ -43,6 +43,7 @@ if __name__ == "__main__":
 import numpy as np
 import transformers
 from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # noqa: F401  (users import them from here)
 
 from common.checkpoint import count_layers, load_model, load_processor, model_identity, model_named, resolve_device
 from common.evidence import (
@@ -57,6 +58,7 @@ from common.evidence import (
 )
 from common.files import other_files, output_folder
 from common.messages import load_messages, paths_of, prompt_of, take_last
+from common.notebook import Shown
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
 from common.photos import load_mask, load_photo, object_mask, open_photos, readable
@@ -88,6 +90,7 @@ from visualization_utils import (
     draw_grid,
     draw_multilayer,
     draw_single,
+    ninths,
     select_layers,
     visualize_multiple_layers,
 )
@@ -131,7 +134,8 @@ def single_layer_visualization(
         token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
         result, files = draw_single(photo, token_maps, look, paper)
         write(files)
-    return dict(result) | {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
+    about = {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
+    return Shown(dict(result) | about, files["visualization.png"])
 
 
 # what is asked for
@@ -238,7 +242,7 @@ def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str,
     """The layers that the mode explains, of each third in comparative mode. Raises ValueError."""
     if args.mode == "comparative":
         return comparative_layers(total)
-    layers = args.layers
+    layers = args.layers or (ninths(total) if args.mode == "multi" else ["auto"])
     if args.mode == "single":
         layers = [total // 2 if args.layer is None else args.layer]
     try:
@@ -549,6 +553,8 @@ def main(argv: list[str] | None = None, signals: Sequence[int] = ()) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = parse_args(argv)
+    for note in args.notes:
+        say(f"note: {note}")
     try:
         with quietly(args.verbose):
             done = run(args)

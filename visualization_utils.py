@@ -1,7 +1,7 @@
 """Figures of Grad-CAM maps over the layers of a Qwen2.5-VL, for reading and for printing.
 
     photo, prompt -> TokenMaps          compute_token_maps: one pass for all layers
-      -> {layer: pictures}              LayerPictures: heatmap and overlay in the photo's own size, drawn on access
+      -> {layer: pictures}              LayerPictures: heatmap and overlay in the photo's own size, drawn when asked for
       -> {file name: content}           draw_...: these pictures, and a figure of all of them, laid out on a Page
       -> files                          output_folder: all files or none
 
@@ -11,15 +11,21 @@ Shapes:  H, W  rows and columns of image tokens     height, width  pixels of the
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+import os  # noqa: F401  (users import it from here, as gridspec, plt and Rectangle)
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+from matplotlib import gridspec  # noqa: F401
+from matplotlib import pyplot as plt  # noqa: F401
+from matplotlib.patches import Rectangle  # noqa: F401
 from PIL import Image
 
 from common.bands import render_heatmap, render_overlay
-from common.evidence import departures, doubt_of, explain_with_evidence
+from common.evidence import FADED, departures, doubt_of, explain_with_evidence
 from common.files import output_folder
+from common.lazy import LazyDict
+from common.notebook import Shown, show_in_notebook
 from common.page import (
     BAND,
     BODY_HEIGHTS,
@@ -69,11 +75,13 @@ __all__ = [
     *("draw_single", "draw_grid", "draw_multilayer", "draw_comparative", "draw_layer", "layer_pictures"),
     *("select_layers", "comparative_layers", "split_thirds", "spread", "strongest_of", "strength", "check_drawing"),
     *("text_rows", "photo_rows", "photo_names", "method_title", "settings_text", "look_text", "caption", "made_from"),
-    *("footer", "full_colour", "reliance"),
+    *("footer", "full_colour", "reliance", "quarters", "ninths"),
 ]
 
+show_in_notebook()
+
 LAYER_RANGES = ("auto", "early", "middle", "late", "all")
-AUTO_LAYERS, LAYERS_PER_THIRD = 6, 3  # representative layers of "auto", and of a third in the comparative analysis
+LAYERS_PER_THIRD = 3  # in the comparative analysis
 EXCERPT = {"prompt": 300, "answer": 420, "target": 80}  # columns of text shown of each
 
 
@@ -105,8 +113,18 @@ def comparative_layers(total: int, layers_per_third: int | None = LAYERS_PER_THI
     return {name: spread(layers, layers_per_third or len(layers)) for name, layers in split_thirds(total).items()}
 
 
+def quarters(total: int) -> list[int]:
+    """The layers of `visualize_multiple_layers` unless chosen: at a quarter, a half, three quarters, and the last."""
+    return sorted({total // 4, total // 2, 3 * total // 4, total - 1})
+
+
+def ninths(total: int) -> list[int]:
+    """Those of multi mode: two, four and six ninths of the way to the last layer, and the last; 6 12 18 27 of 28."""
+    return [*dict.fromkeys(part * (total - 1) // 9 for part in (2, 4, 6, 9))]
+
+
 def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
-    """Layer indices of "auto" (six, evenly spaced), "early", "middle", "late" (thirds), "all", or of a list.
+    """Layer indices of "auto" (six, a fifth of the layers apart), "early", "middle", "late" (thirds), "all", or a list.
 
     Raises ValueError that names the value and what is valid.
     """
@@ -118,14 +136,13 @@ def select_layers(layer_range: str | Iterable[int], total: int) -> list[int]:
         )
     layers = list(range(total))
     if layer_range == "auto":
-        return spread(layers, AUTO_LAYERS)
+        return sorted({*layers[:: max(1, total // 5)][:5], total - 1})
     return layers if layer_range == "all" else split_thirds(total)[layer_range]
 
 
 # pictures of one layer
 
 WEAK = 0.05  # share of the figure's strongest map below which a map is called weak
-FADED = 0.35  # share of the colours that a map gets which is not to be believed
 
 
 def strongest_of(token_maps: Iterable[TokenMaps]) -> float:
@@ -167,32 +184,21 @@ def draw_layer(
     return render_overlay(photo, cam, look, peak) if overlay else render_heatmap(cam, photo.size[::-1], look, peak)
 
 
-class LayerPictures(Mapping):
-    """{"superimposed", "heatmap", "cam"} of one layer, drawn at each access: those of many layers would fill memory.
+class LayerPictures(LazyDict):
+    """{"superimposed", "heatmap", "cam"} of one layer; a picture is drawn when it is first asked for, and then kept.
 
     The first two are uint8 RGB (height, width, 3) of the photo's own size, grey panels where there is no map; the last
     is the raw map, float32 (H, W).
     """
 
     def __init__(self, photo: Image.Image, token_maps: TokenMaps, layer, look: Look = PLAIN, strongest=None):
+        super().__init__("superimposed", "heatmap", cam=token_maps.maps[layer])
         self.photo, self.token_maps, self.layer, self.look, self.strongest = photo, token_maps, layer, look, strongest
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name == "cam":
-            return self.token_maps.maps[self.layer]
-        if name not in self:
-            raise KeyError(name)
+    def make(self, name: str) -> np.ndarray:
+        """The picture, newly drawn and not kept: those of many layers would fill memory."""
         overlay = name == "superimposed"
         return draw_layer(self.photo, self.token_maps, self.layer, overlay, self.look, self.strongest)
-
-    def __contains__(self, name) -> bool:
-        return name in tuple(self)
-
-    def __iter__(self):
-        return iter(("superimposed", "heatmap", "cam"))
-
-    def __len__(self) -> int:
-        return 3
 
 
 def layer_pictures(
@@ -424,7 +430,7 @@ def _layers_figure(
 
 def _layer_files(results: dict, folder: str = "") -> dict[str, object]:
     return {
-        f"{folder}layer_{layer}_{kind}.png": functools.partial(result.__getitem__, kind)
+        f"{folder}layer_{layer}_{kind}.png": functools.partial(result.make, kind)
         for layer, result in results.items()
         for kind in ("heatmap", "superimposed")
     }
@@ -438,15 +444,15 @@ def draw_single(
     ((layer, result),) = layer_pictures(photo, token_maps, look).items()
     return result, {
         "original_image.png": photo,
-        "heatmap.png": functools.partial(result.__getitem__, "heatmap"),
-        "superimposed_result.png": functools.partial(result.__getitem__, "superimposed"),
+        "heatmap.png": functools.partial(result.make, "heatmap"),
+        "superimposed_result.png": functools.partial(result.make, "superimposed"),
     } | paper.figure("visualization", functools.partial(_panel_figure, photo, token_maps, layer, look, paper))
 
 
 def _draw_layers(photo, token_maps: TokenMaps, name: str, look: Look, paper: Paper) -> tuple[dict, dict[str, object]]:
     results, title = layer_pictures(photo, token_maps, look), f"{method_title(token_maps.settings)} by layer"
     figure = functools.partial(_layers_figure, photo, token_maps, list(results), title, look=look, paper=paper)
-    return results, paper.figure(name, figure) | _layer_files(results)
+    return Shown(results, figure), paper.figure(name, figure) | _layer_files(results)
 
 
 def draw_grid(image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE) -> tuple[dict, dict[str, object]]:
@@ -474,12 +480,13 @@ def draw_comparative(
     results = layer_pictures(photo, token_maps, look)
     draw = functools.partial(_layers_figure, photo, token_maps, look=look, paper=paper)
     heading = f"{title}: early, middle and late layers"
-    files = paper.figure("comparative_analysis", functools.partial(draw, list(results), heading, thirds))
+    whole = functools.partial(draw, list(results), heading, thirds)
+    files = paper.figure("comparative_analysis", whole)
     pictures = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
     for name, layers in pictures.items():
         figure = functools.partial(draw, list(layers), f"{title}, {name} layers")
         files |= paper.figure(f"{name}/layer_comparison_grid", figure) | _layer_files(layers, f"{name}/")
-    return pictures, files
+    return Shown(pictures, whole), files
 
 
 # the documented entry points
@@ -523,13 +530,14 @@ def visualize_multiple_layers(
     model, processor, image, prompt, layer_indices=None, save_dir="cam_results_multilayer",
     *, num_samples=5, noise_std=0.1, quiet=False, look=PLAIN, paper=PAGE, **settings,
 ):  # fmt: skip
-    """Heatmaps and overlays of chosen layers, `layer_indices`; None is six representative ones.
+    """Heatmaps and overlays of chosen layers, `layer_indices`; None is those of `quarters`, 7 14 21 27 of 28.
 
     Writes original_image.png, all_layers_comparison.png, layer_<i>_heatmap.png and layer_<i>_superimposed.png.
     Further arguments, result and errors are those of `create_layer_comparison_grid`.
     """
     check_drawing(look, paper)
-    layers = select_layers("auto" if layer_indices is None else layer_indices, get_model_layers(model)[1])
+    total = get_model_layers(model)[1]
+    layers = quarters(total) if layer_indices is None else select_layers(layer_indices, total)
     settings |= {"num_samples": num_samples, "noise_std": noise_std}
     return _create(model, processor, image, prompt, layers, save_dir, draw_multilayer, look, paper, quiet, **settings)
 

@@ -31,7 +31,10 @@ LONGEST_TOKEN = 1000  # characters: an answer of longer ones could fill the memo
 
 
 def resolve_device(name: str) -> str:
-    """The device of that name; "auto" is cuda if there is one, else cpu. Raises ValueError if it is not available."""
+    """The device of that name; "auto" is cuda if there is one, else cpu. Raises ValueError if it is not available.
+
+    On a machine without CUDA, cuda and cuda:N are the cpu, with a warning.
+    """
     if name == "map":
         return name
     cuda = torch.cuda.device_count()
@@ -40,6 +43,9 @@ def resolve_device(name: str) -> str:
         devices.append("mps")
     if name == "auto":
         return "cuda" if cuda else "cpu"
+    if not cuda and re.fullmatch(r"cuda(:\d+)?", name):
+        warnings.warn(f"--device {name}: this machine has no CUDA device, so the CPU is used", ExplanationWarning, 2)
+        return "cpu"
     if name not in devices:
         raise ValueError(f"--device {name} is not available: choose auto, map, {', '.join(devices)}")
     return name

@@ -41,13 +41,14 @@ from smooth_gradcam import (
 __all__ = [
     *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
     *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "passed", "probability_text"),
-    *("settled_for", "share_text", "spearman", "warnings_of", "weighed"),
+    *("settled_for", "share_text", "spearman", "warnings_of", "weighed", "FADED"),
 ]
 
 DOUBTED = 0.1  # probability below which the model hardly says a word
 UNSAID = 0.01  # probability of a single token below which the model hardly says the words with it
 PHOTOLESS = 0.8  # share of its probability above which, left without the photo, a word does not come from it
 ALIKE = 0.3  # rank correlation with the middle layer's map below which a layer shows something else
+FADED = 0.35  # share of the colours that a map gets which is not to be believed
 NEEDED = 0.9  # share of what the photo gives a word that is lost without the image tokens that it needs
 STEP = 1.1  # their number is found to within this factor
 RUNS_AT_ONCE = 8

@@ -23,7 +23,7 @@ import numpy as np
 from common.encoding import LARGE_PICTURE, encode, pixel_count, write_large_png
 from common.inputs import check_inputs
 
-__all__ = ["MOVING", "SIGN", "STAGING", "disk_full", "other_files", "output_folder", "write_files"]
+__all__ = ["DRAWING", "MOVING", "SIGN", "STAGING", "disk_full", "other_files", "output_folder", "write_files"]
 
 STAGING = ".smooth-gradcam-"  # and the process id and random digits: the name of a folder for unfinished files
 SIGN = ".sign"  # a file in a staging folder: the folder is ours
@@ -32,12 +32,12 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-_DRAWING = threading.Lock()  # matplotlib draws in one thread at a time
+DRAWING = threading.Lock()  # matplotlib draws in one thread at a time
 
 
 def _stage(path: Path, name: str, content) -> None:
     if callable(content):  # a picture is drawn only now, so that not all of them are in memory at once
-        with _DRAWING:
+        with DRAWING:
             content = content()
             if hasattr(content, "vector"):
                 suffix = Path(name).suffix[1:]

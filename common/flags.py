@@ -8,7 +8,7 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -193,7 +193,6 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
         description="Show where in a photo the answer of a Qwen2.5-VL comes from (Smooth Grad-CAM).",
         epilog=EXAMPLES,
         formatter_class=_HelpFormatter,
-        allow_abbrev=False,
     ), {}  # fmt: skip
 
     def add(flag, *modes, **options):
@@ -207,7 +206,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add(
         "--mode",
         choices=FOLDERS,
-        default="single",
+        default="grid",
         help="one layer, a range, chosen layers, thirds compared, every word of the answer, measures of the maps, what "
         "the answer reads of the photo by layer, or what it needs",
     )
@@ -215,7 +214,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     layers = {"type": _layers, "nargs": "+", "metavar": "LAYERS"}
     add("--layer", "single", type=int, help="index, negative ones count from the end (default: the middle layer)")
     add("--layers", *with_layers, **layers, help=f"{', '.join(LAYER_NAMES)}, or layer indices")
-    add("--layer_range", *with_layers, **layers, help="the same (default: auto, six layers)")
+    add("--layer_range", *with_layers, **layers, help="the same (default: auto, six layers; in multi mode four)")
     default_model = str(HERE / "demo_model")
     add("--model_path", type=_path, default=default_model, help="model folder, or a name on the Hugging Face hub")
     add(
@@ -321,20 +320,40 @@ MODES_OF_FLAG = make_parser()[1]
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags (of the command line for None), once it is known that each can act; else SystemExit with code 2."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = own_words() if argv is None else argv
     argv = [f" {word}" if re.fullmatch(r"-\d+[,-][-,\d]*", word) else word for word in argv]  # a list, and no flag
     parser, _ = make_parser()
     if (bare := next((word for word in argv if re.fullmatch(r"(--\w+=)?--", word)), None)) is not None:
         parser.error(f"{bare} gives no value")  # argparse would take it for an empty list
     args = parser.parse_args(argv)
+    given = {_in_full(word.split("=")[0], vars(args)) for word in argv}
     args.listed = any(map(is_list, args.image_path)) or (len(args.image_path) > 1 and args.mode not in OF_PHOTOS)
     try:
-        check_flags(args, {word.split("=")[0] for word in argv})
+        args.notes = check_flags(args, given)
     except ValueError as exc:
         parser.error(str(exc))
     args.photo_given = "--image_path" in {word.split("=")[0] for word in argv}
     args.image_path, args.photos = args.image_path[0], args.image_path
     return args
+
+
+def _in_full(word: str, known: Iterable[str]) -> str:
+    """The flag that a word of the command line stands for, which argparse has found to be unambiguous, or the word."""
+    flags = [f"--{name}" for name in known if word.startswith("--") and f"--{name}".startswith(word)]
+    return flags[0] if len(flags) == 1 else word
+
+
+def own_words() -> list[str]:
+    """The words of the command line, without a notebook kernel's own: -f FILE.json and --Class.name=value."""
+    if "ipykernel" not in sys.modules:
+        return sys.argv[1:]
+    words = []
+    for word in sys.argv[1:]:
+        if words[-1:] == ["-f"] and word.endswith(".json"):
+            words.pop()
+        elif not re.match(r"--f=.*\.json$|--\w+\.\w+=", word):
+            words.append(word)
+    return words
 
 
 def is_list(path: str) -> bool:
@@ -343,8 +362,12 @@ def is_list(path: str) -> bool:
     return Path(path).suffix == ".jsonl" or (Path(path).is_dir() if there else glob.has_magic(path))
 
 
-def check_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Whether flags can act in the mode, and together. Raises ValueError naming the flag and what is valid."""
+def check_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
+    """Whether flags can act in the mode, and together; returns notes on those that others leave nothing to do.
+
+    Raises ValueError naming the flag and what is valid.
+    """
+    notes = []
     for flag in given & set(MODES_OF_FLAG):
         if args.mode not in (modes := MODES_OF_FLAG[flag]):
             instead = CANNOT.get(args.mode, {}).get(flag) or ("use --layers" if flag == "--layer" else "it cannot act")
@@ -353,15 +376,14 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         if there(args) and (flag := next((flag for flag in flags if flag in given), None)):
             raise ValueError(f"{flag} cannot be combined with {other}: {why}")
     if args.layers and args.layer_range:
-        raise ValueError("--layers and --layer_range are the same: give one of them")
-    flag = "--layer_range" if args.layer_range else "--layers"
-    args.layers = [part for parts in args.layers or args.layer_range or [["auto"]] for part in parts]
+        notes.append("--layers and --layer_range are both given: the layers are those of --layers")
+    flag = "--layers" if args.layers else "--layer_range"
+    args.layers = [part for parts in args.layers or args.layer_range or [] for part in parts]  # none: the mode's own
     if len(args.layers) > 1 and any(isinstance(part, str) for part in args.layers):
         raise ValueError(f"{flag} takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
+    args.layer_range = next((part for part in args.layers if isinstance(part, str)), args.layers or "auto")
     if args.noise_std == 0 and "--num_samples" in given and args.num_samples > 1:
-        raise ValueError(
-            f"--num_samples {args.num_samples} cannot be combined with --noise_std 0: copies would be equal"
-        )
+        notes.append(f"--num_samples {args.num_samples}: without noise, copies would be equal, so one is made")
     if args.overwrite and not args.listed:
         raise ValueError("--overwrite acts on a list of photos only: what one photo writes is always replaced")
     if len(set(args.image_path)) < len(args.image_path):
@@ -379,3 +401,4 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         raise ValueError(f"--contrast {args.contrast!r} needs a --target, whose place it takes")
     if args.contrast is not None and args.contrast.strip() == args.target.strip():
         raise ValueError(f"--contrast {args.contrast!r} is the target itself: their difference is zero everywhere")
+    return notes

@@ -38,7 +38,7 @@ __all__ = [
         "split_at_span",
     ),
     *("figure_to_array", "grey_panel", "fit_box", "panel_width", "best_columns", "shrink"),
-    *("header", "masthead", "small_print"),
+    *("header", "masthead", "small_print", "MARKER"),
 ]
 
 WIDTHS = {"page": 7.2, "column": 3.3}  # inches: both columns of a paper, or one

@@ -20,6 +20,7 @@ from torch import nn
 
 from common.evidence import ALIKE, doubt_of, explain_with_evidence, probability_text, share_text
 from common.files import output_folder
+from common.notebook import Shown
 from common.page import PAGE, Paper
 from common.photos import open_photo, open_photos, readable
 from common.progress import show_progress
@@ -227,7 +228,7 @@ def draw_words(
             },
         }
     )
-    return results, files
+    return Shown(results, page=files["index.html"]), files
 
 
 def create_word_maps(

@@ -245,7 +245,7 @@ def drive(model_folder, photo_path, tmp_path, capsys, monkeypatch, request):
         request.getfixturevalue("blank_figures")
 
     def drive(*flags):
-        usual = ["--model_path", model_folder, "--output_dir", tmp_path / "out", "--device", "cpu"]
+        usual = ["--mode", "single", "--model_path", model_folder, "--output_dir", tmp_path / "out", "--device", "cpu"]
         usual += ["--image_path", photo_path] if "--answers" not in flags else []
         usual += ["--num_samples", 2] if "knockout" not in flags else []
         try:

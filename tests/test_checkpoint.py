@@ -82,7 +82,7 @@ def drive(sound, asked, tmp_path, capsys, blank_figures):
 
     def drive(*flags):
         usual = ["--model_path", sound, "--output_dir", tmp_path / "out", "--image_path", tmp_path / "photo.png"]
-        usual += ["--num_samples", 1, "--device", "cpu", "--max_new_tokens", 3, *flags]
+        usual += ["--mode", "single", "--num_samples", 1, "--device", "cpu", "--max_new_tokens", 3, *flags]
         if "--answer" in flags:
             del usual[usual.index("--max_new_tokens") : usual.index("--max_new_tokens") + 2]
         code = test_gradcam.main(list(map(str, usual)))

@@ -33,13 +33,15 @@ import test_gradcam
 import visualization_utils
 from common.checkpoint import cap_pixels, load_processor
 from common.evidence import explain_with_evidence
-from common.flags import FOLDERS, MODES_OF_FLAG
+from common.flags import FOLDERS, MODES_OF_FLAG, parse_args
 from smooth_gradcam import ExplanationError, compute_token_maps, get_model_layers
 from studies import faithfulness, knockout
-from test_gradcam import single_layer_visualization
+from test_gradcam import choose_layers, single_layer_visualization
 from visualization_utils import (
     create_comparative_analysis,
     create_layer_comparison_grid,
+    ninths,
+    quarters,
     select_layers,
     visualize_multiple_layers,
 )
@@ -1070,7 +1072,6 @@ BAD = {  # flags: what the message says
     "--mode words --layers 1,,2": "'1,,2' is none of",
     "--mode words --layers 0-99999": "'0-99999' is none of",
     "--mode multi --layers 2-5": "layer 4 does not exist: the model has 0 to 3",
-    "--mode multi --layers 1 --layer_range all": "--layers and --layer_range are the same",
     "--mode multi --layers 0 4": "layer 4 does not exist",
     "--mode single --layers 1 2": "words, evaluate, flow mode only; in single mode use --layer",
     "--mode single --layer_range all": "--layer_range acts in grid, multi, words, evaluate, flow mode only",
@@ -1268,12 +1269,39 @@ def test_layers_that_do_not_exist_name_the_valid_range(model, processor, image, 
 
 
 def test_ranges_of_28_layers():
-    assert select_layers("auto", 28) == [0, 5, 11, 16, 22, 27]
+    assert select_layers("auto", 28) == [0, 5, 10, 15, 20, 27]
     assert select_layers("early", 28) == list(range(9))
     assert select_layers("middle", 28) == list(range(9, 18))
     assert select_layers("late", 28) == list(range(18, 28))
     assert select_layers("all", 28) == list(range(28))
     assert select_layers([27, -1, 0], 28) == [27, 0]
+
+
+def test_layers_that_are_taken_unless_chosen_scale_with_their_number():
+    assert (quarters(28), ninths(28)) == ([7, 14, 21, 27], [6, 12, 18, 27])
+    assert select_layers("auto", 24) == [0, 4, 8, 12, 16, 23]
+    assert select_layers("auto", 36) == [0, 7, 14, 21, 28, 35]
+    assert select_layers("auto", 64) == [0, 12, 24, 36, 48, 63]
+    assert (quarters(36), ninths(36)) == ([9, 18, 27, 35], [7, 15, 23, 35])
+    for total in range(1, 100):
+        for layers, most in ((select_layers("auto", total), 6), (quarters(total), 4), (ninths(total), 4)):
+            assert layers == sorted(set(layers))
+            assert len(layers) <= most
+            assert layers[-1] == total - 1
+            assert layers[0] >= 0
+
+
+def test_layers_of_a_mode_or_function_unless_chosen(model, processor, image, tmp_path, monkeypatch):
+    explained = []
+    monkeypatch.setattr(visualization_utils, "_create", lambda *given, **_: explained.append(given[4]))
+    visualization_utils.visualize_multiple_layers(model, processor, image, "What?", save_dir=tmp_path)
+    visualization_utils.create_layer_comparison_grid(model, processor, image, "What?", save_dir=tmp_path)
+    assert explained == [[0, 1, 2], [0, 1, 2]]
+    for total, layers in ((28, [6, 12, 18, 27]), (1, [0])):
+        assert choose_layers(parse_args(["--mode", "multi"]), total) == layers
+        assert choose_layers(parse_args(["--mode", "multi", "--layers", "auto"]), total) == select_layers("auto", total)
+        assert choose_layers(parse_args([]), total) == select_layers("auto", total)
+        assert choose_layers(parse_args(["--mode", "single"]), total) == [total // 2]
 
 
 def test_documented_calls_check_where_to_write_before_they_compute(model, processor, image, monkeypatch):
@@ -1336,7 +1364,8 @@ def start(tmp_path, photo_path, model_folder):
     started = []
 
     def start(*flags, stdout=tmp_path / "out.txt"):
-        usual = ["--model_path", model_folder, "--image_path", photo_path, "--device", "cpu", "--answer", ANSWER]
+        usual = ["--mode", "single", "--model_path", model_folder, "--image_path", photo_path, "--device", "cpu"]
+        usual += ["--answer", ANSWER]
         flags = [str(word) for word in (*usual, *flags)]
         started.append(driver_process.start(driver_process.drive, flags, str(stdout), str(tmp_path / "err.txt")))
         return started[-1]

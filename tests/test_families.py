@@ -355,7 +355,7 @@ def drive(folder, image, tmp_path, capsys, blank_figures):
 
     def drive(*flags):
         usual = ["--model_path", folder, "--output_dir", tmp_path / "out", "--device", "cpu", "--quiet"]
-        usual += ["--image_path", tmp_path / "photo.png", "--answer", "the red cat"]
+        usual += ["--image_path", tmp_path / "photo.png", "--answer", "the red cat", "--mode", "single"]
         code = test_gradcam.main([str(word) for word in (*usual, *flags)])
         return code, capsys.readouterr().err
 

@@ -40,7 +40,7 @@ def test_examples_of_the_help_can_be_parsed(capsys):
 
 def test_defaults_stand_in_the_help():
     text = " ".join(make_parser()[0].format_help().split())
-    for default in ("single", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "logit"):
+    for default in ("grid", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "logit"):
         assert f"(default: {default})" in text
     assert "a whole answer and in flow mode (default: auto)" in text
 
@@ -55,6 +55,33 @@ def test_every_flag_of_some_modes_is_known_to_the_parser():
             value += ["--target", "cat"] if flag in ("--target_occurrence", "--contrast") else []
             value += ["--window", "2"] if (flag, mode) == ("--mask", "knockout") else []
             assert parse_args(["--mode", mode, flag, *value]).mode == mode
+
+
+def test_a_flag_may_be_shortened_as_long_as_it_is_clear(capsys):
+    args = parse_args(["--mode", "single", "--num_s", "3", "--noise=0.2", "--layer", "5", "--pr", "What?"])
+    assert (args.num_samples, args.noise_std, args.layer, args.prompt) == (3, 0.2, 5, "What?")
+    assert "ambiguous option: --lay could match --layer, --layers, --layer_range" in refused(capsys, ["--lay", "3"])
+    assert "--layer acts in single mode only" in refused(capsys, ["--layer", "3"])
+
+
+def test_a_shortened_flag_counts_as_given(capsys):
+    for flag, short in (("--noise_std", "--noise"), ("--seed", "--see")):
+        assert f"{flag} acts in" in refused(capsys, ["--mode", "knockout", f"{short}=0"])
+        assert f"{flag} acts in" in refused(capsys, ["--mode", "knockout", short, "0"])
+    assert "--compare: all methods" in refused(capsys, ["--mode", "evaluate", "--com", "--meth", "hirescam"])
+    assert (
+        parse_args(["--noise", "0", "--num_sam", "5"]).notes == parse_args(["--noise_std=0", "--num_samples=5"]).notes
+    )
+
+
+def test_what_one_flag_leaves_nothing_to_do_for_another_is_noted():
+    assert parse_args(["--noise_std", "0"]).notes == []
+    assert parse_args(["--noise_std", "0", "--num_samples", "1"]).notes == []
+    (note,) = parse_args(["--noise_std", "0", "--num_samples", "5"]).notes
+    assert note == "--num_samples 5: without noise, copies would be equal, so one is made"
+    args = parse_args(["--layers", "1", "3", "--layer_range", "late"])
+    assert (args.layers, args.layer_range) == ([1, 3], [1, 3])
+    assert args.notes == ["--layers and --layer_range are both given: the layers are those of --layers"]
 
 
 # layers, wherever they are taken
@@ -93,7 +120,7 @@ def test_choices_of_the_flags_are_those_of_the_modules():
 
 
 def test_flags_are_those_of_the_command_line_unless_given(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["test_gradcam.py", "--layer", "5"])
+    monkeypatch.setattr("sys.argv", ["test_gradcam.py", "--mode", "single", "--layer", "5"])
     assert parse_args().layer == 5
     assert parse_args([]).layer is None
 

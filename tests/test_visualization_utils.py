@@ -1,6 +1,12 @@
 """Figures from arrays: what is hot stands where it belongs, what is unknown is grey."""
 
+import collections
+import copy
 import dataclasses
+import io
+import operator
+import pickle
+import types
 
 import numpy as np
 import pytest
@@ -293,8 +299,108 @@ def test_layers_pictures_are_drawn_when_asked_for(monkeypatch):
             assert list(drawn_later) == ["superimposed", "heatmap", "cam"]
             assert (drawn_later["heatmap"] == render_cam(photo, maps.maps[layer])[1]).all()
     assert asked == [3, 9, 3, 9, 3, 9, 3, 9]
-    assert (pictures["heatmap"] == pictures["heatmap"]).all()
-    assert asked[8:] == [9, 9]
+    assert pictures["heatmap"] is pictures["heatmap"]
+    assert asked[8:] == [9]
+
+
+def test_pictures_are_not_kept_for_the_files_that_have_them(tmp_path):
+    photo, maps = varied(SIDES["portrait"], [3, 9])
+    results, files = draw_grid(photo, maps)
+    write_files(tmp_path, files)
+    assert not any(isinstance(value, np.ndarray) for value in dict.values(results[3]) if value is not maps.maps[3])
+    written = np.asarray(Image.open(tmp_path / "layer_9_heatmap.png"))
+    np.testing.assert_array_equal(written, results[9]["heatmap"])
+
+
+AS_A_DICT = {  # what makes a dict of three arrays of a result, in each way that Python has
+    "dict": dict,
+    "unpacked": lambda r: {**r},
+    "keywords": lambda r: (lambda **named: named)(**r),
+    "format": lambda r: {name: r[name] for name in r},
+    "items": lambda r: dict(r.items()),
+    "zipped": lambda r: dict(zip(r.keys(), r.values(), strict=True)),
+    "method": lambda r: r.copy(),
+    "or": lambda r: r | {},
+    "ror": lambda r: {} | r,
+    "ror of itself": lambda r: r | r,
+    "update": lambda r: (found := {}).update(r) or found,
+    "dict.update": lambda r: (found := {}, dict.update(found, r))[0],
+    "ior": lambda r: operator.ior({}, r),
+    "get": lambda r: {name: r.get(name) for name in r},
+    "itemgetter": lambda r: dict(zip(r, operator.itemgetter(*r)(r), strict=True)),
+    "pop": lambda r: {name: r.pop(name) for name in [*r]},
+    "popitem": lambda r: dict(r.popitem() for _ in range(3)),
+    "setdefault": lambda r: {name: r.setdefault(name, 5) for name in r},
+    "pickle": lambda r: pickle.loads(pickle.dumps(r)),
+    "old pickle": lambda r: pickle.loads(pickle.dumps(r, 0)),
+    "deepcopy": copy.deepcopy,
+    "shallow copy": copy.copy,
+    "chain": lambda r: dict(collections.ChainMap({}, r)),
+    "counter": lambda r: dict(sorted(r.items())),
+    "proxy": lambda r: dict(types.MappingProxyType(r)),
+    "match": lambda r: matched(r),
+    "savez": lambda r: saved(r),
+    "reversed": lambda r: {name: r[name] for name in reversed(r)},
+    "default dict": lambda r: dict(collections.defaultdict(list, r)),
+    "ordered": lambda r: dict(collections.OrderedDict(r)),
+    "user dict": lambda r: dict(collections.UserDict(r)),
+    "joined": lambda r: dict([*r.items()]),
+}
+
+
+def matched(result):
+    match result:
+        case {"superimposed": superimposed, "heatmap": heatmap, "cam": cam}:
+            return {"superimposed": superimposed, "heatmap": heatmap, "cam": cam}
+    return {}
+
+
+def saved(result):
+    file = io.BytesIO()
+    np.savez(file, **result)
+    file.seek(0)
+    return dict(np.load(file))
+
+
+@pytest.mark.parametrize("way", AS_A_DICT)
+def test_a_layers_pictures_are_a_dict_in_every_way_python_has(way):
+    photo, maps = varied(SIDES["portrait"], [3, 9])
+    pictures = LayerPictures(photo, maps, 9)
+    assert isinstance(pictures, dict)
+    found = AS_A_DICT[way](pictures)
+    superimposed, heatmap = render_cam(photo, maps.maps[9])
+    assert type(found) is dict
+    assert set(found) == {"superimposed", "heatmap", "cam"}
+    for name, expected in (("superimposed", superimposed), ("heatmap", heatmap), ("cam", maps.maps[9])):
+        np.testing.assert_array_equal(found[name], expected)
+
+
+def test_a_layers_pictures_can_be_changed_as_a_dict():
+    photo, maps = varied(SIDES["portrait"], [3, 9])
+    pictures = LayerPictures(photo, maps, 9)
+    pictures["heatmap"][:5] = 7
+    assert (pictures["heatmap"][:5] == 7).all()
+    pictures["overlay"] = pictures["superimposed"]
+    pictures.update(superimposed="mine")
+    pictures |= {"note": 1}
+    assert [*pictures] == ["superimposed", "heatmap", "cam", "overlay", "note"]
+    assert (pictures["superimposed"], (pictures | {"note": 2})["note"], ({"note": 2} | pictures)["note"]) == (
+        "mine",
+        2,
+        1,
+    )
+    assert pictures.pop("absent", None) is pictures.get("absent") is None
+    del pictures["cam"]
+    assert "cam" not in pictures
+    assert pictures == dict(pictures)
+    assert (pictures != dict(pictures)) is False
+    assert dict(pictures) == pictures
+    assert "array(" in repr(pictures)
+    assert "object object" not in repr(LayerPictures(photo, maps, 9))
+    with pytest.raises(TypeError):
+        hash(pictures)
+    pictures.clear()
+    assert pictures == {}
 
 
 def test_layers_pictures_have_three_keys_and_are_those_of_the_core():

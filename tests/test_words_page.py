@@ -15,6 +15,7 @@ from conftest import make_image
 from PIL import Image
 
 from common.evidence import Evidence
+from common.notebook import Shown
 from smooth_gradcam import Look, Settings, TokenMaps, colour_table, overlay_cam, render_cam, upsample_cam
 from studies.words import html_data, words_html
 from visualization_utils import FADED
@@ -1128,3 +1129,15 @@ def test_print_has_picture_and_text_without_controls(page):
     assert shown == {"canvas": True, "answer": True, "bar": True, "controls": False, "layer": False}
     light = page.js("return getComputedStyle(document.body).color.match(/\\d+/g).map(Number)")
     assert max(light) < 60
+
+
+def test_page_works_in_the_frame_of_a_notebook(page):
+    """Which has no address to keep a view in, and may run the page's script but nothing else."""
+    data, photo, cams = make_data()
+    page.path.write_text("<meta charset='utf-8'>" + Shown({}, page=words_html(data))._repr_html_(), encoding="utf-8")
+    page.driver.get(page.path.as_uri())
+    page.driver.switch_to.frame(0)
+    page.wait("document.documentElement.dataset.ready === 'yes'")
+    page.word(1).click()
+    is_shown(page, photo, cams[1, 1])
+    page.driver.switch_to.default_content()
