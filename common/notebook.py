@@ -96,9 +96,10 @@ def maps_html(maps: TokenMaps) -> str:
     Of many layers some are shown, evenly spaced. A map that is not to be believed is faded, as in the figures.
     """
     doubt = doubt_of(maps)
-    whole = maps.target == maps.answer
+    whole = maps.whole
     rows = {"Prompt": _text(maps.prompt), "Answer": _text(maps.answer, (0, 0) if whole else maps.target_span)}
     rows["Explained"] = "the whole answer" if whole else _text(maps.target)
+    rows["Explained"] += ", which was cut off" * maps.cut_off
     rows["Method"] = html.escape(METHODS[maps.settings.method].title) + f", image {maps.image}" * bool(maps.image)
     rows["Evidence"] = html.escape(str(maps.evidence)) if maps.evidence else ""
     rows["Doubt"] = html.escape(doubt) + f": drawn in {100 * FADED:.0f} % of the colours" * bool(doubt)
