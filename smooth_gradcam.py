@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import InitVar, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import cv2
@@ -376,6 +376,7 @@ def read(model, processor, image, prompt: str, answer: str | None = None, max_ne
     `image` is what `load_rgb` opens, or a list of such: they stand before the prompt, in their order. Raises ValueError
     for bad arguments, ExplanationError if the model's answer is empty.
     """
+    model = unwrapped(model)
     check_family(model)
     check_text("prompt", prompt)
     check_processor(processor, "image_processor")
@@ -603,11 +604,25 @@ def score_parts(inputs, tokens: list[int], parts: list[Iterable[int]]) -> tuple[
 # features and gradients
 
 
+def unwrapped(model):
+    """The model in wrappers of PEFT, torch.compile and data parallelism. ValueError for an adapter of the prompt."""
+    inner = getattr(model, "_orig_mod", None)  # torch.compile's
+    if hasattr(model, "get_base_model"):  # PEFT's
+        config = model.active_peft_config
+        if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(f"an adapter of type {config.peft_type} acts on the prompt: only those of layers are run")
+        inner = model.get_base_model()
+    elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = model.module
+    return model if inner is None else unwrapped(inner)
+
+
 def get_model_layers(model) -> tuple[nn.ModuleList, int]:
     """The decoder layers of a Qwen2.5-VL (or a model with the same layout, of any family) and their number.
 
     Raises ValueError if the model has them in none of the known places.
     """
+    model = unwrapped(model)
     paths = ("model.language_model.layers", "language_model.layers", "model.layers")
     for path in paths:
         with suppress(AttributeError):
@@ -653,7 +668,7 @@ def find_taps(model, layers, tap: str) -> list[Tap]:
     Keys are the index of a decoder layer, whichever the tap, and the name in the model of any other module.
     """
     decoder, total = get_model_layers(model)
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # of torch.compile
     index = {module: i for i, module in enumerate(decoder)}
     taps = {}
     for layer in _listed(layers):
@@ -744,43 +759,70 @@ def uniform_rule(share: float):
     return lambda module, args, output: share * output + (1 - share) * output.detach()
 
 
-@contextmanager
-def detached_norms(model):
-    """Inside, gradients pass every norm as if its denominator were a constant; values stay the same.
+half, quarter = uniform_rule(0.5), uniform_rule(0.25)
+NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+NORMS = dict.fromkeys(NORMS, identity_rule)  # by place in a decoder layer; only Qwen3-VL has the last two
+PRODUCTS = {"self_attn.q_proj": quarter, "self_attn.k_proj": quarter, "self_attn.v_proj": half, "mlp.up_proj": half}
+PRODUCTS["mlp.act_fn"] = lambda module, args, output: half(module, args, identity_rule(module, args, output))
 
-    That includes the norms on the queries and keys of Qwen3-VL, and the LayerNorms of vision towers.
-    """
 
-    def register():
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                yield module.register_forward_hook(identity_rule)
-            elif isinstance(module, nn.LayerNorm):
-                yield module.register_forward_hook(layer_norm_rule)
-
-    with hooked(register()):
-        yield
+def norm_rules(model) -> dict[nn.Module, Callable]:
+    """The hooks of all that is a norm by its class, in the vision tower too."""
+    rms = {module: identity_rule for module in model.modules() if type(module).__name__.endswith("RMSNorm")}
+    return {module: layer_norm_rule for module in model.modules() if isinstance(module, nn.LayerNorm)} | rms
 
 
 @contextmanager
-def attnlrp(model):
-    """Inside, gradients follow AttnLRP's rules (Achtibat et al., ICML 2024): gradient x input is relevance then.
+def ruled(model, places: dict[str, Callable]):
+    """Inside, gradients pass these places in the decoder layers, and all norms, by their rules; values stay the same.
 
-    Beside `detached_norms`: the identity rule for activations; the uniform rule (eq. 14) for products, so gradients are
-    halved towards the two sides of the gated MLP, towards attention weights and values, and once more, since the
-    weights come from a product, towards queries and keys.
+    With `NORMS`, as if the norms' denominators were constants. With `PRODUCTS` too, by AttnLRP's rules (Achtibat et
+    al., ICML 2024), under which gradient x input is relevance: the identity rule for activations; the uniform rule (eq.
+    14) for products, so gradients are halved towards the two sides of the gated MLP, towards attention weights and
+    values, and once more, since the weights come from a product, towards queries and keys.
+
+    Raises ExplanationError if the decoder runs without one of the places, as with fused kernels, or without gradient.
     """
-    half, quarter = uniform_rule(0.5), uniform_rule(0.25)
-    hooks = {}  # by module: layers may have an activation in common
-    for layer in get_model_layers(model)[0]:
-        attention, mlp = layer.self_attn, layer.mlp
-        hooks |= {attention.q_proj: quarter, attention.k_proj: quarter, attention.v_proj: half, mlp.up_proj: half}
-        hooks[mlp.act_fn] = lambda module, args, output: half(module, args, identity_rule(module, args, output))
-    with hooked(module.register_forward_hook(hook) for module, hook in hooks.items()), detached_norms(model):
+    layers = get_model_layers(model)[0]
+    decoder = next(module for module in model.modules() if getattr(module, "layers", None) is layers)
+    own = {name.replace("_orig_mod.", ""): m for name, m in decoder.named_modules(remove_duplicate=False)}
+    wanted = {f"layers.{i}.{place}": rule for place, rule in places.items() for i in range(len(layers))}
+    wanted = {name: rule for name, rule in wanted.items() if name in own or name[-6:] not in ("q_norm", "k_norm")}
+    wanted |= {"norm": identity_rule} if places else {}
+    biased = {name for name in wanted if "norm" in name and getattr(own.get(name), "bias", None) is not None}
+    rules = {own[name]: wanted[name] for name in wanted.keys() & own.keys() - biased}
+    rules |= norm_rules(model) if places else {}
+    called, linear = set(), {}  # modules; the first linear layer of each class, with its input
+
+    def note(module, args, kwargs, output):
+        if torch.is_grad_enabled() and args and args[0].requires_grad:
+            linear.setdefault(type(module), (module, args[0].detach(), kwargs))
+
+    def complete(module, args, output):
+        missing = [name for name in wanted if own.get(name) not in called]
+        if missing and output[0].requires_grad:
+            advice = 'load the model without fused kernels, or use rules="plain"'
+            raise ExplanationError(f"{missing[0]} has no gradient rule, as it is not run, or no known norm: {advice}")
+        for layer, x, kwargs in linear.values():
+            y = layer.forward(x.requires_grad_(), **kwargs)
+            if not y.requires_grad or torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is None:
+                raise ExplanationError(
+                    f"the model's linear layers pass no gradient: {type(layer)} (load it unquantised)"
+                )
+        linear.clear()
+
+    layers_noted = [module for module in decoder.modules() if "Linear" in type(module).__name__]
+    parts = {own[name] for name in wanted if own.get(name) in rules}
+    with (
+        hooked(module.register_forward_hook(note, with_kwargs=True) for module in layers_noted),
+        hooked(module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in parts),
+        hooked(module.register_forward_hook(rule) for module, rule in {**rules, decoder: complete}.items()),
+    ):
         yield
 
 
-RULES = {"attnlrp": attnlrp, "detached": detached_norms, "plain": nullcontext}
+detached_norms, attnlrp = partial(ruled, places=NORMS), partial(ruled, places=NORMS | PRODUCTS)
+RULES = {"attnlrp": attnlrp, "detached": detached_norms, "plain": partial(ruled, places={})}
 _LOCKS = weakref.WeakKeyDictionary()  # one for each decoder: hooks, modes and gradients of two passes would mix
 
 
@@ -790,7 +832,10 @@ def borrowed(model):
 
     Other threads that want to explain with the same model wait until then.
     """
-    with _LOCKS.setdefault(get_model_layers(model)[0], threading.RLock()):
+    # hooks do not act in what is compiled; how it is run is set for all threads
+    compiled = any(m._compiled_call_impl or hasattr(m.forward, "_torchdynamo_orig_callable") for m in model.modules())
+    eager = (lambda: torch.compiler.set_stance("force_eager")) if compiled else nullcontext
+    with _LOCKS.setdefault(torch.compile if compiled else get_model_layers(model)[0], threading.RLock()), eager():
         training = [module for module in model.modules() if module.training]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         positions = getattr(model.model, "rope_deltas", None)  # a caller's unfinished generation lives on this
@@ -1058,6 +1103,7 @@ def compute_token_maps(
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
     if isinstance(image, (list, tuple)):
         raise ValueError(f"image has {len(image)} photos, and this takes one: use read and explain, with a map each")
+    model = unwrapped(model)
     check_family(model)
     find_taps(model, layers, settings.settled().tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
@@ -1181,7 +1227,7 @@ class SmoothQwenGradCAM:
     @property
     def device(self) -> torch.device:
         """Where the model's embeddings are."""
-        return self.model.get_input_embeddings().weight.device
+        return unwrapped(self.model).get_input_embeddings().weight.device
 
     def generate_cam(self, image, prompt, use_smooth=True):
         """(superimposed, heatmap): uint8 RGB arrays (height, width, 3) of the photo's own size.

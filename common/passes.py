@@ -32,6 +32,7 @@ from smooth_gradcam import (
     layer_norm_rule,
     noisy_passes,
     tokenise,
+    unwrapped,
 )
 
 __all__ = [
@@ -145,7 +146,7 @@ def vision_kept(model):
 
     It runs again for other pictures, with other weights, and where hooks read or change what happens in it.
     """
-    tower = model.model.visual
+    tower = unwrapped(model).model.visual
     with _forwards_restored([tower]):
         # a partial and no closure: a deep copy of the model then has its own tower, and its own store
         tower.forward = functools.partial(_run_once, tower, tower.forward, {})
