@@ -796,7 +796,8 @@ def ruled(model, places: dict[str, Callable]):
 
     def note(module, args, kwargs, output):
         if torch.is_grad_enabled() and args and args[0].requires_grad:
-            linear.setdefault(type(module), (module, args[0].detach(), kwargs))
+            kind = type(module), type(getattr(module, "weight", None))
+            linear.setdefault(kind, (module, args[0].detach(), kwargs))
 
     def complete(module, args, output):
         missing = [name for name in wanted if own.get(name) not in called]
