@@ -75,7 +75,7 @@ def _plain_options(record: dict, name: str):
         wrong = ValueError(f"{name} has an adapter with {key} {value!r}, which is not supported")
         if key == "init_lora_weights" and value not in (True, False, "gaussian", None):
             raise wrong  # the others change the base model, too
-        if key in UNUSED or (value in (None, False, "none", "") or value in ([], {})):
+        if key in UNUSED or value is None or value is False or value in ("none", "", [], {}):
             continue
         if key in NUMBERS:
             kind, least = NUMBERS[key]

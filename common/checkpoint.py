@@ -274,7 +274,10 @@ def model_identity(model_path: str) -> str:
         elif path.suffix == ".safetensors":
             for block in _tensor_ends(path):
                 state.update(block)
-    return f"{state.hexdigest()} on {model_identity(adapter.base)}" if adapter else state.hexdigest()
+    if adapter:
+        with adapter.of_base() as base:
+            return f"{state.hexdigest()} on {model_identity(base)}"
+    return state.hexdigest()
 
 
 def _tensor_ends(path: Path, count: int = 2**15) -> Iterator[bytes]:
