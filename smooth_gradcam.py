@@ -606,15 +606,14 @@ def score_parts(inputs, tokens: list[int], parts: list[Iterable[int]]) -> tuple[
 
 def unwrapped(model):
     """The model in wrappers of PEFT, torch.compile and data parallelism. ValueError for an adapter of the prompt."""
-    inner = getattr(model, "_orig_mod", None)  # torch.compile's
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
     if hasattr(model, "get_base_model"):  # PEFT's
         config = model.active_peft_config
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             raise ValueError(f"an adapter of type {config.peft_type} acts on the prompt: only those of layers are run")
-        inner = model.get_base_model()
-    elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner = model.module
-    return model if inner is None else unwrapped(inner)
+        return unwrapped(model.get_base_model())
+    return unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model  # torch.compile's
 
 
 def get_model_layers(model) -> tuple[nn.ModuleList, int]:
@@ -731,10 +730,9 @@ def captured(taps: list[Tap]):
 def identity_rule(module, args, output):
     """Hook: y = f(x) taken as x [f(x) / x] with the ratio held constant. For an RMSNorm, w x / rms(x), that is rms(x).
 
-    Such a norm does not change with the length of x, so the gradient that comes back through it is orthogonal to x:
-    what a token contributes through it, sum_k g_k x_k, is zero but for eps. With the ratio held it is what y
-    contributes, and contributions add up over the tokens: the rule of Ali et al. ("XAI for Transformers: Better
-    Explanations through Conservative Propagation", ICML 2022), and the identity rule of AttnLRP.
+    Such a norm does not change with the length of x, so the gradient that comes back through it is orthogonal to x, and
+    what a token contributes, sum_k g_k x_k, is zero but for eps. With the ratio held it is what y contributes, and adds
+    up over the tokens: the rule of Ali et al. (ICML 2022), and the identity rule of AttnLRP.
     """
     if not output.requires_grad:  # below the first tap
         return output
@@ -776,12 +774,11 @@ def norm_rules(model) -> dict[nn.Module, Callable]:
 def ruled(model, places: dict[str, Callable]):
     """Inside, gradients pass these places in the decoder layers, and all norms, by their rules; values stay the same.
 
-    With `NORMS`, as if the norms' denominators were constants. With `PRODUCTS` too, by AttnLRP's rules (Achtibat et
-    al., ICML 2024), under which gradient x input is relevance: the identity rule for activations; the uniform rule (eq.
-    14) for products, so gradients are halved towards the two sides of the gated MLP, towards attention weights and
-    values, and once more, since the weights come from a product, towards queries and keys.
-
-    Raises ExplanationError if the decoder runs without one of the places, as with fused kernels, or without gradient.
+    With `NORMS`, as if their denominators were constants. With `PRODUCTS` too, by AttnLRP's rules (Achtibat et al.,
+    2024), where gradient x input is relevance: the identity rule for activations; the uniform rule (eq. 14) for
+    products, so gradients are halved towards both sides of the gated MLP, attention weights and values, and once more,
+    as the weights are of a product, towards queries and keys. Raises ExplanationError if the decoder runs without one
+    of the places, as with fused kernels, or a linear layer passes no gradient.
     """
     layers = get_model_layers(model)[0]
     decoder = next(module for module in model.modules() if getattr(module, "layers", None) is layers)
@@ -808,14 +805,13 @@ def ruled(model, places: dict[str, Callable]):
             y = layer.forward(x.requires_grad_(), **kwargs)
             if not y.requires_grad or torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is None:
                 raise ExplanationError(
-                    f"the model's linear layers pass no gradient: {type(layer)} (load it unquantised)"
+                    f"its linear layers pass no gradient: {type(layer)} (load the model unquantised)"
                 )
         linear.clear()
 
-    layers_noted = [module for module in decoder.modules() if "Linear" in type(module).__name__]
     parts = {own[name] for name in wanted if own.get(name) in rules}
     with (
-        hooked(module.register_forward_hook(note, with_kwargs=True) for module in layers_noted),
+        hooked(m.register_forward_hook(note, with_kwargs=True) for m in own.values() if "Linear" in type(m).__name__),
         hooked(module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in parts),
         hooked(module.register_forward_hook(rule) for module, rule in {**rules, decoder: complete}.items()),
     ):

@@ -10,6 +10,7 @@ import torch
 from family_models import ANSWER, FAMILIES, PROMPT, decoder, make_processor, make_random
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModelForImageTextToText
 
 import smooth_gradcam as core
 from common.passes import recomputed, vision_kept
@@ -317,7 +318,7 @@ def test_every_module_of_an_ordinary_model_can_be_tapped(of_family, image, rules
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
 def test_linear_layers_without_gradient_are_told(make_model, processor, image, rules):
     model = torch.ao.quantization.quantize_dynamic(make_model(torch.float32), {nn.Linear}, torch.qint8)
-    with pytest.raises(ExplanationError, match="^the model's linear layers pass no gradient"):
+    with pytest.raises(ExplanationError, match="^its linear layers pass no gradient"):
         maps_of(model, processor, image, rules=rules)
 
 
@@ -332,3 +333,31 @@ def test_one_kind_of_linear_layers_without_gradient_is_told(make_model, processo
     decoder(model)[1].mlp.down_proj.__class__ = NoGradientLinear
     with pytest.raises(ExplanationError, match="pass no gradient: <class 'test_wrapped.NoGradientLinear'>"):
         maps_of(model, processor, image, rules=rules)
+
+
+@pytest.mark.parametrize("rules", core.RULES)
+def test_quantised_layers_that_pass_gradients_are_explained_as_they_are(make_model, processor, image, rules):
+    quanto = pytest.importorskip("optimum.quanto")
+    model = make_model(torch.float32)
+    expected = maps_of(model, processor, image, rules=rules)
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+    for key, cam in maps_of(model, processor, image, rules=rules).items():
+        assert np.abs(cam - expected[key]).max() < 0.2 * expected[key].max()
+
+
+# offloaded
+
+PARTS = {"model.visual": "cpu", "model.language_model.embed_tokens": "cpu", "model.language_model.layers": "disk"}
+PARTS |= {"model.language_model.norm": "cpu", "model.language_model.rotary_emb": "cpu", "lm_head": "cpu"}
+MAPS = {"layers": PARTS, "decoder": {"model.visual": "cpu", "model.language_model": "disk", "lm_head": "disk"}}
+
+
+@pytest.mark.parametrize("device_map", MAPS)
+def test_maps_of_an_offloaded_model_are_those_of_the_model(model_folder, processor, image, tmp_path, device_map):
+    load, offload = AutoModelForImageTextToText.from_pretrained, {"offload_folder": tmp_path}
+    expected = maps_of(load(model_folder).eval(), processor, image)
+    offloaded = load(model_folder, device_map=MAPS[device_map], **offload).eval()
+    assert any(parameter.is_meta for parameter in decoder(offloaded).parameters())
+    assert_same(maps_of(offloaded, processor, image), expected)
+    assert any(parameter.is_meta for parameter in decoder(offloaded).parameters())
