@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import InitVar, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import cv2
@@ -427,6 +427,7 @@ def read(model, processor, image, prompt, answer: str | None = None, max_new_tok
 
     Raises ValueError for bad arguments, ExplanationError if the model's answer is empty.
     """
+    model = unwrapped(model)
     check_family(model)
     check_processor(processor, "image_processor")
     images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
@@ -442,7 +443,8 @@ def read(model, processor, image, prompt, answer: str | None = None, max_new_tok
 def conversation(images: list, prompt, kind: str = "image") -> tuple[list[dict], list, list[int]]:
     """(messages whose contents are lists of parts, their pictures, the numbers of those that are explained)."""
     text = {"type": "text", "text": prompt}
-    prompt = [{"role": "user", "content": [*({"type": kind} for _ in images), text]}] if type(prompt) is str else prompt
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": [*({"type": kind} for _ in images), text]}]
     chat, keys = [], {"type", "text", "image", "path", "url"}
     for message in prompt if isinstance(prompt, (list, tuple)) and prompt else [None]:
         role, parts = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
@@ -710,11 +712,24 @@ def score_parts(inputs, tokens: list[int], parts: list[Iterable[int]]) -> tuple[
 # features and gradients
 
 
+def unwrapped(model):
+    """The model in wrappers of PEFT, torch.compile and data parallelism. ValueError for an adapter of the prompt."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    if hasattr(model, "get_base_model"):  # PEFT's
+        config = model.active_peft_config
+        if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(f"an adapter of type {config.peft_type} acts on the prompt: only those of layers are run")
+        return unwrapped(model.get_base_model())
+    return unwrapped(model._orig_mod) if hasattr(model, "_orig_mod") else model  # torch.compile's
+
+
 def get_model_layers(model) -> tuple[nn.ModuleList, int]:
     """The decoder layers of a Qwen2.5-VL (or a model with the same layout, of any family) and their number.
 
     Raises ValueError if the model has them in none of the known places.
     """
+    model = unwrapped(model)
     paths = ("model.language_model.layers", "language_model.layers", "model.layers")
     for path in paths:
         with suppress(AttributeError):
@@ -760,7 +775,7 @@ def find_taps(model, layers, tap: str) -> list[Tap]:
     Keys are the index of a decoder layer, whichever the tap, and the name in the model of any other module.
     """
     decoder, total = get_model_layers(model)
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # of torch.compile
     index = {module: i for i, module in enumerate(decoder)}
     taps = {}
     for layer in _listed(layers):
@@ -823,14 +838,13 @@ def captured(taps: list[Tap]):
 def identity_rule(module, args, output):
     """Hook: y = f(x) taken as x [f(x) / x] with the ratio held constant. For an RMSNorm, w x / rms(x), that is rms(x).
 
-    Such a norm does not change with the length of x, so the gradient that comes back through it is orthogonal to x:
-    what a token contributes through it, sum_k g_k x_k, is zero but for eps. With the ratio held it is what y
-    contributes, and contributions add up over the tokens: the rule of Ali et al. ("XAI for Transformers: Better
-    Explanations through Conservative Propagation", ICML 2022), and the identity rule of AttnLRP.
+    Such a norm does not change with the length of x, so the gradient that comes back through it is orthogonal to x, and
+    what a token contributes, sum_k g_k x_k, is zero but for eps. With the ratio held it is what y contributes, and adds
+    up over the tokens: the rule of Ali et al. (ICML 2022), and the identity rule of AttnLRP.
     """
     if not output.requires_grad:  # below the first tap
         return output
-    linear = args[0] * (output / args[0]).detach().nan_to_num(0, 0, 0)
+    linear = args[0] * (output.detach() / args[0].detach()).nan_to_num(0, 0, 0)
     return output.detach() + (linear - linear.detach())
 
 
@@ -851,43 +865,80 @@ def uniform_rule(share: float):
     return lambda module, args, output: share * output + (1 - share) * output.detach()
 
 
+def activation_rule(module, args, output):
+    """Hook of an activation whose output is a factor of a product: the identity rule, and half of the gradient."""
+    return half(module, args, identity_rule(module, args, output))
+
+
+half, quarter = uniform_rule(0.5), uniform_rule(0.25)
+NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")  # the latter: Qwen3-VL
+PRODUCTS = {"self_attn.q_proj": quarter, "self_attn.k_proj": quarter, "self_attn.v_proj": half}
+PRODUCTS |= {"mlp.up_proj": half, "mlp.act_fn": activation_rule}
+
+
 @contextmanager
-def detached_norms(model):
+def ruled(model, products: bool):
     """Inside, gradients pass every norm as if its denominator were a constant; values stay the same.
 
-    That includes the norms on the queries and keys of Qwen3-VL, and the LayerNorms of vision towers.
+    That includes the vision tower's. With `products` they follow AttnLRP's rules (Achtibat et al., ICML 2024), where
+    gradient x input is relevance: the identity rule for activations too; the uniform rule (eq. 14) for products, so
+    gradients are halved towards both sides of the gated MLP, towards attention weights and values, and once more, since
+    the weights come from a product, towards queries and keys. Raises ExplanationError if the decoder runs without one
+    of the modules that have a rule, as with fused kernels.
     """
+    layers = get_model_layers(model)[0]
+    decoder = next(module for module in model.modules() if getattr(module, "layers", None) is layers)
+    places = {"norm": (decoder, "norm")} | {
+        f"layers.{i}.{place}": (layer, place)
+        for i, layer in enumerate(layers)
+        for place in (*NORMS, *(PRODUCTS if products else ()))
+        if not re.search("[qk]_norm", place) or hasattr(layer.self_attn, "q_norm")
+    }
+    rules, called = norm_rules(model), set()
+    for name, (parent, place) in places.items():
+        with suppress(AttributeError):
+            module = places[name] = operator.attrgetter(place)(parent)
+            rule = PRODUCTS.get(place, None if getattr(module, "bias", None) is not None else identity_rule)
+            rules |= {module: rule} if rule and module not in rules else {}
+    names = {module: name for name, module in places.items()}  # layers may have an activation in common
+    missing = {name for name, module in places.items() if module not in rules}
 
-    def register():
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                yield module.register_forward_hook(identity_rule)
-            elif isinstance(module, nn.LayerNorm):
-                yield module.register_forward_hook(layer_norm_rule)
+    def hook(module, rule):
+        if module not in names:
+            return module.register_forward_hook(rule)
+        return module.register_forward_hook(lambda *given: called.add(module) or rule(*given))
 
-    with hooked(register()):
+    with hooked(hook(module, rule) for module, rule in rules.items()):
         yield
+    missing |= {names[module] for module in names.keys() - called if decoder.norm in called}  # else no whole pass
+    if missing:
+        first = next(name for name in places if name in missing)
+        advice = 'load the model without fused kernels, or use rules="plain"'
+        raise ExplanationError(f"{first} has no gradient rule, as it is not run, or no known norm: {advice}")
 
 
-@contextmanager
-def attnlrp(model):
-    """Inside, gradients follow AttnLRP's rules (Achtibat et al., ICML 2024): gradient x input is relevance then.
-
-    Beside `detached_norms`: the identity rule for activations; the uniform rule (eq. 14) for products, so gradients are
-    halved towards the two sides of the gated MLP, towards attention weights and values, and once more, since the
-    weights come from a product, towards queries and keys.
-    """
-    half, quarter = uniform_rule(0.5), uniform_rule(0.25)
-    hooks = {}  # by module: layers may have an activation in common
-    for layer in get_model_layers(model)[0]:
-        attention, mlp = layer.self_attn, layer.mlp
-        hooks |= {attention.q_proj: quarter, attention.k_proj: quarter, attention.v_proj: half, mlp.up_proj: half}
-        hooks[mlp.act_fn] = lambda module, args, output: half(module, args, identity_rule(module, args, output))
-    with hooked(module.register_forward_hook(hook) for module, hook in hooks.items()), detached_norms(model):
-        yield
+def norm_rules(model) -> dict[nn.Module, Callable]:
+    """The hooks of all that is a norm by its class, in the vision tower too."""
+    rms = {module: identity_rule for module in model.modules() if type(module).__name__.endswith("RMSNorm")}
+    return {module: layer_norm_rule for module in model.modules() if isinstance(module, nn.LayerNorm)} | rms
 
 
+detached_norms, attnlrp = partial(ruled, products=False), partial(ruled, products=True)
 RULES = {"attnlrp": attnlrp, "detached": detached_norms, "plain": nullcontext}
+
+
+def check_linear(model) -> None:
+    """Raises ExplanationError if a kind of linear layer of the decoder passes no gradient, as some quantised ones."""
+    linear = [layer for layer in get_model_layers(model)[0].modules() if hasattr(layer, "in_features")]
+    for layer in {(type(layer), type(getattr(layer, "weight", None))): layer for layer in linear}.values():
+        if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:
+            continue
+        x = torch.ones(1, layer.in_features, dtype=model.dtype, device=model.device, requires_grad=True)
+        y = layer(x)
+        if not y.requires_grad or torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is None:
+            raise ExplanationError(f"its linear layers pass no gradient: {type(layer)} (load the model unquantised)")
+
+
 _LOCKS = weakref.WeakKeyDictionary()  # one for each decoder: hooks, modes and gradients of two passes would mix
 
 
@@ -897,7 +948,10 @@ def borrowed(model):
 
     Other threads that want to explain with the same model wait until then.
     """
-    with _LOCKS.setdefault(get_model_layers(model)[0], threading.RLock()):
+    # hooks do not act in what is compiled; how it is run is set for all threads
+    compiled = any(m._compiled_call_impl or hasattr(m.forward, "_torchdynamo_orig_callable") for m in model.modules())
+    eager = (lambda: torch.compiler.set_stance("force_eager")) if compiled else nullcontext
+    with _LOCKS.setdefault(torch.compile if compiled else get_model_layers(model)[0], threading.RLock()), eager():
         training = [module for module in model.modules() if module.training]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         positions = getattr(model.model, "rope_deltas", None)  # a caller's unfinished generation lives on this
@@ -1120,6 +1174,7 @@ def explain(
     maps = [{tap.key: np.zeros(len(reading.positions), np.float32) for tap in taps} for _ in spans]
     alive = [set() for _ in spans]
     with borrowed(reading.model), memory_explained(len(reading.positions)):
+        check_linear(reading.model)
         for part, pairs in passes(reading, spans, taps, settings, progress, batch_size):
             for key, (features, gradient) in pairs.items():
                 heat = token_map(key, features, gradient, reading, settings.method)
@@ -1171,6 +1226,7 @@ def compute_token_maps(
         raise ValueError(f"contrast={settings.contrast!r} needs a target, whose place it takes")
     if isinstance(image, (list, tuple)):
         raise ValueError(f"image has {len(image)} photos, and this takes one: use read and explain, with a map each")
+    model = unwrapped(model)
     check_family(model)
     find_taps(model, layers, settings.settled().tap)  # before an answer is generated
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
@@ -1292,7 +1348,7 @@ class SmoothQwenGradCAM:
     @property
     def device(self) -> torch.device:
         """Where the model's embeddings are, and so inputs; another one is a ValueError, as the model stays there."""
-        return self.model.get_input_embeddings().weight.device
+        return unwrapped(self.model).get_input_embeddings().weight.device
 
     @device.setter
     def device(self, device):

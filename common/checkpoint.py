@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.processing_utils import TextKwargs
 
+from common.adapter import adapter_of, merged
 from common.refusals import MAX_BYTES, check_tokenizer, checkpoint_folder, fetch_weights, read_record
 from common.template import render
 from smooth_gradcam import FAMILIES, SUPPORTED, ExplanationWarning, get_model_layers, is_out_of_memory
@@ -53,6 +54,9 @@ def resolve_device(name: str) -> str:
 
 def count_layers(model_path: str) -> int:
     """The number of decoder layers, from config.json. Raises ValueError if the model's family is not supported."""
+    if adapter := adapter_of(model_path):
+        with adapter.of_base() as base:
+            return count_layers(base)
     folder, name = checkpoint_folder(model_path), f"--model_path {model_path}"
     config = read_record(folder / "config.json", name)
     decoder = _decoder_settings(config)
@@ -93,7 +97,11 @@ def load_processor(model_path: str, max_pixels: int):
 
     Raises ValueError if it is missing, or does not belong to this model.
     """
-    folder, name = checkpoint_folder(model_path), f"--model_path {model_path}"
+    adapter, name = adapter_of(model_path), f"--model_path {model_path}"
+    if adapter and not adapter.has_processor:
+        with adapter.of_base() as base:
+            return load_processor(base, max_pixels)
+    folder = adapter.folder if adapter else checkpoint_folder(model_path)
     check_tokenizer(folder, name)
     if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise ValueError(f"{name} lacks its tokenizer: it has neither tokenizer.json nor vocab.json")
@@ -108,7 +116,8 @@ def load_processor(model_path: str, max_pixels: int):
             raise ValueError(f"{name} lacks a processor that can be loaded: there is no {component}")
     if processor.image_token not in processor.tokenizer.get_vocab():  # transformers 5 falls back to an empty one
         raise ValueError(f"{name} lacks its tokenizer: it has no {processor.image_token}")
-    _check_fit(processor, read_record(folder / "config.json", name), name)
+    settings = checkpoint_folder(adapter.base if adapter else model_path) / "config.json"
+    _check_fit(processor, read_record(settings, name), name)
     for key in TextKwargs.__annotations__:  # such as padding: transformers would apply them to every prompt
         processor.tokenizer.init_kwargs.pop(key, None)
     with model_named(model_path):
@@ -177,7 +186,14 @@ def _own_generation(folder: Path, name: str) -> GenerationConfig:
 
 
 def load_model(model_path: str, device: str, dtype: str):
-    """The model in evaluation mode. Raises ValueError if weights are missing: they would be random."""
+    """The model in evaluation mode, of an adapter's folder its base with the adapter merged into it.
+
+    Raises ValueError if weights are missing: they would be random.
+    """
+    if adapter := adapter_of(model_path):
+        with adapter.of_base() as base:
+            model = load_model(base, device, dtype)
+        return merged(model, adapter).eval()
     folder, name = checkpoint_folder(model_path), f"--model_path {model_path}"
     keywords = {"generation_config": _own_generation(folder, name)}
     keywords |= {"device_map": "auto"} if device == "map" else {}
@@ -250,9 +266,10 @@ def model_named(model_path: str):
 def model_identity(model_path: str) -> str:
     """A text that differs between models: the revision of a name on the hub, a hash of a folder.
 
-    The hash is that of the folder's text files and of both ends of each tensor.
+    The hash is that of the folder's text files and of both ends of each tensor; an adapter's base comes behind it.
     """
-    folder, state = checkpoint_folder(model_path), hashlib.sha256()
+    adapter, state = adapter_of(model_path), hashlib.sha256()
+    folder = adapter.folder if adapter else checkpoint_folder(model_path)
     if not Path(model_path).is_dir():
         return f"{model_path} {folder.name}"
     for path in sorted(folder.iterdir()):
@@ -263,6 +280,9 @@ def model_identity(model_path: str) -> str:
         elif path.suffix == ".safetensors":
             for block in _tensor_ends(path):
                 state.update(block)
+    if adapter:
+        with adapter.of_base() as base:
+            return f"{state.hexdigest()} on {model_identity(base)}"
     return state.hexdigest()
 
 

@@ -216,7 +216,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--layers", *with_layers, **layers, help=f"{', '.join(LAYER_NAMES)}, or layer indices")
     add("--layer_range", *with_layers, **layers, help="the same (default: auto, six layers; in multi mode four)")
     default_model = str(HERE / "demo_model")
-    add("--model_path", type=_path, default=default_model, help="model folder, or a name on the Hugging Face hub")
+    add("--model_path", type=_path, default=default_model, help="model or LoRA adapter folder, or a name on the hub")
     add(
         "--image_path",
         type=_path,

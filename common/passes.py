@@ -33,6 +33,7 @@ from smooth_gradcam import (
     noisy_passes,
     reduced,
     tokenise,
+    unwrapped,
 )
 
 __all__ = [
@@ -147,7 +148,7 @@ def vision_kept(model):
 
     It runs again for other pictures, with other weights, and where hooks read or change what happens in it.
     """
-    tower = model.model.visual
+    tower = unwrapped(model).model.visual
     with _forwards_restored([tower]):
         # a partial and no closure: a deep copy of the model then has its own tower, and its own store
         tower.forward = functools.partial(_run_once, tower, tower.forward, {})

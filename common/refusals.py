@@ -14,8 +14,8 @@ from transformers import dynamic_module_utils
 from transformers.utils import cached_file
 
 __all__ = [
-    *("MAX_BYTES", "check_tokenizer", "checkpoint_folder", "fetch_weights", "hub_folder", "read_record", "settings"),
-    "wrong_with",
+    *("MAX_BYTES", "PICKLES", "check_files", "check_tokenizer", "checkpoint_folder", "fetch_weights", "hub_folder"),
+    *("read_record", "settings", "wrong_with"),
 ]
 
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # the library must refuse foreign code without asking
@@ -159,17 +159,30 @@ def checkpoint_folder(model_path: str) -> Path:
             if folder.is_absolute() or len(folder.parts) > 2 or model_path.startswith("."):
                 raise ValueError(f"{name} does not exist: give a model folder or a name on the hub")
             folder = hub_folder(model_path)
-        files = [path for path in sorted(folder.iterdir()) if path.name in FETCHED or re.fullmatch(OPENED, path.name)]
-        files += sorted(folder.glob("*_templates/*.jinja"))
-        for path in files:
-            if path.name in FOREIGN_MODELS:
-                raise ValueError(f"{name} holds {FOREIGN_MODELS[path.name]} ({path.name}): only whole models are read")
-            _check_file(path, folder, name)
     except PermissionError as exc:
         raise ValueError(f"{name} cannot be read: {exc.strerror}") from exc
     except OSError as exc:
         missing = "neither a folder nor a name on the hub that can be reached"
         raise ValueError(f"{name} is {'unreadable' if folder.exists() else missing}: {exc}") from exc
+    check_files(folder, name)
+    return folder
+
+
+def check_files(folder: Path, name: str, foreign: dict[str, str] = FOREIGN_MODELS) -> None:
+    """Raises ValueError that begins with `name` for what is refused in the files of a folder."""
+    try:
+        files = [path for path in sorted(folder.iterdir()) if path.name in FETCHED or re.fullmatch(OPENED, path.name)]
+        files += sorted(folder.glob("*_templates/*.jinja"))
+        for path in files:
+            if path.name in foreign:
+                raise ValueError(
+                    f"{name} holds {foreign[path.name]} ({path.name}) beside a model: take one of them out"
+                )
+            _check_file(path, folder, name)
+    except PermissionError as exc:
+        raise ValueError(f"{name} cannot be read: {exc.strerror}") from exc
+    except OSError as exc:
+        raise ValueError(f"{name} is unreadable: {exc}") from exc
     for path in files:
         if path.suffix == ".json" and path.name not in VOCABULARIES:
             record = read_record(path, name)
@@ -179,7 +192,6 @@ def checkpoint_folder(model_path: str) -> Path:
             for key, value in settings(record):
                 if reason := wrong_with(key, value):
                     raise ValueError(f"{name} {reason} (in its {path.name})")
-    return folder
 
 
 def fetch_weights(model_path: str, folder: Path) -> None:

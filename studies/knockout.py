@@ -28,6 +28,7 @@ from smooth_gradcam import (
     get_model_layers,
     hooked,
     memory_explained,
+    unwrapped,
 )
 from studies.decoder import attention_hooked, covered_tokens, embed, empty_cache, run_decoder, token_groups
 from studies.flow import attention_flow
@@ -143,6 +144,7 @@ def image_hidden(model, layer: int):
 
     Positions stay as they are. If `layer` is the number of layers, nothing is hidden. Raises ValueError beyond that.
     """
+    model = unwrapped(model)
     total = get_model_layers(model)[1]
     check_whole("layer", layer, 0)
     if layer > total:

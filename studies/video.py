@@ -39,6 +39,7 @@ from smooth_gradcam import (
     prepare_inputs,
     render_cam,
     resolve_layers,
+    unwrapped,
 )
 from visualization_utils import (
     WEAK,
@@ -87,6 +88,7 @@ def read_video(model, processor, video: Video, prompt: str, answer=None, max_new
 
     The photos of the reading are the first frames of the temporal patches. Arguments and errors are those of `read`.
     """
+    model = unwrapped(model)
     check_family(model)
     check_processor(processor, "video_processor")
     chat, *_ = conversation([video], prompt, "video")

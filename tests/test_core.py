@@ -34,6 +34,7 @@ from smooth_gradcam import (
 
 PROMPT = "What is it?"
 ANSWER = "the red cat 猫"
+FORM = '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}'
 CLEAN = {"use_smooth": False, "answer": ANSWER}
 
 
@@ -413,6 +414,10 @@ def test_attnlrp_halves_both_sides_of_a_gated_mlp_and_holds_the_activations_rati
     torch.testing.assert_close(found, torch.autograd.grad(halves, x)[0])
 
 
+def norms_detached(modules):
+    return core.hooked(norm.register_forward_hook(rule) for norm, rule in core.norm_rules(modules).items())
+
+
 def test_frozen_norms_and_linear_maps_pass_on_all_of_the_output():
     """A chain with a residual, all of whose parts are linear but for the rules: A_i . g_i add up to the output."""
     torch.manual_seed(0)
@@ -430,7 +435,7 @@ def test_frozen_norms_and_linear_maps_pass_on_all_of_the_output():
         (gradient,) = torch.autograd.grad(output, x)
         return (x * gradient).sum().item(), output.item()
 
-    with core.detached_norms(rules):
+    with norms_detached(rules):
         total, output = contributions()
     assert total == pytest.approx(output, rel=1e-12)
     total, same = contributions()
@@ -454,7 +459,7 @@ def test_frozen_norms_change_no_bit_of_the_logits(make_model, processor, image, 
 def test_token_of_zeros_has_a_finite_gradient_through_frozen_norms(make_model, make_norm):
     norm = nn.RMSNorm(32) if make_norm else copy.deepcopy(make_model(torch.float32).model.language_model.norm)
     x = torch.tensor([[0.0] * 32, [0.0, -3.0] * 16], requires_grad=True)
-    with core.detached_norms(nn.ModuleList([norm])):
+    with norms_detached(nn.ModuleList([norm])):
         output = norm(x)
     assert torch.equal(output, norm(x))
     (gradient,) = torch.autograd.grad(output.sum(), x)
@@ -846,7 +851,7 @@ WHOLE, STD = "must be a whole number, {} or more, and below 2^63", "must be 0 to
         ("answer", [1, 2], "must be a non-empty string without lone surrogates"),
         ("answer", "a<|im_end|>", "must be text without special tokens"),
         ("prompt", "  ", "must be a non-empty string without lone surrogates"),
-        ("prompt", None, "must be a text, or a list of messages such as"),
+        ("prompt", None, f"must be a text, or a list of messages such as {FORM}"),
         ("prompt", "a <|image_pad|>", "contains <|image_pad|>, which stands for a picture or a turn of the chat"),
         ("prompt", "a<|im_end|>", "contains <|im_end|>, which stands for a picture or a turn of the chat"),
         ("prompt", "a<|vision_pad|>", "contains <|vision_pad|>, which stands for a picture or a turn of the chat"),
