@@ -1,7 +1,7 @@
 """An app in the browser: click a word of the answer to see where it came from: python studies/app.py
 
     photo, prompt -> Answered           Explainer.answer: read once, with the words of the answer
-      -> TokenMaps of a word            Explainer.maps: all layers in one pass when the word is first clicked, then kept
+      -> TokenMaps of a word            Explainer.maps: computed when they are first asked for, then kept
       -> picture, text                  view, describe: the overlay of one layer, and what the map rests on
       -> index.html                     Explainer.page: the page of all words, as the words mode writes it
 
@@ -59,12 +59,12 @@ ON_CLICK = """element.addEventListener('click', event => {
 
 @dataclass(eq=False)
 class Answered:
-    """An answer of a tab, the spans of its words, and the maps of those that were clicked: {(method, word): maps}."""
+    """An answer of a tab, the spans of its words, and their maps so far: {(method, word, layer): maps}."""
 
     reading: Reading
     name: str  # of the photo
     words: list[tuple[int, int]]
-    maps: dict[tuple[str, int], TokenMaps] = field(default_factory=dict)
+    maps: dict[tuple[str, int, int], TokenMaps] = field(default_factory=dict)
 
 
 class Explainer:
@@ -83,17 +83,19 @@ class Explainer:
             raise ExplanationError(f"the answer {reading.answer!r} has no word to explain: ask something else")
         return Answered(reading, name, words)
 
-    def maps(self, answered: Answered, word: int, method: str) -> TokenMaps:
-        """The maps of a word at all layers, of one clean copy. Raises ValueError for a word that is not there."""
+    def maps(self, answered: Answered, word: int, method: str, layer: int) -> TokenMaps:
+        """The maps of a word, of one clean copy, with this layer's: those of all layers come from one pass, but each of
+        the method "needed" takes some runs of the text. Raises ValueError for a word that is not there."""
         if type(word) is not int or not 0 <= word < len(answered.words):
             raise ValueError(f"word {word!r} is not in the answer: choose 0 to {len(answered.words) - 1}")
         with self.lock, model_named(self.model_path):
-            if (method, word) not in answered.maps:
-                settings, span = Settings(noise_std=0, method=method), answered.words[word]
+            if (method, word, layer) not in answered.maps:
+                layers = [layer] if method == "needed" else self.layers
+                settings, spans = Settings(noise_std=0, method=method), [answered.words[word]]
                 with vision_kept(self.model):
-                    (maps,) = explain_with_evidence(answered.reading, [span], self.layers, settings)
-                answered.maps[method, word] = maps
-        return answered.maps[method, word]
+                    (maps,) = explain_with_evidence(answered.reading, spans, layers, settings)
+                answered.maps |= {(method, word, each): maps for each in layers}
+            return answered.maps[method, word, layer]
 
     def page(self, answered: Answered, method: str, look: Look) -> str:
         """The words page of all but function words at six layers."""
@@ -197,7 +199,7 @@ class Handlers:
     def look(self, answered, word, layer, method, colours):
         if answered is None or word is None:  # a slider moved before there is a word
             return [self.gr.skip() for _ in range(4)]
-        maps = self.explainer.maps(answered, word, method)
+        maps = self.explainer.maps(answered, word, method, int(layer))
         picture = view(answered.reading.photo, maps, int(layer), Look(colours))
         return word, answer_html(answered, word), picture, describe(maps, int(layer))
 

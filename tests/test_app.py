@@ -46,20 +46,27 @@ def test_a_given_answer_has_all_its_words(explainer, image):
 
 def test_maps_of_all_layers_are_made_once_for_a_word_and_method(explainer, image):
     answered = explainer.answer(image, "a.png", PROMPT, "the red cat")
-    first = explainer.maps(answered, 2, "gradcam")
+    first = explainer.maps(answered, 2, "gradcam", 1)
     assert first.target == "cat"
     assert list(first.maps) == [0, 1, 2]
     assert first.settings.num_samples == 1
-    assert explainer.maps(answered, 2, "gradcam") is first
-    assert explainer.maps(answered, 2, "hirescam") is not first
-    assert set(answered.maps) == {("gradcam", 2), ("hirescam", 2)}
+    assert explainer.maps(answered, 2, "gradcam", 0) is first
+    assert explainer.maps(answered, 2, "hirescam", 1) is not first
+
+
+def test_needed_tokens_are_searched_at_the_layer_that_is_looked_at(explainer, image):
+    answered = explainer.answer(image, "a.png", PROMPT, "the red cat")
+    first = explainer.maps(answered, 2, "needed", 1)
+    assert list(first.maps) == [1]
+    assert explainer.maps(answered, 2, "needed", 1) is first
+    assert list(explainer.maps(answered, 2, "needed", 0).maps) == [0]
 
 
 @pytest.mark.parametrize("word", [3, -1, "0", 1.0, True, None])
 def test_a_word_that_is_not_there_is_an_error(explainer, image, word):
     answered = explainer.answer(image, "a.png", PROMPT, "the red cat")
     with pytest.raises(ValueError, match="is not in the answer: choose 0 to 2"):
-        explainer.maps(answered, word, "gradcam")
+        explainer.maps(answered, word, "gradcam", 0)
 
 
 def test_an_answer_without_words_is_an_error(explainer, image):
@@ -76,7 +83,7 @@ def test_the_model_is_free_again_after_an_error(explainer, image, monkeypatch):
     answered = explainer.answer(image, "a.png", PROMPT, "the red cat")
     monkeypatch.setattr("studies.app.explain_with_evidence", lambda *_: (_ for _ in ()).throw(MemoryError("full")))
     with pytest.raises(MemoryError):
-        explainer.maps(answered, 0, "gradcam")
+        explainer.maps(answered, 0, "gradcam", 0)
     assert not explainer.lock.locked()
     assert answered.maps == {}
 
