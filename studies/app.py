@@ -232,8 +232,10 @@ def build(gr, explainer: Explainer, folder: Path, photo: Path, prompt: str):
                 message = gr.HTML(elem_id="message")
                 layer = gr.Slider(0, last, (last + 1) // 2, step=1, label="Layer", elem_id="layer")
                 with gr.Row():
-                    method = gr.Dropdown(methods, value="needed", label="Method", elem_id="method")
-                    colours = gr.Dropdown(list(COLORMAPS), value="plasma", label="Colours", elem_id="colours")
+                    method = gr.Dropdown(methods, value="needed", label="Method", min_width=240, elem_id="method")
+                    colours = gr.Dropdown(
+                        list(COLORMAPS), value="plasma", label="Colours", elem_id="colours", min_width=240
+                    )
                 page = gr.Button("Make a page of all words", elem_id="make")
                 download = gr.DownloadButton("Download index.html", visible=False, elem_id="download")
         options = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
