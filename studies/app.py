@@ -183,7 +183,12 @@ class Handlers:
         return run
 
     def choose(self, path):
-        return None, None, "", view(open_upload(path)), self.gr.DownloadButton(visible=False), ""
+        """A new photo: the last one's answer goes, even if the new one cannot be opened."""
+        try:
+            picture, message = view(open_upload(path)), ""
+        except ValueError as exc:
+            picture, message = None, error_html(exc)
+        return None, None, "", picture, self.gr.DownloadButton(visible=False), message
 
     def ask(self, path, prompt, given):
         answered = self.explainer.answer(open_upload(path), Path(path).name, prompt, given or "")
