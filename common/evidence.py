@@ -51,7 +51,7 @@ ALIKE = 0.3  # rank correlation with the middle layer's map below which a layer 
 FADED = 0.35  # share of the colours that a map gets which is not to be believed
 NEEDED = 0.9  # share of what the photo gives a word that is lost without the image tokens that it needs
 STEP = 1.1  # their number is found to within this factor
-RUNS_AT_ONCE = 8
+RUNS_AT_ONCE, POSITIONS = 8, 2**14  # most runs, and keys and values of so many positions, that are in memory at once
 REPORTED = 5  # photos with warnings of their own
 NAMED = 10  # words that a line names
 
@@ -137,8 +137,8 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
         pictures = embeddings.new_zeros(1, 0, dtype=torch.bool) if pictures is None else pictures[:, start:]
 
         def hide(hidden: np.ndarray) -> np.ndarray:
-            results = []
-            for rows in torch.as_tensor(hidden).split(RUNS_AT_ONCE):
+            results, runs = [], max(1, min(RUNS_AT_ONCE, POSITIONS // length))
+            for rows in torch.as_tensor(hidden).split(runs):
                 mask, count, own = torch.ones(len(rows), length, dtype=torch.long), len(rows), copy.deepcopy(cache)
                 for seen, row in zip(mask, rows, strict=True):
                     seen[slice(first, start) if row.all() else places[row]] = 0
@@ -150,11 +150,10 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
                     added = given["deepstack_visual_embeds"]
                     text["deepstack_visual_embeds"] = [features[-later:].repeat(count, 1) for features in added]
                 states = decoder(**text, **{name: own}, use_cache=True).last_hidden_state
-                states = states[:, [position - start for position in scored.predicting]]  # (R, A, C)
-                logits = at_least_float32(model.get_output_embeddings()(states.flatten(0, 1)))  # (R * A, V)
-                chosen = logits.softmax(-1).gather(1, expected.repeat(count, 1).to(logits.device))
-                results.append(chosen.view(count, -1).cpu().numpy())
-            return np.concatenate(results)
+                for row in states[:, [position - start for position in scored.predicting]]:  # (A, C)
+                    logits = at_least_float32(model.get_output_embeddings()(row))  # (A, V): of one run at a time
+                    results.append(logits.softmax(-1).gather(1, expected.to(logits.device))[:, 0].cpu().numpy())
+            return np.stack(results)
 
         yield hide
 
