@@ -325,21 +325,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser, _ = make_parser()
     if (bare := next((word for word in argv if re.fullmatch(r"(--\w+=)?--", word)), None)) is not None:
         parser.error(f"{bare} gives no value")  # argparse would take it for an empty list
-    args = parser.parse_args(argv)
-    given = {_in_full(word.split("=")[0], vars(args)) for word in argv}
+    known = vars(parser.parse_args([]))
+    argv = ["=".join([_in_full(word.split("=")[0], known), *word.split("=")[1:]]) for word in argv]
+    args, given = parser.parse_args(argv), {word.split("=")[0] for word in argv}
     args.listed = any(map(is_list, args.image_path)) or (len(args.image_path) > 1 and args.mode not in OF_PHOTOS)
     try:
         args.notes = check_flags(args, given)
     except ValueError as exc:
         parser.error(str(exc))
-    args.photo_given = "--image_path" in {word.split("=")[0] for word in argv}
+    args.photo_given = "--image_path" in given
     args.image_path, args.photos = args.image_path[0], args.image_path
     return args
 
 
 def _in_full(word: str, known: Iterable[str]) -> str:
-    """The flag that a word of the command line stands for, which argparse has found to be unambiguous, or the word."""
+    """The only flag that begins with a word of the command line, or else the word.
+
+    A flag with a further part, such as --prompt_words, is not meant by the beginning of the flag without it.
+    """
     flags = [f"--{name}" for name in known if word.startswith("--") and f"--{name}".startswith(word)]
+    flags = [flag for flag in flags if not any(flag.startswith(f"{other}_") for other in flags)]
     return flags[0] if len(flags) == 1 else word
 
 

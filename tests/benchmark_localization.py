@@ -262,7 +262,7 @@ def backward(tensors: dict, logits: Tensor, word: Word, positions: Tensor) -> di
     def at_image(key, tensor):
         if key[0] == "attention":
             return tensor[0][:, word.scored.predicting][:, :, positions]
-        return core.image_rows(key, tensor, positions)
+        return core.image_rows(key, tensor, positions, torch.ones(len(positions), dtype=torch.bool))
 
     return {
         key: (at_image(key, tensor.detach()), at_image(key, torch.zeros_like(tensor) if g is None else g))
