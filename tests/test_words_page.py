@@ -635,17 +635,51 @@ def test_numbers_are_saved_as_csv(page, downloads):
     data, _, cams = make_data()
     page.open(data, "#word=1&layer=16")
     rows = downloads("save-numbers", "photo_cat_layer_16.csv").read_text().strip().split("\n")
-    assert rows[0] == "row\\column,0,1,2,3,4,5"
+    assert rows[0] == '"cat, layer 16, raw: row\\column",0,1,2,3,4,5'
     np.testing.assert_allclose(numbers_of(rows), cams[1, 2], atol=2e-5 * cams[1, 2].max())
     page.choose("second", 2)
     page.choose("compare", "difference")
     rows = downloads("save-numbers", f"photo_cat_minus_{WORDS[2]}_layer_16.csv").read_text().strip().split("\n")
-    difference = cams[1, 2] / cams[1, 2].max() - cams[2, 2] / cams[2, 2].max()
-    np.testing.assert_allclose(numbers_of(rows), difference / np.abs(difference).max(), atol=1e-4)
+    assert rows[0].split('"')[1] == f"cat minus {WORDS[2]}, layer 16, raw: row\\column"
+    np.testing.assert_allclose(numbers_of(rows), cams[1, 2] - cams[2, 2], atol=4e-5 * cams[1, 2].max())
 
 
 def numbers_of(rows):
     return np.array([[float(cell) for cell in row.split(",")[1:]] for row in rows[1:]])
+
+
+def test_shift_and_click_compares_and_selects_no_text(page):
+    page.open(make_data()[0], "#word=0&layer=5")
+    script = "const [word, shiftKey] = arguments; for (const kind of ['mousedown', 'click'])"
+    script += " if (!word.dispatchEvent(new MouseEvent(kind, {bubbles: true, cancelable: true, shiftKey})))"
+    script += " window.prevented = kind"
+    page.js(script, page.word(2), True)
+    assert page.js("return window.prevented") == "mousedown"  # what would select
+    assert page.find("#second").get_attribute("value") == "2"
+    page.js("window.prevented = null")
+    page.js(script, page.word(1), False)
+    assert page.js("return window.prevented") is None
+
+
+def test_opens_on_the_strongest_word_that_is_believed(page):
+    shown = []
+    for evidence in ({}, {"evidence": DOUBTED}):
+        data = make_data(**evidence)[0]
+        believed = {word["maxima"][1]: word["text"] for word in data["words"] if not word["doubt"]}
+        page.open(data)
+        shown.append(page.find(".word.pinned").text)
+        assert shown[-1] == believed[max(believed)]
+    assert len(set(shown)) == 2
+
+
+def test_picture_stays_above_the_matrix_on_a_phone(page):
+    words = [f"word{i}" for i in range(40)]
+    data, _, _ = make_data(answer=" ".join(words), words=words, layers=list(range(28)))
+    page.open(data, width=390, height=844, mobile=True)
+    page.js("scrollTo(0, document.querySelector('#matrix thead').getBoundingClientRect().top + scrollY - 60)")
+    inside = "const box = document.getElementById('status').getBoundingClientRect();"
+    inside += " return document.elementFromPoint(box.x + 20, box.y + box.height / 2).closest('#view') !== null"
+    assert page.js(inside)
 
 
 # cells, places, comparison, strengths
@@ -711,7 +745,8 @@ def test_two_words_side_by_side_and_as_a_difference(page):
     share = upsample_cam(difference / np.abs(difference).max(), SIZE[::-1])[..., None]
     ends = np.where(share > 0, [178, 24, 43], [33, 102, 172])
     opacity = 0.7 * np.minimum(2 * np.abs(share), 1)
-    expected = np.asarray(photo) * (1 - opacity) + opacity * (255 + np.abs(share) * (ends - 255))
+    grey = np.asarray(photo) @ [[0.3], [0.59], [0.11]]  # on a red photo, red and blue would not be seen
+    expected = grey * (1 - opacity) + opacity * (255 + np.abs(share) * (ends - 255))
     assert np.abs(page.pixels() - expected).max() <= 4
     assert page.find("#bar .ticks").text.startswith("−1")
 
@@ -776,7 +811,8 @@ def test_difference_to_a_doubted_word_is_faded(page):
     share = FADED * upsample_cam(difference / np.abs(difference).max(), SIZE[::-1])[..., None]
     ends = np.where(share > 0, [178, 24, 43], [33, 102, 172])
     opacity = 0.7 * np.minimum(2 * np.abs(share), 1)
-    expected = np.asarray(photo) * (1 - opacity) + opacity * (255 + np.abs(share) * (ends - 255))
+    grey = np.asarray(photo) @ [[0.3], [0.59], [0.11]]  # on a red photo, red and blue would not be seen
+    expected = grey * (1 - opacity) + opacity * (255 + np.abs(share) * (ends - 255))
     assert np.abs(page.pixels() - expected).max() <= 4
     assert "The largest difference has 35 % of the colours." in page.find("#meaning").text
     assert "house: not to be believed: the model hardly says this and" in page.find("#hottest").text
