@@ -33,6 +33,7 @@ def code_cells(notebook):
 def test_every_cell_runs(copied, nbformat, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
+    pytest.importorskip("peft")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setitem(os.environ, name, "1")
     notebook = nbformat.read(copied / NOTEBOOK.name, as_version=4)
