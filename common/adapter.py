@@ -64,6 +64,8 @@ def adapter_of(model_path: str) -> Adapter | None:
     adapter = Adapter(folder, name)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{name} lacks {ADAPTER_WEIGHTS}: {PICKLES}")
+    if (Path(adapter.base) / SETTINGS).exists():
+        raise ValueError(f"{name} is an adapter of {adapter.base!r}, which holds an adapter itself: merge that one first")
     return adapter
 
 

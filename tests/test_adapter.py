@@ -241,3 +241,13 @@ def test_peft_is_asked_for_where_it_is_missing(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="is an adapter, which needs PEFT: pip install peft"):
         load_model(str(adapter), "cpu", "auto")
+
+
+def test_adapter_of_an_adapter_is_refused(adapter, tmp_path):
+    """Of itself, too, which would never end."""
+    (tmp_path / "second").mkdir()
+    for file in adapter.iterdir():
+        shutil.copy(file, tmp_path / "second")
+    for base in (tmp_path / "adapter", tmp_path / "second", "../second"):
+        with pytest.raises(ValueError, match="which holds an adapter itself: merge that one first"):
+            count_layers(change(tmp_path / "second", base_model_name_or_path=str(base)))
