@@ -65,7 +65,7 @@ def adapter_of(model_path: str) -> Adapter | None:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{name} lacks {ADAPTER_WEIGHTS}: {PICKLES}")
     if (Path(adapter.base) / SETTINGS).exists():
-        raise ValueError(f"{name} is an adapter of {adapter.base!r}, which holds an adapter itself: merge that one first")
+        raise ValueError(f"{name} is an adapter of {adapter.base!r}, an adapter itself: merge that one first")
     return adapter
 
 
