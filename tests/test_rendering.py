@@ -80,7 +80,7 @@ def test_highest_pixel_lies_in_the_cell_of_the_maximum_and_nothing_goes_beyond(h
 
 
 def test_highest_pixel_of_the_demos_words_lies_in_their_cell():
-    maps = np.load(ROOT / "cam_results/words/maps.npz")["maps"]
+    maps = np.load(ROOT / "cam_results/examples/words/maps.npz")["maps"]
     assert maps.shape[:2] == (10, 6)
     for cam in maps.reshape(-1, *maps.shape[2:]):
         row, column = np.unravel_index(upsample_cam(cam, (900, 1200)).argmax(), (900, 1200))
