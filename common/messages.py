@@ -48,7 +48,8 @@ def check_messages(messages, folder: Path) -> list[dict]:
         for key in set(part) & set(PICTURE):
             if not isinstance(part[key], str) or not part[key].strip():
                 raise ValueError(f"a picture of the messages is {part[key]!r}: give a path")
-            part[key] = str(folder.resolve() / part[key].removeprefix("file://"))
+            if "://" not in part[key].removeprefix("file://") and not part[key].startswith("data:"):
+                part[key] = str(folder.resolve() / part[key].removeprefix("file://"))
     return messages
 
 
@@ -82,7 +83,10 @@ def prompt_of(args: argparse.Namespace):
         system = {"role": "system", "content": args.system}
         return args.prompt if args.system is None else [system, {"role": "user", "content": args.prompt}]
     messages = copy.deepcopy(args.messages)
-    for part in _pictures(messages):
-        for key in set(part) & set(PICTURE):
-            part[key] = load_photo(part[key])
+    try:
+        for part in _pictures(messages):
+            for key in set(part) & set(PICTURE):
+                part[key] = load_photo(part[key])
+    except ValueError as exc:
+        raise ValueError(str(exc).replace("--image_path", "--messages", 1)) from exc
     return messages

@@ -466,9 +466,10 @@ def test_last_picture_of_the_messages_is_explained_without_a_photo(model_folder,
         ('[{"role": "user", "role": "user", "content": "a"}]', "a name is there twice"),
         ("[" * 50 + "]" * 50, "nested deeper than 20"),
         (
-            '[{"role": "user", "content": [{"type": "image", "image": "c.png"}, {"type": "text", "text": "a"}]}]',
-            "c.png",
+            json.dumps([user(picture("c.png"), text("a"))]),
+            "--messages: the image ",
         ),
+        (json.dumps([user(picture("https://a.b/c.png"), text("a"))]), "--messages https://a.b/c.png is an address"),
     ],
 )
 def test_bad_files_of_messages_are_errors(drive, tmp_path, content, message):
