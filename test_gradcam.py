@@ -61,7 +61,7 @@ from common.messages import load_messages, paths_of, prompt_of, take_last
 from common.notebook import Shown
 from common.page import PAGE, Paper
 from common.passes import passes_of, recomputed, vision_kept
-from common.photos import load_mask, load_photo, object_mask, open_photos, readable
+from common.photos import explained_photo, load_mask, load_photo, object_mask, readable
 from common.progress import answer_progress, forecast_copies, show_progress
 from common.stopping import stoppable
 from common.terminal import say
@@ -129,9 +129,10 @@ def single_layer_visualization(
     settings |= {"num_samples": num_samples, "noise_std": noise_std}
     settings = {"passes": passes_of(settings.get("contrast")), "by": explain_with_evidence} | settings
     settings = {"progress": show_progress(quiet)} | settings
-    photo = open_photos(image)
+    photo = explained_photo(image, prompt)
     with output_folder(save_dir, inputs=[image]) as write:
-        token_maps = compute_token_maps(model, processor, photo, prompt, [layer], **settings)
+        given = None if image is None else photo
+        token_maps = compute_token_maps(model, processor, given, prompt, [layer], **settings)
         result, files = draw_single(photo, token_maps, look, paper)
         write(files)
     about = {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}

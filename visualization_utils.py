@@ -50,7 +50,7 @@ from common.page import (
     small_print,
 )
 from common.passes import passes_of
-from common.photos import open_photo, open_photos
+from common.photos import explained_photo, open_photo
 from common.progress import show_progress
 from smooth_gradcam import (
     METHODS,
@@ -497,10 +497,11 @@ def _create(
     subfolders=(), **settings,
 ):  # fmt: skip
     """Explain the layers and write the files of `draw(photo, token maps, look=, paper=)`; returns its pictures."""
-    photo, passes = open_photos(image), passes_of(settings.get("contrast"))
+    photo, passes = explained_photo(image, prompt), passes_of(settings.get("contrast"))
     settings = {"progress": show_progress(quiet), "passes": passes, "by": explain_with_evidence} | settings
     with output_folder(save_dir, subfolders, inputs=[image]) as write:
-        token_maps = compute_token_maps(model, processor, photo, prompt, layers, **settings)
+        given = None if image is None else photo
+        token_maps = compute_token_maps(model, processor, given, prompt, layers, **settings)
         pictures, files = draw(photo, token_maps, look=look, paper=paper)
         write(files)
     return pictures

@@ -10,9 +10,9 @@ from PIL import Image, features
 
 from common.bands import lay_on_white
 from common.inputs import open_regular
-from smooth_gradcam import load_rgb, open_image
+from smooth_gradcam import conversation, load_rgb, open_image
 
-__all__ = ["load_mask", "load_photo", "object_mask", "open_photo", "open_photos", "readable"]
+__all__ = ["explained_photo", "load_mask", "load_photo", "object_mask", "open_photo", "open_photos", "readable"]
 
 MOST_POLYGONS = 1000  # of a segmentation: each costs the time of a picture
 BEYOND = 2  # pixels that an outline may reach beyond the photo, as rounded ones do
@@ -43,8 +43,18 @@ def open_photo(image) -> Image.Image:
 
 
 def open_photos(image):
-    """A photo, or a list of them, opened by `open_photo`."""
+    """A photo, or a list of them, opened by `open_photo`; None, where the photos are in the messages, stays None."""
+    if image is None:
+        return None
     return [open_photo(each) for each in image] if isinstance(image, (list, tuple)) else open_photo(image)
+
+
+def explained_photo(image, prompt):
+    """The photo that figures show: `image`, or for None the last picture of the messages. Raises ValueError."""
+    pictures = conversation([], prompt)[1] if image is None else [image]
+    if not pictures:
+        raise ValueError("image=None has no photo: give one, or messages with a picture")
+    return open_photos(pictures[-1])
 
 
 def _heif_kind(path: str | os.PathLike) -> str | None:

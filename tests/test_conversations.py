@@ -398,6 +398,29 @@ def test_contrast_has_its_probability_in_the_place_of_the_words(model, processor
     assert other.evidence.contrast is None
 
 
+# the builders
+
+
+def test_builders_draw_the_explained_picture_of_messages(model, processor, pictures, tmp_path):
+    import test_gradcam
+    from studies.words import create_word_maps
+    from visualization_utils import create_comparative_analysis, create_layer_comparison_grid
+
+    first, second, _ = pictures
+    messages = [user(picture(first), text("the red")), EARLIER, user(picture(second), text(PROMPT))]
+    quick = {"answer": ANSWER, "num_samples": 1, "noise_std": 0, "quiet": True, "save_dir": tmp_path}
+    for image, size in ((None, second.size), (pictures[2], pictures[2].size)):
+        grid = create_layer_comparison_grid(model, processor, image, messages, [0], **quick)
+        single = test_gradcam.single_layer_visualization(model, processor, image, messages, 0, **quick)
+        words = create_word_maps(model, processor, image, messages, [0], **quick)["cat"]
+        thirds = create_comparative_analysis(model, processor, image, messages, **quick)
+        for found in (grid[0], single, words[0], thirds["early"][0]):
+            assert found["superimposed"].shape == (*size[::-1], 3)
+            assert found["cam"].shape == (size[1] // 28, size[0] // 28)
+    with pytest.raises(ValueError, match="image=None has no photo"):
+        create_layer_comparison_grid(model, processor, None, PROMPT, [0], **quick)
+
+
 # the command line
 
 
