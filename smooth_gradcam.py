@@ -445,14 +445,16 @@ def conversation(images: list, prompt, kind: str = "image") -> tuple[list[dict],
     text = {"type": "text", "text": prompt}
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": [*({"type": kind} for _ in images), text]}]
-    chat, keys = [], {"type", "text", "image", "path", "url"}
+    chat, keys = [], {"image", "path", "url"}  # that a picture may have
     for message in prompt if isinstance(prompt, (list, tuple)) and prompt else [None]:
         role, parts = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         parts = [text | {"text": parts}] if isinstance(parts, str) else parts
         known = isinstance(role, str) and isinstance(parts, (list, tuple)) and all(isinstance(p, dict) for p in parts)
-        if not known or not all(part.get("type") in ("text", kind) and set(part) <= keys for part in parts):
+        own = known and [set(part) - {"type", "text"} for part in parts if part.get("type") in ("text", kind)]
+        if not known or len(own) < len(parts) or any(names - keys or len(names) > 1 for names in own):
             form = '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}'
-            raise ValueError(f"prompt={prompt!r} must be a text, or a list of messages such as {form}")
+            what = f"prompt={prompt!r}" if message is None else f"a prompt with the message {repr(message)[:200]}"
+            raise ValueError(f"{what} must be a text, or a list of messages such as {form}")
         chat.append({"role": role, "content": [dict(part) for part in parts]})
     for part in (part for message in chat for part in message["content"] if part["type"] == "text"):
         check_text("prompt", part.get("text"))

@@ -46,7 +46,7 @@ def check_inputs(folders: Iterable[Path], inputs: Iterable, name: str = "save_di
 def parse_json(text: bytes):
     """The value of UTF-8 JSON. Raises ValueError if it is none, has a name twice, or is nested deeper than 20."""
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique)
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
         if _depth(value) > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH}")
     except (ValueError, RecursionError) as exc:

@@ -39,15 +39,21 @@ def check_messages(messages, folder: Path) -> list[dict]:
 
     Raises ValueError for anything but messages of texts and pictures, with at most one place without a picture.
     """
+    if not isinstance(messages, list):
+        raise ValueError(f"the messages are {str(messages)[:100]!r}: give a list of them")
     parts = _pictures(messages)
+    for part in parts:
+        for key in set(part) & set(PICTURE):
+            if part[key] is None:
+                del part[key]  # as data sets have it for a place
+            elif not isinstance(part[key], str) or not part[key].strip():
+                raise ValueError(f"a picture of the messages is {part[key]!r}: give a path")
     empty = sum(not set(part) & set(PICTURE) for part in parts)
     conversation([None] * (empty or not parts), messages)
     if empty > 1:
         raise ValueError(f"the messages have {empty} places for the photo: one, or none, is possible")
     for part in parts:
         for key in set(part) & set(PICTURE):
-            if not isinstance(part[key], str) or not part[key].strip():
-                raise ValueError(f"a picture of the messages is {part[key]!r}: give a path")
             if "://" not in part[key].removeprefix("file://") and not part[key].startswith("data:"):
                 part[key] = str(folder.resolve() / part[key].removeprefix("file://"))
     return messages

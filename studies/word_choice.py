@@ -77,7 +77,13 @@ def choose_words(answer: str, spans: list[tuple[int, int]], words) -> list[tuple
 def words_of(reading: Reading, words, part: str = "all") -> list[tuple[int, int]]:
     """The spans of the chosen words that are in this part of the answer, see `choose_words` and `Reading.part`."""
     start, end = reading.part(part)
-    spans = [span for span in choose_words(reading.answer, reading.spans, words) if start <= span[0] and span[1] <= end]
+    try:
+        chosen = choose_words(reading.answer, reading.spans, words)
+    except ValueError as exc:
+        if not reading.cut_off:
+            raise
+        raise ValueError(f"{exc} (it was cut off after {len(reading.tokens)} tokens: --max_new_tokens)") from exc
+    spans = [span for span in chosen if start <= span[0] and span[1] <= end]
     if not spans:
         raise ValueError(f"words={words!r}: none is in the part {part!r}, {reading.answer[start:end]!r}")
     return spans

@@ -144,6 +144,7 @@ def test_image_stands_before_the_last_text_where_no_place_is_left(model, process
         (["What?"], "must be a text, or a list of messages"),
         ([user({"type": "video", "video": "a.mp4"})], "must be a text, or a list of messages"),
         ([user(picture() | {"max_pixels": 3}, text("a"))], "must be a text, or a list of messages"),
+        ([user(picture() | {"path": "a.jpg", "url": "b.jpg"}, text("a"))], "must be a text, or a list of messages"),
         ([user(picture(), text(" "))], "must be a non-empty string"),
         ([user(picture(), {"type": "text"})], "must be a non-empty string"),
         ([user(picture(), text("a<|im_end|>b"))], "contains <|im_end|>"),
@@ -477,7 +478,10 @@ def test_last_picture_of_the_messages_is_explained_without_a_photo(model_folder,
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ('{"role": "user"}', "must be a text, or a list of messages"),
+        ("5", "the messages are '5': give a list of them"),
+        ('"hi"', "the messages are 'hi': give a list of them"),
+        (json.dumps([user(picture("a.png") | {"path": "b.png"}, text("a"))]), "must be a text, or a list of messages"),
+        ('{"role": "user"}', "give a list of them"),
         (
             '[{"role": "user", "content": [{"type": "image", "image": 3}, {"type": "text", "text": "a"}]}]',
             "give a path",
@@ -502,6 +506,18 @@ def test_bad_files_of_messages_are_errors(drive, tmp_path, content, message):
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_file_may_begin_with_a_mark_and_have_null_for_the_place(drive, tmp_path):
+    content = json.dumps([user(picture() | {"image": None}, text("the cat"))])
+    (tmp_path / "chat.json").write_text(content, encoding="utf-8-sig")
+    assert drive("--messages", tmp_path / "chat.json", "--answer", "cat")[0] == 0
+
+
+def test_words_of_a_cut_off_answer_that_has_none_say_so(drive):
+    code, _, err = drive("--mode", "words", "--words", "zebra", "--max_new_tokens", 2)
+    assert code == 2
+    assert "(it was cut off after 2 tokens: --max_new_tokens)" in err
 
 
 def test_messages_that_are_no_file_are_errors(drive, tmp_path):

@@ -97,6 +97,7 @@ def test_whole_photo_is_an_rgb_picture_of_its_size(path, photo):
     path.write_bytes(data)
     picture, why = opened(path)
     if picture is None:
+        assume("BMP Palette" not in why)  # Pillow 12 writes palettes without a colour, and does not read them
         assert (image.mode in "IF", "grey values" in why) == (True, True)
     else:
         turned = orientation in (5, 6, 7, 8) and kind not in ("GIF", "BMP", "PPM")  # these hold no EXIF
