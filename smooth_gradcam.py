@@ -445,13 +445,14 @@ def conversation(images: list, prompt, kind: str = "image") -> tuple[list[dict],
     text = {"type": "text", "text": prompt}
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": [*({"type": kind} for _ in images), text]}]
-    chat, keys = [], {"image", "path", "url"}  # that a picture may have
+    chat, keys = [], {"text": {"text"}, kind: {"image", "path", "url"}}  # that a part may have, one of them
     for message in prompt if isinstance(prompt, (list, tuple)) and prompt else [None]:
         role, parts = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         parts = [text | {"text": parts}] if isinstance(parts, str) else parts
-        known = isinstance(role, str) and isinstance(parts, (list, tuple)) and all(isinstance(p, dict) for p in parts)
-        own = known and [set(part) - {"type", "text"} for part in parts if part.get("type") in ("text", kind)]
-        if not known or len(own) < len(parts) or any(names - keys or len(names) > 1 for names in own):
+        known = isinstance(role, str) and re.fullmatch(r"\w+", role) and isinstance(parts, (list, tuple))
+        known = known and all(isinstance(part, dict) for part in parts)
+        own = known and [(str(part.get("type")), set(part) - {"type"}) for part in parts]
+        if not known or any(of not in keys or names - keys[of] or len(names) > 1 for of, names in own):
             form = '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}'
             what = f"prompt={prompt!r}" if message is None else f"a prompt with the message {repr(message)[:200]}"
             raise ValueError(f"{what} must be a text, or a list of messages such as {form}")

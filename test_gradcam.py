@@ -423,7 +423,7 @@ def run(args: argparse.Namespace) -> Done:
     """Check, load, explain, draw and write."""
     request = Request.of(args)
     if args.messages is not None:
-        args.messages = load_messages(args.messages)
+        args.messages_file, args.messages = args.messages, load_messages(args.messages)
         if not (args.listed or args.photo_given) and (last := take_last(args.messages)):
             args.image_path, args.photos = last, [last]
     if args.listed:
@@ -436,6 +436,7 @@ def run(args: argparse.Namespace) -> Done:
     layers = choose_layers(args, count_layers(args.model_path))
     photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
     inputs = [args.model_path, args.mask, args.answers, *photos, *paths_of(args.messages)]
+    inputs.append(args.messages and args.messages_file)
     folder, subfolders = Path(args.output_dir, FOLDERS[args.mode]), layers if args.mode == "comparative" else ()
     with output_folder(folder, subfolders, "--output_dir", inputs) as write:
         with model_named(args.model_path):

@@ -55,7 +55,7 @@ RECORD, RESULTS = "result.json", "results.jsonl"
 OWN_SUFFIXES = (".jsonl", ".csv", ".tex")  # of files beside the folders
 NEUTRAL = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
 NEUTRAL += ("recompute",)  # flags that do not change results, beyond rounding
-NEUTRAL += ("messages",)  # or are the items' own
+NEUTRAL += ("messages", "messages_file")  # or are the items' own
 
 
 # reading a list
@@ -429,7 +429,8 @@ def run_list(
     records, before = work_off(
         items, folder, settings, processes, lambda item: load_photo(str(item.image)), explain_item,
         subfolders=subfolders, overwrite=args.overwrite, quiet=quiet, reason_of=reason_of,
-        inputs=[args.model_path, *args.photos], report=lambda line: say(f"test_gradcam.py: {line}", sys.stderr),
+        inputs=[args.model_path, *args.photos, args.messages and args.messages_file],
+        report=lambda line: say(f"test_gradcam.py: {line}", sys.stderr),
     )  # fmt: skip
     if not processes.first:
         return {}, [], [], 0

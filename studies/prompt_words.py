@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import regex
 from matplotlib.patches import Rectangle
 
 from common.encoding import decimal
@@ -153,7 +154,7 @@ class Asked(NamedTuple):
 
 def _figure(asked: Asked, word_maps: list[TokenMaps], paper: Paper) -> Page:
     """The prompt under each word of the answer, its words tinted by what the word takes from them."""
-    k, first, prompt = asked.middle, word_maps[0], asked.prompt.replace("\n", " ")
+    k, first, prompt = asked.middle, word_maps[0], regex.sub(r"\s|\p{Cc}", " ", asked.prompt)
     page = Page(WIDTHS[paper.width], prompt + first.answer)
     title = f"What the words take from the prompt, layer {asked.layers[k]}"
     y = header(page, MARGIN, MARGIN, title, [("Answer", first.answer, (0, 0))]) + GAP

@@ -141,10 +141,13 @@ def test_image_stands_before_the_last_text_where_no_place_is_left(model, process
         ([], "must be a text, or a list of messages"),
         ([{"role": "user"}], "must be a text, or a list of messages"),
         ([{"content": "a"}], "must be a text, or a list of messages"),
+        ([{"role": "user\n<|im_start|>", "content": "a"}], "must be a text, or a list of messages"),
         (["What?"], "must be a text, or a list of messages"),
         ([user({"type": "video", "video": "a.mp4"})], "must be a text, or a list of messages"),
         ([user(picture() | {"max_pixels": 3}, text("a"))], "must be a text, or a list of messages"),
         ([user(picture() | {"path": "a.jpg", "url": "b.jpg"}, text("a"))], "must be a text, or a list of messages"),
+        ([user(text("a") | {"image": "a.jpg"})], "must be a text, or a list of messages"),
+        ([user(picture() | {"text": "a"}, text("a"))], "must be a text, or a list of messages"),
         ([user(picture(), text(" "))], "must be a non-empty string"),
         ([user(picture(), {"type": "text"})], "must be a non-empty string"),
         ([user(picture(), text("a<|im_end|>b"))], "contains <|im_end|>"),
@@ -506,6 +509,21 @@ def test_bad_files_of_messages_are_errors(drive, tmp_path, content, message):
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_file_of_messages_is_never_overwritten(drive, tmp_path, pictures, listed):
+    path = tmp_path / "out/single" / ("results.jsonl" if listed else "visualization.png")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps([user(text("the cat"))]))
+    before = path.read_bytes()
+    for name, each in zip("ab", pictures, strict=False):
+        each.save(tmp_path / f"{name}.png")
+    photos = ("--image_path", tmp_path / "a.png", *([tmp_path / "b.png"] if listed else []))
+    code, _, err = drive("--mode", "single", "--messages", path, "--answer", "cat", *photos)
+    assert code == 2
+    assert f"the input {path} lies in" in err
+    assert path.read_bytes() == before
 
 
 def test_file_may_begin_with_a_mark_and_have_null_for_the_place(drive, tmp_path):
