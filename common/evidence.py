@@ -134,7 +134,7 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
         cache.crop(start - length)
         embeddings, positions = given["inputs_embeds"][:, start:], given["position_ids"][..., start:]
         pictures = given.get("visual_pos_masks")  # of Qwen3-VL, whose first layers add to them; some may come later
-        pictures = embeddings.new_zeros(1, 0, dtype=torch.bool) if pictures is None else pictures[:, start:]
+        later = 0 if pictures is None else int(pictures[:, start:].sum())
 
         def hide(hidden: np.ndarray) -> np.ndarray:
             results, runs = [], max(1, min(RUNS_AT_ONCE, POSITIONS // length))
@@ -145,8 +145,8 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
                 own.batch_repeat_interleave(count)
                 text = {"inputs_embeds": embeddings.expand(count, -1, -1), "attention_mask": mask.to(embeddings.device)}
                 text["position_ids"] = positions.expand(*positions.shape[:-2], count, -1)
-                if later := int(pictures.sum()):
-                    text["visual_pos_masks"] = pictures.expand(count, -1)
+                if later:
+                    text["visual_pos_masks"] = pictures[:, start:].expand(count, -1)
                     added = given["deepstack_visual_embeds"]
                     text["deepstack_visual_embeds"] = [features[-later:].repeat(count, 1) for features in added]
                 states = decoder(**text, **{name: own}, use_cache=True).last_hidden_state

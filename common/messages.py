@@ -48,14 +48,14 @@ def check_messages(messages, folder: Path) -> list[dict]:
                 del part[key]  # as data sets have it for a place
             elif not isinstance(part[key], str) or not part[key].strip():
                 raise ValueError(f"a picture of the messages is {part[key]!r}: give a path")
-    empty = sum(not set(part) & set(PICTURE) for part in parts)
+    empty = sum(_key(part) is None for part in parts)
     conversation([None] * (empty or not parts), messages)
     if empty > 1:
         raise ValueError(f"the messages have {empty} places for the photo: one, or none, is possible")
     for part in parts:
-        for key in set(part) & set(PICTURE):
-            if "://" not in part[key].removeprefix("file://") and not part[key].startswith("data:"):
-                part[key] = str(folder.resolve() / part[key].removeprefix("file://"))
+        path = part.get(_key(part), "").removeprefix("file://")
+        if path and "://" not in path and not path.startswith("data:"):
+            part[_key(part)] = str(folder.resolve() / path)
     return messages
 
 
@@ -66,18 +66,22 @@ def _pictures(messages) -> list[dict]:
     return [part for part in parts if part.get("type") == "image"]
 
 
+def _key(part: dict) -> str | None:
+    """Which of its keys names the picture of a checked part; None for a place without one."""
+    return next((key for key in PICTURE if key in part), None)
+
+
 def paths_of(messages: list[dict] | None) -> list[str]:
     """The paths of the pictures in messages that `check_messages` gave."""
-    return [part[key] for part in _pictures(messages) for key in PICTURE if key in part]
+    return [part[key] for part in _pictures(messages) if (key := _key(part))]
 
 
 def take_last(messages: list[dict]) -> str | None:
     """Take the path of the last picture out of messages that have no place for the photo; None if they have one."""
     parts = _pictures(messages)
-    if not parts or any(not set(part) & set(PICTURE) for part in parts):
+    if not parts or not all(map(_key, parts)):
         return None
-    (key,) = set(parts[-1]) & set(PICTURE)
-    return parts[-1].pop(key)
+    return parts[-1].pop(_key(parts[-1]))
 
 
 def prompt_of(args: argparse.Namespace):
@@ -91,7 +95,7 @@ def prompt_of(args: argparse.Namespace):
     messages = copy.deepcopy(args.messages)
     try:
         for part in _pictures(messages):
-            for key in set(part) & set(PICTURE):
+            if key := _key(part):
                 part[key] = load_photo(part[key])
     except ValueError as exc:
         raise ValueError(str(exc).replace("--image_path", "--messages", 1)) from exc

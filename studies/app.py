@@ -30,7 +30,18 @@ from common.passes import vision_kept
 from common.photos import load_photo
 from common.stopping import stoppable
 from common.terminal import say
-from smooth_gradcam import COLORMAPS, METHODS, PLAIN, ExplanationError, Look, Reading, Settings, TokenMaps, read
+from smooth_gradcam import (
+    COLORMAPS,
+    METHODS,
+    PLAIN,
+    ExplanationError,
+    Look,
+    Reading,
+    Settings,
+    TokenMaps,
+    get_model_layers,
+    read,
+)
 from studies.words import html_data, map_words, split_words, word_tokens, words_html
 from visualization_utils import draw_layer, select_layers
 
@@ -73,7 +84,7 @@ class Explainer:
     def __init__(self, model, processor, model_path: str, max_new_tokens: int = 128):
         self.model, self.processor, self.model_path = model, processor, model_path
         self.max_new_tokens, self.lock = max_new_tokens, threading.Lock()
-        self.layers = list(range(len(model.model.language_model.layers)))
+        self.layers = list(range(get_model_layers(model)[1]))
 
     def answer(self, photo: Image.Image, name: str, prompt: str, given: str = "") -> Answered:
         """The model's answer, or the given one. Raises ValueError or ExplanationError."""
