@@ -38,10 +38,11 @@ def path(tmp_path_factory):
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes | None:
-    """The file's bytes; None if the format cannot hold the mode."""
+    """The file's bytes; None if the format cannot hold the mode, or Pillow cannot read what it wrote (as some of 12)."""
     buffer = io.BytesIO()
     try:
         image.save(buffer, kind, **options)
+        Image.open(buffer).load()
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SystemError):
         return None
     return buffer.getvalue()
@@ -93,11 +94,10 @@ def opened(path, load=open_photo) -> tuple[Image.Image | None, str]:
 @given(photos())
 def test_whole_photo_is_an_rgb_picture_of_its_size(path, photo):
     image, orientation, kind, data = photo
-    assume(data is not None)  # too long for the format
+    assume(data is not None)  # e.g. too long for the format
     path.write_bytes(data)
     picture, why = opened(path)
     if picture is None:
-        assume("BMP Palette" not in why)  # Pillow 12 writes palettes without a colour, and does not read them
         assert (image.mode in "IF", "grey values" in why) == (True, True)
     else:
         turned = orientation in (5, 6, 7, 8) and kind not in ("GIF", "BMP", "PPM")  # these hold no EXIF
