@@ -445,14 +445,14 @@ def conversation(images: list, prompt, kind: str = "image") -> tuple[list[dict],
     text = {"type": "text", "text": prompt}
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": [*({"type": kind} for _ in images), text]}]
-    chat, keys = [], {"text": {"text"}, kind: {"image", "path", "url"}}  # that a part may have, one of them
+    chat, keys = [], {"text": {"type", "text"}, kind: {"type", "image", "path", "url"}}  # that a part may have
     for message in prompt if isinstance(prompt, (list, tuple)) and prompt else [None]:
         role, parts = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         parts = [text | {"text": parts}] if isinstance(parts, str) else parts
         known = isinstance(role, str) and re.fullmatch(r"\w+", role) and isinstance(parts, (list, tuple))
-        known = known and all(isinstance(part, dict) for part in parts)
-        own = known and [(str(part.get("type")), set(part) - {"type"}) for part in parts]
-        if not known or any(of not in keys or names - keys[of] or len(names) > 1 for of, names in own):
+        known = known and not any(message[key] for key in message.keys() - {"role", "content"})  # as a tool's calls
+        own = known and [(str(part.get("type")), {*part}) if isinstance(part, dict) else ("", 0) for part in parts]
+        if not known or any(of not in keys or names - keys[of] or len(names) > 2 for of, names in own):
             form = '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}'
             what = f"prompt={prompt!r}" if message is None else f"a prompt with the message {repr(message)[:200]}"
             raise ValueError(f"{what} must be a text, or a list of messages such as {form}")
@@ -539,7 +539,7 @@ def prepare_inputs(model, processor, photos, prompt, **video) -> dict[str, Tenso
     for role, said in texts:
         for marker in processor.tokenizer.all_special_tokens:
             if marker in said and not re.search(GROUNDING, marker):
-                raise ValueError(f"prompt={said!r} contains {marker}, which stands for a picture or a turn of the chat")
+                raise ValueError(f"prompt={said[:80]!r} contains {marker}, which marks a picture or a turn of the chat")
         if said.strip() not in text and role != "assistant":  # of whose earlier thoughts some templates drop
             raise ValueError(f"the chat template drops the prompt {said!r}: the question was never asked")
     count, expected = text.count(processor.image_token) + text.count(processor.video_token), 1 if video else len(photos)

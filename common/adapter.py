@@ -9,6 +9,7 @@ from pathlib import Path
 
 import regex
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.refusals import PICKLES, check_files, read_record
@@ -129,6 +130,7 @@ def merged(model, adapter: Adapter):
         options["target_modules"] = _targets(model, targets, name)
     try:
         weights = load_file(adapter.folder / ADAPTER_WEIGHTS)
+        _check_values(weights, [options.get("r", 8), *options.get("rank_pattern", {}).values()], name)
         wrapped = peft.PeftModel(model, peft.LoraConfig(**options, inference_mode=True))
         weights = {_renamed(key): value for key, value in weights.items()}
         _check_keys(weights.keys(), _state(peft, wrapped).keys(), name)
@@ -137,7 +139,7 @@ def merged(model, adapter: Adapter):
             if not torch.equal(value, weights[key].to(value)):
                 raise ValueError(f"PEFT has not loaded {key}")
         return wrapped.merge_and_unload(safe_merge=True)
-    except OSError as exc:
+    except (OSError, SafetensorError) as exc:
         raise ValueError(f"{name} has an {ADAPTER_WEIGHTS} that cannot be read: {exc}") from exc
     except Exception as exc:  # PEFT and safetensors raise anything here
         if isinstance(exc, ValueError) and str(exc).startswith(name):
@@ -153,6 +155,15 @@ def _renamed(key: str) -> str:
     """A weight's name in transformers 4.52 and later, which keeps the decoder in a language_model."""
     key = re.sub(r"^base_model\.model\.visual\.", "base_model.model.model.visual.", key)
     return re.sub(r"^(base_model\.model\.model)\.(?!language_model\.|visual\.)", r"\1.language_model.", key)
+
+
+def _check_values(weights: dict, ranks: list, name: str) -> None:
+    """Raises ValueError for values that are not finite, and for a rank that no weight has: PEFT would make room."""
+    largest = max((value.shape[0] for key, value in weights.items() if "lora_A" in key and value.dim()), default=0)
+    if max(ranks) > largest and largest:
+        raise ValueError(f"{name} asks for the rank {max(ranks)}: the largest of its weights is {largest}")
+    if wrong := [key for key, value in weights.items() if not value.isfinite().all()]:
+        raise ValueError(f"{name} has values in {wrong[0]} that are not finite")
 
 
 def _check_keys(found, wanted, name: str) -> None:

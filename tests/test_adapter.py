@@ -205,13 +205,11 @@ def test_weights_of_an_adapter_are_a_regular_file_of_safetensors(adapter, tmp_pa
     [
         (lambda weights: dict(list(weights.items())[1:]), "lacks 1 weights of its adapter, such as base_model"),
         (lambda weights: weights | {"base_model.model.odd.lora_A.weight": torch.ones(3, 3)}, "has no place for"),
-        (lambda weights: {key: value[:1] for key, value in weights.items()}, "does not fit its base"),
-        (
-            lambda weights: {key: value * torch.nan for key, value in weights.items()},
-            "does not fit its base: ValueError",
-        ),
+        (lambda weights: {key: value[:, :1] for key, value in weights.items()}, "does not fit its base"),
+        (lambda weights: {key: value[:1] for key, value in weights.items()}, "asks for the rank 3"),
+        (lambda weights: {key: value * torch.nan for key, value in weights.items()}, "that are not finite"),
     ],
-    ids=["missing", "unexpected", "shapes", "nan"],
+    ids=["missing", "unexpected", "shapes", "ranks", "nan"],
 )
 def test_an_adapter_that_does_not_fit_is_an_error(adapter, changed, said):
     path = adapter / "adapter_model.safetensors"
@@ -222,9 +220,18 @@ def test_an_adapter_that_does_not_fit_is_an_error(adapter, changed, said):
 
 
 def test_a_damaged_adapter_is_told(adapter):
-    (adapter / "adapter_model.safetensors").write_bytes(b"version https://git-lfs")
-    with pytest.raises(ValueError, match="has an adapter that does not fit its base"):
-        load_model(str(adapter), "cpu", "auto")
+    path = adapter / "adapter_model.safetensors"
+    for damaged in (path.read_bytes()[:-9], b"version https://git-lfs"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="has an adapter_model.safetensors that cannot be read"):
+            load_model(str(adapter), "cpu", "auto")
+
+
+def test_a_rank_that_is_not_in_the_file_takes_no_memory(adapter, monkeypatch):
+    monkeypatch.setattr(peft, "PeftModel", None)  # which would make room for it
+    for settings in ({"r": 2**20}, {"rank_pattern": {"q_proj": 2**20}}):
+        with pytest.raises(ValueError, match="asks for the rank 1048576: the largest of its weights is 3"):
+            load_model(change(adapter, **settings), "cpu", "auto")
 
 
 def test_a_pattern_is_not_left_to_run_for_ever(adapter):

@@ -141,6 +141,7 @@ def test_image_stands_before_the_last_text_where_no_place_is_left(model, process
         ([], "must be a text, or a list of messages"),
         ([{"role": "user"}], "must be a text, or a list of messages"),
         ([{"content": "a"}], "must be a text, or a list of messages"),
+        ([user(text("a")) | {"tool_calls": [{"function": "b"}]}], "must be a text, or a list of messages"),
         ([{"role": "user\n<|im_start|>", "content": "a"}], "must be a text, or a list of messages"),
         (["What?"], "must be a text, or a list of messages"),
         ([user({"type": "video", "video": "a.mp4"})], "must be a text, or a list of messages"),

@@ -852,9 +852,9 @@ WHOLE, STD = "must be a whole number, {} or more, and below 2^63", "must be 0 to
         ("answer", "a<|im_end|>", "must be text without special tokens"),
         ("prompt", "  ", "must be a non-empty string without lone surrogates"),
         ("prompt", None, f"must be a text, or a list of messages such as {FORM}"),
-        ("prompt", "a <|image_pad|>", "contains <|image_pad|>, which stands for a picture or a turn of the chat"),
-        ("prompt", "a<|im_end|>", "contains <|im_end|>, which stands for a picture or a turn of the chat"),
-        ("prompt", "a<|vision_pad|>", "contains <|vision_pad|>, which stands for a picture or a turn of the chat"),
+        ("prompt", "a <|image_pad|>", "contains <|image_pad|>, which marks a picture or a turn of the chat"),
+        ("prompt", "a<|im_end|>", "contains <|im_end|>, which marks a picture or a turn of the chat"),
+        ("prompt", "a<|vision_pad|>", "contains <|vision_pad|>, which marks a picture or a turn of the chat"),
     ],
 )
 def test_bad_argument_is_named_with_its_value(model, processor, image, name, value, message):

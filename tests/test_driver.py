@@ -1175,7 +1175,7 @@ BAD_MODEL = {
     "--mode words --words zebra --max_new_tokens 3": "words='zebra' is not in the answer",
     "--mode words --answer ...": "words='content': there is none in the answer '...'",
     "--mode evaluate --tap output --layers 3 --answer cat": "no layer has a map (no gradient, or zero",
-    "--prompt a<|im_end|>b": "'a<|im_end|>b' contains <|im_end|>, which stands for a picture or a turn",
+    "--prompt a<|im_end|>b": "'a<|im_end|>b' contains <|im_end|>, which marks a picture or a turn",
     "--answer 'red cat' --target zebra": "its words: red, cat",
     "--mode evaluate --target cat --contrast <|im_end|> --answer cat": "contrast='<|im_end|>' must be text",
 }

@@ -38,7 +38,7 @@ def path(tmp_path_factory):
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes | None:
-    """The file's bytes; None if the format cannot hold the mode, or Pillow cannot read what it wrote (as some of 12)."""
+    """The file's bytes; None if the format cannot hold the mode, or Pillow (12) cannot read what it wrote."""
     buffer = io.BytesIO()
     try:
         image.save(buffer, kind, **options)
