@@ -27,6 +27,7 @@ from common.page import (
     LINE,
     MARGIN,
     SMALL,
+    TEXT,
     TINY,
     WIDTHS,
     Page,
@@ -186,23 +187,28 @@ def _plain(text: str) -> str:
 
 
 def _pages(asked: Asked, word_maps: list[TokenMaps], paper: Paper) -> list[list[_Block]]:
-    """What stands on each page: the prompts of whole words, and parts of prompts only where one takes more than a page."""
+    """What stands on each page; the prompt of a word is on one, unless it takes more."""
     page, prompt = Page(WIDTHS[paper.width], asked.prompt + word_maps[0].answer), _plain(asked.prompt)
-    top = _top(page, asked, word_maps, range(len(word_maps)))
-    room = HEIGHT - top - _bottom(page, asked, word_maps[0], 0, 1.0)
+    top = _top(page, asked, word_maps, range(len(word_maps) - 1, len(word_maps)))
+    room = HEIGHT - top - TEXT * LINE - _bottom(page, asked, word_maps[0], 0, 1.0)
     lines, pages, left = wrap(prompt, page.inner, SMALL, page.families), [[]], room
     for word in range(len(word_maps)):
         start = 0
         while start < len(lines):
-            fits = max(0, int((left - GAP) / (SMALL * LINE)) - 1)  # with a line for the word
+            fits = max(0, int((left - GAP - _head_height(paper)) / (SMALL * LINE)))
             if fits < len(lines) - start and pages[-1]:
                 pages, left = [*pages, []], room
                 continue
             block = _Block(word, lines[start : start + max(1, fits)], start == 0)
             pages[-1].append(block)
-            left -= (len(block.lines) + 1) * SMALL * LINE + GAP
+            left -= _head_height(paper) + len(block.lines) * SMALL * LINE + GAP
             start += len(block.lines)
     return pages
+
+
+def _head_height(paper: Paper) -> float:
+    """Of a word with its numbers, which stand below it where the page is narrow."""
+    return (SMALL if paper.width == "page" else SMALL + TINY) * LINE
 
 
 def _top(page: Page, asked: Asked, word_maps: list[TokenMaps], words: range) -> float:
@@ -237,14 +243,15 @@ def _figure(asked: Asked, word_maps: list[TokenMaps], paper: Paper, blocks: list
     values = np.abs([own.words[k] for own in asked.found])
     largest = float(np.nan_to_num(values).max(initial=0))  # of all pages
     for block in blocks:
-        own, name = asked.found[block.word], excerpt(names[block.word], (0, 0), 20)[0]
+        own, name = asked.found[block.word], excerpt(names[block.word], (0, 0), 44)[0]
         shares = {"photo": own.photo[k], "prompt": own.words[k].sum(), "answer before it": own.answer[k]}
         numbers = ", ".join(f"{name} {_percent(share)}" for name, share in shares.items() if np.isfinite(share))
         numbers = (numbers or "no gradient reaches this layer") if block.first else "continued"
         page.text(MARGIN, y, name, SMALL, weight="bold")
-        x = MARGIN + text_width(name, SMALL, page.families, "bold") + GAP
-        page.text(x, y + (SMALL - TINY) * LINE / 2, numbers, TINY, color="0.3")
-        y = _tinted(page, y + SMALL * LINE, prompt, block.lines, asked.spans, own.words[k], largest) + GAP
+        x, below = text_width(name, SMALL, page.families, "bold") + GAP, (SMALL - TINY) * LINE / 2
+        x, below = (x, below) if paper.width == "page" else (0, SMALL * LINE)
+        page.text(MARGIN + x, y + below, numbers, TINY, color="0.3")
+        y = _tinted(page, y + _head_height(paper), prompt, block.lines, asked.spans, own.words[k], largest) + GAP
     return page.finish(_bottom(page, asked, first, y, largest))
 
 

@@ -18,12 +18,13 @@ from common.page import (
     MARGIN,
     PAGE,
     SMALL,
+    TEXT,
     TINY,
+    TITLE,
     WIDTHS,
     Page,
     Paper,
     excerpt,
-    header,
     masthead,
     shrink,
     text_width,
@@ -46,7 +47,7 @@ from visualization_utils import (
 
 __all__ = ["word_figures"]
 
-SMALLEST = {"page": 0.66, "column": 0.5}  # square root of the area of a picture
+SMALLEST = {"page": 0.66, "column": 0.44}  # square root of the area of a picture
 LARGEST = 2.5
 LEAST = 0.81  # share of its column that a picture takes at least
 LATER = 160  # columns of text of the answer on pages after the first
@@ -143,19 +144,31 @@ class _Table:
         self.contexts, self.evidence = _contexts(word_maps), [_evidence_text(word) for word in word_maps]
         self.colours = [DOUBT if doubt_of(word) else "0.3" for word in word_maps]
         self.side = self._widest((_tied(f"layer {layer}") for layer in self.layers), SMALL) + GAP
-        self.bodies = self._bodies(photo, word_maps, page, look)
+        self.kinds = [
+            (bool(doubt_of(word)), any("weak" in label for label in own.values()), bool(word.blank))
+            for word, own in zip(word_maps, self.labels, strict=True)
+        ]
+        title = (
+            f"{_title(first)} ({len(names)}–{len(names)} of {len(names)}), layers {self.layers[-1]}–{self.layers[-1]}"
+        )
+        self.tops = [_masthead(page, photo, title, word_maps, range(len(names)), later) for later in (False, True)]
+        self.bottoms, self.bottom = {}, functools.partial(self._bottom, photo, word_maps, look, paper)
         self.layout = self._best()
 
-    def _bodies(self, photo: Image.Image, word_maps: list[TokenMaps], page: Page, look: Look) -> tuple[float, float]:
-        """The height that is left for words on the first page, and on each of the others, by the longest texts."""
-        first, count, last = word_maps[0], len(word_maps), max(self.layers)
-        least = {layer: min(word.likeness.get(layer, 1) for word in word_maps) for layer in self.layers}
-        every = [(i, layer) for i in range(count) for layer in self.layers]
-        below = _caption([replace(word, likeness=least) for word in word_maps], self.labels, every, 2, look)
-        title = f"{_title(first)} ({count}–{count} of {count}), layers {last}–{last}"
-        tops = (_masthead(page, photo, title, word_maps, range(count), later) for later in (False, True))
-        bottom = footer(page, 0, first.settings.method, below, made_from(first, photo), look)
-        return tuple(HEIGHT - top - bottom - 4 * GAP for top in tops)
+    def _bottom(self, photo, word_maps: list[TokenMaps], look: Look, paper: Paper, words: range) -> float:
+        """The height of the footer under some of the words, with the longest text that it may have."""
+        kinds = frozenset(self.kinds[i] for i in words)  # all that the text depends on, but for likenesses
+        if kinds not in self.bottoms:
+            least = {layer: min(word.likeness.get(layer, 1) for word in word_maps) for layer in self.layers}
+            alike = [replace(word, likeness=least) for word in word_maps]
+            page, cells = Page(WIDTHS[paper.width], ""), [(i, layer) for i in words for layer in self.layers]
+            below, settings = _caption(alike, self.labels, cells, 2, look), made_from(word_maps[0], photo)
+            self.bottoms[kinds] = footer(page, 0, word_maps[0].settings.method, below, settings, look)
+        return self.bottoms[kinds]
+
+    def _body(self, words: range, later: bool) -> float:
+        """The height that is left for these words on the first page or a later one."""
+        return HEIGHT - self.tops[later] - self.bottom(words) - TEXT * LINE - 4 * GAP  # with a line in reserve
 
     def _widest(self, texts, size: float, weight: str = "normal") -> float:
         """The width of the widest part of the texts between blanks."""
@@ -165,9 +178,10 @@ class _Table:
         """What stands over word i, in lines of that width."""
         before, word = self.contexts[i], excerpt(self.names[i], (0, 0), 44)[0]
         before = excerpt(before, (len(before),) * 2, min(44, int(50 * width)))[0]  # about three lines
-        size = SMALL if self._widest([word], SMALL, "bold") <= width else TINY
+        names = {size: _fold(word, width, size, self.families, "bold") for size in (SMALL, TINY)}
+        size = min(names, key=lambda size: len(names[size]))
         lines = [(line, SMALL, {"color": "0.45"}) for line in _fold(before, width, SMALL, self.families)]
-        lines += [(line, size, {"weight": "bold"}) for line in _fold(word, width, size, self.families, "bold")]
+        lines += [(line, size, {"weight": "bold"}) for line in names[size]]
         return _Head(lines, _fold(_tied(self.evidence[i]), width, TINY, self.families))
 
     def label(self, i: int, layer, across: int, width: float) -> list[str]:
@@ -194,7 +208,7 @@ class _Table:
         def merit(layout):
             columns, across = layout.columns, layout.across
             blocks, rows = -(-words // columns), -(-layers // across)
-            filled = words * layers / (blocks * columns * rows * across)
+            filled = (words * layers / (blocks * columns * rows * across)) ** 2
             filled *= (layout.side + columns * layout.words) / self.inner
             filled *= blocks / sum(map(len, layout.pages))  # layers on one page
             order = {layers: 1.1, 1: 1.25}.get(across, 1)  # layers in one column, or one row, are read easily
@@ -210,7 +224,11 @@ class _Table:
         """From picture to picture, where so many words with so many layers side by side take the page's width."""
         side, apart = self._margins(across)
         whole = (self.inner - side + GAP - (columns - 1) * apart) / (columns * across)
-        return min(whole, LARGEST * self.aspect**0.5 + GAP, self.aspect * (min(self.bodies) - 0.8) + GAP)
+        return min(
+            whole,
+            LARGEST * self.aspect**0.5 + GAP,
+            self.aspect * (self._body(range(len(self.names)), False) - 0.8) + GAP,
+        )
 
     def _layouts(self, columns: int, across: int, pitch: float, least: float) -> list[_Layout]:
         """Those with pictures of several widths, at least `least`, if a row of them fits on a page, or `least` is 0."""
@@ -218,11 +236,11 @@ class _Table:
         heads = [self._head(i, across * pitch - GAP) for i in range(count)]
         lines = max(len(self.label(i, layer, across, text)) for i in range(count) for layer in self.layers)
         highest, found = max(sum(_heights(heads[i : i + columns])) for i in range(0, count, columns)), []
-        side, apart = self._margins(across)
+        side, apart, body = *self._margins(across), self._body(range(count), False)
         for width in np.linspace(text, LEAST * pitch, 4):
             height = width / self.aspect
             row = height + lines * TINY * LINE + GAP
-            if least <= width <= text and (highest + row <= min(self.bodies) or not least):
+            if least <= width <= text and (highest + row <= body or not least):
                 pages = self._paginate(heads, columns, across, row)
                 place = side, width, height, pitch, across * pitch + apart, row
                 found.append(_Layout(columns, across, *place, heads, pages))
@@ -235,7 +253,9 @@ class _Table:
             words, remaining = range(start, min(start + columns, len(heads))), self.layers
             head = sum(_heights(heads[start : start + columns]))
             while remaining:
-                fits = across * max(0, int((self.bodies[len(pages) > 1] - y - head) / row))
+                begin = pages[-1][0][0][0] if pages[-1] else start
+                body = self._body(range(begin, words[-1] + 1), len(pages) > 1)
+                fits = across * max(0, int((body - y - head) / row))
                 if pages[-1] and fits < len(remaining):  # a page of its own keeps more of it together
                     pages, y = [*pages, []], 0.0
                     continue
@@ -298,7 +318,10 @@ def _masthead(
     """
     span = word_maps[words[0]].target_span[0], word_maps[words[-1]].target_span[1]
     if later:
-        return header(page, MARGIN, MARGIN, title, [("Answer", *excerpt(word_maps[0].answer, span, LATER))])
+        size = TITLE if page.width == WIDTHS["page"] else TEXT
+        y = page.lines(MARGIN, MARGIN, page.inner, title, size, weight="bold") + GAP
+        answer, span = excerpt(word_maps[0].answer, span, LATER)
+        return page.lines(MARGIN, y, page.inner, answer, TEXT, span)
     prompt, answer = text_rows(replace(word_maps[0], target_span=span))[:2]
     rows = [prompt, answer if len(words) < len(word_maps) else (*answer[:2], (0, 0))]
     return masthead(page, photo, title, rows, (2.3, 1.4))
@@ -321,7 +344,8 @@ def _words_figure(photo, word_maps: list[TokenMaps], table: _Table, blocks: list
     y = _masthead(page, photo, title, word_maps, range(start, end), later) + 2 * GAP
 
     small, cells = shrink(photo, at.width, at.height), []
-    left = MARGIN + at.side + (page.inner - at.side - (at.columns - 1) * at.words - at.across * at.pitch + GAP) / 2
+    wide = (at.columns - 1) * at.words + (at.across - 1) * at.pitch + at.width
+    left = MARGIN + at.side + (page.inner - at.side - wide) / 2
     for words, layers in blocks:
         xs = [left + i * at.words for i in range(len(words))]
         y = _draw_heads(page, at.heads[words[0] : words[-1] + 1], table.colours[words[0] : words[-1] + 1], xs, y)
