@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import AutoLocator
 from matplotlib.transforms import Affine2D
@@ -24,7 +25,7 @@ from PIL import Image
 from common.encoding import DPI
 
 __all__ = [
-    *("PAGE", "Page", "Paper", "WIDTHS", "BODY_HEIGHTS", "MARGIN", "GAP", "BAND", "HEAD", "LINE"),
+    *("PAGE", "Page", "Paper", "WIDTHS", "HEIGHT", "BODY_HEIGHTS", "MARGIN", "GAP", "BAND", "HEAD", "LINE"),
     *(
         "TEXT",
         "SMALL",
@@ -43,6 +44,7 @@ __all__ = [
 
 WIDTHS = {"page": 7.2, "column": 3.3}  # inches: both columns of a paper, or one
 VECTOR_FORMATS = ("pdf", "svg")
+HEIGHT = 9.0  # inches: the most that a figure can take of a paper's page
 BODY_HEIGHTS = {"page": 7.0, "column": 5.5}  # inches that header and caption leave on a paper's page
 MARGIN = 0.12
 GAP, BAND, HEAD = 0.08, 0.18, 0.27  # between pictures; a line with a title; two lines, a title and the maximum
@@ -132,6 +134,16 @@ def font_families(text: str) -> tuple[list[str], bool]:
                 _add_weights(font.name)
                 missing -= characters
     return families, not missing
+
+
+@functools.cache
+def _lacks_bold(text: str) -> bool:
+    """Whether none of the fonts that draw some of the text has a bold face, as is usual for Chinese."""
+    return any(len({*map(_face, (family,) * 2, WEIGHTS)}) == 1 for family in font_families(text)[0])
+
+
+def _face(family: str, weight: str) -> str:
+    return font_manager.findfont(font_manager.FontProperties(family=[family], weight=weight))
 
 
 def text_width(text: str, size: float, families: list[str], weight: str = "normal") -> float:
@@ -274,6 +286,8 @@ class Page:
     def text(self, x, y, text, size, **style):
         """One line with its upper edge (with va="center", its middle) at y; dollar signs do not start formulas."""
         style = {"family": self.families, "parse_math": False, "size": size} | style
+        if style.get("weight") == "bold" and _lacks_bold(text):
+            style["path_effects"] = [Stroke(linewidth=0.05 * size, foreground=style.get("color", "black")), Normal()]
         if "va" not in style:
             y += 0.8 * size * LINE  # the baseline
         self.figure.text(x, y, text, transform=self.inches, **style)

@@ -13,6 +13,7 @@ Shapes:  L  positions of prompt and answer     K  layers     Q  words of the pro
 import functools
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +21,26 @@ import regex
 from matplotlib.patches import Rectangle
 
 from common.encoding import decimal
-from common.page import GAP, LINE, MARGIN, SMALL, TINY, WIDTHS, Page, Paper, header, small_print, text_width, wrap
+from common.page import (
+    GAP,
+    HEIGHT,
+    LINE,
+    MARGIN,
+    SMALL,
+    TEXT,
+    TINY,
+    WIDTHS,
+    Page,
+    Paper,
+    excerpt,
+    header,
+    small_print,
+    text_width,
+    wrap,
+)
 from smooth_gradcam import Reading, TokenMaps, at_least_float32, decode, noisy_passes, token_spans
-from studies.word_choice import split_words
-from visualization_utils import settings_text
+from studies.word_choice import name_words, split_words
+from visualization_utils import settings_text, text_rows
 
 __all__ = ["Asked", "Relevances", "Shares", "prompt_words"]
 
@@ -148,25 +165,63 @@ class Asked(NamedTuple):
         return {"asked": [{"start": start, "end": end} for start, end in self.spans], "words": more}
 
     def figures(self, word_maps: list[TokenMaps], paper: Paper) -> dict[str, object]:
-        """{file name: the function that draws it}."""
-        return paper.figure("prompt_words", functools.partial(_figure, self, word_maps, paper))
+        """{file name: the function that draws it} of the figure's pages; long answers and prompts take several."""
+        pages, files = _pages(self, word_maps, paper), {}
+        for i, blocks in enumerate(pages, 1):
+            draw = functools.partial(_figure, self, word_maps, paper, blocks)
+            files |= paper.figure("prompt_words" if i == 1 else f"prompt_words_{i}", draw)
+        return files
 
 
-def _figure(asked: Asked, word_maps: list[TokenMaps], paper: Paper) -> Page:
-    """The prompt under each word of the answer, its words tinted by what the word takes from them."""
-    k, first, prompt = asked.middle, word_maps[0], regex.sub(r"\s|\p{Cc}", " ", asked.prompt)
-    page = Page(WIDTHS[paper.width], prompt + first.answer)
-    title = f"What the words take from the prompt, layer {asked.layers[k]}"
-    y = header(page, MARGIN, MARGIN, title, [("Answer", first.answer, (0, 0))]) + GAP
-    values = np.abs([own.words[k] for own in asked.found])
-    largest = float(np.nan_to_num(values).max(initial=0))
-    for maps, own in zip(word_maps, asked.found, strict=True):
-        shares = {"photo": own.photo[k], "prompt": own.words[k].sum(), "answer before it": own.answer[k]}
-        numbers = ", ".join(f"{name} {_percent(share)}" for name, share in shares.items() if np.isfinite(share))
-        page.text(MARGIN, y, maps.target, SMALL, weight="bold")
-        x = MARGIN + text_width(maps.target, SMALL, page.families, "bold") + GAP
-        page.text(x, y + (SMALL - TINY) * LINE / 2, numbers or "no gradient reaches this layer", TINY, color="0.3")
-        y = _tinted(page, y + SMALL * LINE, prompt, asked.spans, own.words[k], largest) + GAP
+class _Block(NamedTuple):
+    """Lines of the prompt under a word."""
+
+    word: int
+    lines: list[tuple[int, int]]  # (start, end) in the prompt
+    first: bool  # whether the prompt begins here
+
+
+def _plain(text: str) -> str:
+    """The text with blanks for white space and control characters, which are not drawn."""
+    return regex.sub(r"\s|\p{Cc}", " ", text)
+
+
+def _pages(asked: Asked, word_maps: list[TokenMaps], paper: Paper) -> list[list[_Block]]:
+    """What stands on each page; the prompt of a word is on one, unless it takes more."""
+    page, prompt = Page(WIDTHS[paper.width], asked.prompt + word_maps[0].answer), _plain(asked.prompt)
+    top = _top(page, asked, word_maps, range(len(word_maps) - 1, len(word_maps)))
+    room = HEIGHT - top - TEXT * LINE - _bottom(page, asked, word_maps[0], 0, 1.0)
+    lines, pages, left = wrap(prompt, page.inner, SMALL, page.families), [[]], room
+    for word in range(len(word_maps)):
+        start = 0
+        while start < len(lines):
+            fits = max(0, int((left - GAP - _head_height(paper)) / (SMALL * LINE)))
+            if fits < len(lines) - start and pages[-1]:
+                pages, left = [*pages, []], room
+                continue
+            block = _Block(word, lines[start : start + max(1, fits)], start == 0)
+            pages[-1].append(block)
+            left -= _head_height(paper) + len(block.lines) * SMALL * LINE + GAP
+            start += len(block.lines)
+    return pages
+
+
+def _head_height(paper: Paper) -> float:
+    """Of a word with its numbers, which stand below it where the page is narrow."""
+    return (SMALL if paper.width == "page" else SMALL + TINY) * LINE
+
+
+def _top(page: Page, asked: Asked, word_maps: list[TokenMaps], words: range) -> float:
+    """The title and the answer, with the part marked that is on this page, if it is not all; returns the y below."""
+    title, count = f"What the words take from the prompt, layer {asked.layers[asked.middle]}", len(word_maps)
+    span = word_maps[words[0]].target_span[0], word_maps[words[-1]].target_span[1]
+    answer = text_rows(replace(word_maps[0], target_span=span))[1]
+    title += f" ({words[0] + 1}–{words[-1] + 1} of {count})" if len(words) < count else ""
+    return header(page, MARGIN, MARGIN, title, [answer if len(words) < count else (*answer[:2], (0, 0))]) + GAP
+
+
+def _bottom(page: Page, asked: Asked, first: TokenMaps, y: float, largest: float) -> float:
+    """The colour bar and the small print; returns the y below them."""
     bar = np.array([_tint(share) for share in np.linspace(-1, 1, 101)])  # (n, 4), to be laid on white
     colours = np.rint(255 * (1 - bar[:, 3:] * (1 - bar[:, :3]))).astype(np.uint8)
     axes = page.colour_scale((page.width - 2) / 2, y, 2, 0.12, [colours], (0, 0.5, 1), SMALL)
@@ -176,9 +231,28 @@ def _figure(asked: Asked, word_maps: list[TokenMaps], paper: Paper) -> Page:
         "hidden state, as shares of its absolute sum over all positions. What is missing to 100 % is the chat "
         "template's, or speaks against the word."
     )
-    y += 0.12 + SMALL * LINE + GAP
     settings = settings_text(first.settings).replace(f"method {first.settings.method}, ", "")
-    return page.finish(small_print(page, y, text, settings))
+    return small_print(page, y + 0.12 + SMALL * LINE + GAP, text, settings)
+
+
+def _figure(asked: Asked, word_maps: list[TokenMaps], paper: Paper, blocks: list[_Block]) -> Page:
+    """One page: the prompt under each word of the answer, its words tinted by what the word takes from them."""
+    k, first, prompt, names = asked.middle, word_maps[0], _plain(asked.prompt), name_words(word_maps)
+    page = Page(WIDTHS[paper.width], prompt + first.answer)
+    y = _top(page, asked, word_maps, range(blocks[0].word, blocks[-1].word + 1))
+    values = np.abs([own.words[k] for own in asked.found])
+    largest = float(np.nan_to_num(values).max(initial=0))  # of all pages
+    for block in blocks:
+        own, name = asked.found[block.word], excerpt(names[block.word], (0, 0), 44)[0]
+        shares = {"photo": own.photo[k], "prompt": own.words[k].sum(), "answer before it": own.answer[k]}
+        numbers = ", ".join(f"{name} {_percent(share)}" for name, share in shares.items() if np.isfinite(share))
+        numbers = (numbers or "no gradient reaches this layer") if block.first else "continued"
+        page.text(MARGIN, y, name, SMALL, weight="bold")
+        x, below = text_width(name, SMALL, page.families, "bold") + GAP, (SMALL - TINY) * LINE / 2
+        x, below = (x, below) if paper.width == "page" else (0, SMALL * LINE)
+        page.text(MARGIN + x, y + below, numbers, TINY, color="0.3")
+        y = _tinted(page, y + _head_height(paper), prompt, block.lines, asked.spans, own.words[k], largest) + GAP
+    return page.finish(_bottom(page, asked, first, y, largest))
 
 
 def _tint(share: float) -> tuple[float, float, float, float]:
@@ -186,9 +260,9 @@ def _tint(share: float) -> tuple[float, float, float, float]:
     return (*(WARM if share > 0 else COLD), 0.7 * abs(float(share)))
 
 
-def _tinted(page: Page, y: float, prompt: str, spans, shares: np.ndarray, largest: float) -> float:
-    """The prompt, wrapped, with a tint behind each word; returns the y below it."""
-    for start, end in wrap(prompt, page.inner, SMALL, page.families):
+def _tinted(page: Page, y: float, prompt: str, lines, spans, shares: np.ndarray, largest: float) -> float:
+    """Lines of the prompt, with a tint behind each word; returns the y below them."""
+    for start, end in lines:
         for (a, b), share in zip(spans, shares, strict=True):
             a, b = max(a, start), min(b, end)
             if a < b and largest > 0 and np.isfinite(share):

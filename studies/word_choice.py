@@ -4,9 +4,9 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from smooth_gradcam import Reading, occurrences
+from smooth_gradcam import Reading, TokenMaps, occurrences
 
-__all__ = ["choose_words", "split_words", "words_of"]
+__all__ = ["choose_words", "name_words", "split_words", "words_of"]
 
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -87,3 +87,21 @@ def words_of(reading: Reading, words, part: str = "all") -> list[tuple[int, int]
     if not spans:
         raise ValueError(f"words={words!r}: none is in the part {part!r}, {reading.answer[start:end]!r}")
     return spans
+
+
+def name_words(word_maps: list[TokenMaps]) -> list[str]:
+    """A name for each word: the word, and from its second occurrence on a number, "dog (2)".
+
+    The number is the `target_occurrence` that explains this word, in the part of the answer that all the words are in.
+    """
+    first, places = word_maps[0], {}
+    begin = first.thinking if first.target_span[0] >= first.thinking else 0
+    for text in dict.fromkeys(word.target for word in word_maps):
+        own = [tuple(word.target_span) for word in word_maps if word.target == text]
+        found = [(begin + start, begin + end) for start, end in occurrences(first.answer[begin:], text)]
+        places[text] = found + [span for span in own if span not in found]  # such as the second of "cat", "cat_2"
+    numbers = [places[word.target].index(tuple(word.target_span)) + 1 for word in word_maps]
+    return [
+        f"{word.target} ({number})" if number > 1 else word.target
+        for word, number in zip(word_maps, numbers, strict=True)
+    ]

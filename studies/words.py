@@ -37,7 +37,7 @@ from smooth_gradcam import (
     read,
 )
 from studies.prompt_words import Asked, Relevances
-from studies.word_choice import choose_words, split_words, words_of  # noqa: F401  (users import them from here)
+from studies.word_choice import choose_words, name_words, split_words, words_of  # noqa: F401  (users import them here)
 from studies.words_figure import word_figures
 from visualization_utils import (
     FADED,
@@ -98,12 +98,6 @@ def word_tokens(reading: Reading, word_maps: list[TokenMaps]) -> tuple[list[list
     """
     texts = [[reading.answer[slice(*reading.spans[i])] for i in word.target_tokens] for word in word_maps]
     return [list(word.evidence.tokens) for word in word_maps], texts
-
-
-def name_words(word_maps: list[TokenMaps]) -> list[str]:
-    """A name for each word: the word, with a number from its second occurrence on, "dog (2)"."""
-    texts = [word.target for word in word_maps]
-    return [f"{text} ({texts[: i + 1].count(text)})" if text in texts[:i] else text for i, text in enumerate(texts)]
 
 
 # HTML and tables

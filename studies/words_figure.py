@@ -1,33 +1,37 @@
-"""The figure of words: a column for each word under its text and its evidence, a row for each layer.
+"""The figure of words: under each word its maps, one below the other or side by side, on pages of a paper's height.
 
 Lengths: inches of the page
 """
 
 import functools
 from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from common.evidence import DOUBTED, PHOTOLESS, departures_of_most, doubt_of, probability_text, share_text
 from common.page import (
-    BODY_HEIGHTS,
     GAP,
+    HEIGHT,
     LINE,
     MARGIN,
     PAGE,
     SMALL,
+    TEXT,
     TINY,
+    TITLE,
     WIDTHS,
     Page,
     Paper,
     excerpt,
-    fit_box,
     masthead,
     shrink,
     text_width,
     wrap,
 )
 from smooth_gradcam import PLAIN, Look, TokenMaps
+from studies.word_choice import name_words
 from visualization_utils import (
     FADED,
     WEAK,
@@ -43,99 +47,241 @@ from visualization_utils import (
 
 __all__ = ["word_figures"]
 
-CELL, LOW = 0.75, 0.6  # least width of a word's column, and least height of a picture
+SMALLEST = {"page": 0.66, "column": 0.44}  # square root of the area of a picture
+LARGEST = 2.5
+LEAST = 0.81  # share of its column that a picture takes at least
+LATER = 160  # columns of text of the answer on pages after the first
+BROKEN = 0.65  # width above which a word of a heading may be broken
+TIE = "\N{NO-BREAK SPACE}"
 DOUBT = "#b3261e"  # of the evidence of a word that is not to be believed
 
 
-def _columns_of_text(word_maps: list[TokenMaps]) -> list[tuple[str, str]]:
-    """For each word (the answer's text since the word before, the word with the punctuation that follows it)."""
-    answer, columns, end = word_maps[0].answer, [], word_maps[0].thinking
+# texts
+
+
+def _contexts(word_maps: list[TokenMaps]) -> list[str]:
+    """The answer's text between each word and the one before it, without the punctuation that follows that one."""
+    answer, contexts, end = word_maps[0].answer, [], word_maps[0].thinking
     end = end if word_maps[0].target_span[0] >= end else 0
-    for i, word in enumerate(word_maps):
+    for word in word_maps:
         start, stop = word.target_span
-        before, end = answer[min(end, start) : start].strip(), stop
-        following = word_maps[i + 1].target_span[0] if i + 1 < len(word_maps) else len(answer)
-        while end < following and not (answer[end].isspace() or answer[end].isalnum()):
+        while contexts and end < start and not (answer[end].isspace() or answer[end].isalnum()):
             end += 1
-        columns.append((before, answer[start:end]))
-    return columns
+        before, end = answer[min(end, start) : start].strip(), stop
+        contexts.append(before if any(map(str.isalnum, before)) else "")
+    return contexts
 
 
-def _wrapped_heads(page: Page, width: float, heads: list[tuple[str, str]]) -> list[tuple[list[str], list[str]]]:
-    """The wrapped lines of both texts of each head, in a column of that width."""
-    return [
-        tuple(
-            [text[slice(*line)].strip() for line in wrap(text, width, SMALL, page.families, weight)] if text else []
-            for text, weight in (
-                (excerpt(before, (len(before),) * 2, 44)[0], "normal"),
-                (excerpt(word, (0, 0), 44)[0], "bold"),
-            )
-        )
-        for before, word in heads
-    ]
-
-
-def _evidence_line(word: TokenMaps) -> str:
+def _evidence_text(word: TokenMaps) -> str:
     """Such as "p .98, 3 % kept"; empty if it was not measured."""
     if word.evidence is None:
         return ""
     return f"p {probability_text(word.evidence.p).removeprefix('0')}, {share_text(word.evidence.kept)} kept"
 
 
+def _tied(text: str) -> str:
+    """The text, to be broken at its commas only."""
+    return text.replace(" ", TIE).replace(f",{TIE}", ", ")
+
+
+@functools.lru_cache(10_000)
+def _width(text: str, size: float, families: tuple[str, ...], weight: str = "normal") -> float:
+    return text_width(text, size, list(families), weight)
+
+
+def _fold(text: str, width: float, size: float, families: tuple[str, ...], weight: str = "normal") -> list[str]:
+    """The text in lines, broken at blanks; a word that is wider than a line at its ties, or else between letters."""
+    lines, left, blank = [], 0.0, _width("n n", size, families, weight) - _width("nn", size, families, weight)
+    for word in text.split(" ") if text else []:
+        wide = _width(word, size, families, weight)
+        if lines and blank + wide <= left:
+            lines[-1] += f" {word}"
+            left -= blank + wide
+            continue
+        parts = [word]
+        if wide > width:
+            word = word.replace(TIE, " ")
+            parts = [word[slice(*line)].strip() for line in wrap(word, width, size, list(families), weight)]
+        lines += parts
+        left = width - _width(parts[-1], size, families, weight)
+    return [line.replace(TIE, " ") for line in lines]
+
+
+class _Head(NamedTuple):
+    """What stands over the pictures of a word."""
+
+    lines: list[tuple[str, float, dict]]  # text, points and style: the answer before the word, and the word
+    evidence: list[str]
+
+
+# layout
+
+
+class _Layout(NamedTuple):
+    """Where the pictures of words stand: those of a word in rows of `across` layers, `columns` words side by side."""
+
+    columns: int
+    across: int
+    side: float  # width of what stands beside the pictures: their layers, if a row has one layer of each word
+    width: float
+    height: float
+    pitch: float  # from picture to picture
+    words: float  # from word to word
+    row: float  # height of a row of pictures with what stands under them
+    heads: list[_Head]
+    pages: list[list[tuple[range, list]]]  # blocks of each page: words, and their layers that stand there
+
+
 class _Table:
-    """The layout of the words (across) and layers (down) on the pages of the figure."""
+    """The texts of words and layers, and their layout on the pages of the figure."""
 
-    def __init__(self, photo: Image.Image, word_maps: list[TokenMaps], paper: Paper):
-        first, self.layers = word_maps[0], list(word_maps[0].maps)
+    def __init__(self, photo: Image.Image, word_maps: list[TokenMaps], names: list[str], look: Look, paper: Paper):
+        first, self.layers, self.names = word_maps[0], list(word_maps[0].maps), names
         page, strongest = Page(WIDTHS[paper.width], first.prompt + first.answer), strongest_of(word_maps)
+        self.inner, self.families, self.aspect = page.inner, tuple(page.families), photo.width / photo.height
+        self.smallest = SMALLEST[paper.width] * self.aspect**0.5
         self.labels = [{layer: strength(word, layer, strongest) for layer in self.layers} for word in word_maps]
-        self.side = max(text_width(f"layer {layer}", SMALL, page.families) for layer in self.layers) + GAP
-        self.evidence = [_evidence_line(word) for word in word_maps]
-        texts = {text for labels in self.labels for text in labels.values()} | {*self.evidence}
-        room = max(CELL, *(text_width(text, TINY, page.families) for text in texts))  # of a column
-        inner, self.body = page.inner - self.side + GAP, BODY_HEIGHTS[paper.width]
-        most = max(1, int(inner / (room + GAP)))
-        self.columns = -(-len(word_maps) // -(-len(word_maps) // most))  # blocks of similar numbers of words
-        cell, aspect = min(1.5, inner / self.columns - GAP), photo.width / photo.height
-        high = (self.body - 0.8) / len(self.layers) - TINY * LINE - GAP  # so that all layers stand on one page
-        self.width, self.height = fit_box(aspect, cell, min(1.5, max(high, LOW)))
-        self.pitch, self.row = max(self.width, min(cell, max(1.0, room))) + GAP, self.height + TINY * LINE + GAP
-        self.heads = _wrapped_heads(page, self.pitch - GAP, _columns_of_text(word_maps))
+        self.contexts, self.evidence = _contexts(word_maps), [_evidence_text(word) for word in word_maps]
         self.colours = [DOUBT if doubt_of(word) else "0.3" for word in word_maps]
-        self.pages = self.paginate(len(word_maps))
+        self.side = self._widest((_tied(f"layer {layer}") for layer in self.layers), SMALL) + GAP
+        self.kinds = [
+            (bool(doubt_of(word)), any("weak" in label for label in own.values()), bool(word.blank))
+            for word, own in zip(word_maps, self.labels, strict=True)
+        ]
+        title = (
+            f"{_title(first)} ({len(names)}–{len(names)} of {len(names)}), layers {self.layers[-1]}–{self.layers[-1]}"
+        )
+        self.tops = [_masthead(page, photo, title, word_maps, range(len(names)), later) for later in (False, True)]
+        self.bottoms, self.bottom = {}, functools.partial(self._bottom, photo, word_maps, look, paper)
+        self.layout = self._best()
 
-    def heads_height(self, words: range) -> float:
-        lines = sum(max(map(len, texts)) for texts in zip(*(self.heads[i] for i in words), strict=True))
-        return lines * SMALL * LINE + TINY * LINE * any(self.evidence) + GAP / 2
+    def _bottom(self, photo, word_maps: list[TokenMaps], look: Look, paper: Paper, words: range) -> float:
+        """The height of the footer under some of the words, with the longest text that it may have."""
+        kinds = frozenset(self.kinds[i] for i in words)  # all that the text depends on, but for likenesses
+        if kinds not in self.bottoms:
+            least = {layer: min(word.likeness.get(layer, 1) for word in word_maps) for layer in self.layers}
+            alike = [replace(word, likeness=least) for word in word_maps]
+            page, cells = Page(WIDTHS[paper.width], ""), [(i, layer) for i in words for layer in self.layers]
+            below, settings = _caption(alike, self.labels, cells, 2, look), made_from(word_maps[0], photo)
+            self.bottoms[kinds] = footer(page, 0, word_maps[0].settings.method, below, settings, look)
+        return self.bottoms[kinds]
 
-    def draw_heads(self, page: Page, words: range, xs: list[float], y: float) -> float:
-        """Over each column the text before its word, in grey, the word and its evidence; returns the y below them."""
-        middle = y + max(len(self.heads[i][0]) for i in words) * SMALL * LINE  # the words stand on one line
-        below = y + self.heads_height(words)
-        for x, i in zip(xs, words, strict=True):
-            above, word = self.heads[i]
-            for j, line in enumerate(above):
-                page.text(x, middle - (len(above) - j) * SMALL * LINE, line, SMALL, color="0.45")
-            for j, line in enumerate(word):
-                page.text(x, middle + j * SMALL * LINE, line, SMALL, weight="bold")
-            page.text(x, below - GAP / 2 - TINY * LINE, self.evidence[i], TINY, color=self.colours[i])
-        return below
+    def _body(self, words: range, later: bool) -> float:
+        """The height that is left for these words on the first page or a later one."""
+        return HEIGHT - self.tops[later] - self.bottom(words) - TEXT * LINE - 4 * GAP  # with a line in reserve
 
-    def paginate(self, count: int) -> list[list[tuple[range, list[int]]]]:
+    def _widest(self, texts, size: float, weight: str = "normal") -> float:
+        """The width of the widest part of the texts between blanks."""
+        return max(_width(part, size, self.families, weight) for text in texts for part in text.split(" "))
+
+    def _head(self, i: int, width: float) -> _Head:
+        """What stands over word i, in lines of that width."""
+        before, word = self.contexts[i], excerpt(self.names[i], (0, 0), 44)[0]
+        before = excerpt(before, (len(before),) * 2, min(44, int(50 * width)))[0]  # about three lines
+        names = {size: _fold(word, width, size, self.families, "bold") for size in (SMALL, TINY)}
+        size = min(names, key=lambda size: len(names[size]))
+        lines = [(line, SMALL, {"color": "0.45"}) for line in _fold(before, width, SMALL, self.families)]
+        lines += [(line, size, {"weight": "bold"}) for line in names[size]]
+        return _Head(lines, _fold(_tied(self.evidence[i]), width, TINY, self.families))
+
+    def label(self, i: int, layer, across: int, width: float) -> list[str]:
+        """What stands under the picture of word i at a layer, in lines of that width."""
+        text = self.labels[i][layer] if across == 1 else f"layer {layer}, {self.labels[i][layer]}"
+        return _fold(_tied(text), width, TINY, self.families)
+
+    def _best(self) -> _Layout:
+        """Of the layouts with the fewest pages, the one with the largest pictures and the fewest empty places."""
+        words, layers = len(self.names), len(self.layers)
+        under = [_tied(label) for labels in self.labels for label in labels.values()]
+        under = self._widest({*under, _tied(f"layer {max(self.layers)},")}, TINY)
+        over = max(self._widest(map(_tied, self.evidence), TINY), self._widest(self.names, TINY, "bold"))
+        found = []
+        for across in range(1, layers + 1):
+            room = max(under, over) if across == 1 else under
+            least = max(self.smallest, min(room, BROKEN))
+            for columns in range(1, words + 1):
+                pitch = self._pitch(columns, across)
+                if pitch - GAP < least:
+                    break
+                found += self._layouts(columns, across, pitch, least)
+
+        def merit(layout):
+            columns, across = layout.columns, layout.across
+            blocks, rows = -(-words // columns), -(-layers // across)
+            filled = (words * layers / (blocks * columns * rows * across)) ** 2
+            filled *= (layout.side + columns * layout.words) / self.inner
+            filled *= blocks / sum(map(len, layout.pages))  # layers on one page
+            order = {layers: 1.1, 1: 1.25}.get(across, 1)  # layers in one column, or one row, are read easily
+            return -len(layout.pages), layout.width * filled * order
+
+        return max(found or self._layouts(1, 1, self._pitch(1, 1), 0), key=merit)
+
+    def _margins(self, across: int) -> tuple[float, float]:
+        """(left of the pictures, between words beside the usual gap): layers in a column are named at its left."""
+        return (self.side, 0.0) if across == 1 else (0.0, 2 * GAP)
+
+    def _pitch(self, columns: int, across: int) -> float:
+        """From picture to picture, where so many words with so many layers side by side take the page's width."""
+        side, apart = self._margins(across)
+        whole = (self.inner - side + GAP - (columns - 1) * apart) / (columns * across)
+        return min(
+            whole,
+            LARGEST * self.aspect**0.5 + GAP,
+            self.aspect * (self._body(range(len(self.names)), False) - 0.8) + GAP,
+        )
+
+    def _layouts(self, columns: int, across: int, pitch: float, least: float) -> list[_Layout]:
+        """Those with pictures of several widths, at least `least`, if a row of them fits on a page, or `least` is 0."""
+        count, text = len(self.names), pitch - GAP
+        heads = [self._head(i, across * pitch - GAP) for i in range(count)]
+        lines = max(len(self.label(i, layer, across, text)) for i in range(count) for layer in self.layers)
+        highest, found = max(sum(_heights(heads[i : i + columns])) for i in range(0, count, columns)), []
+        side, apart, body = *self._margins(across), self._body(range(count), False)
+        for width in np.linspace(text, LEAST * pitch, 4):
+            height = width / self.aspect
+            row = height + lines * TINY * LINE + GAP
+            if least <= width <= text and (highest + row <= body or not least):
+                pages = self._paginate(heads, columns, across, row)
+                place = side, width, height, pitch, across * pitch + apart, row
+                found.append(_Layout(columns, across, *place, heads, pages))
+        return found
+
+    def _paginate(self, heads: list[_Head], columns: int, across: int, row: float) -> list[list[tuple[range, list]]]:
         """The blocks (words, layers) of each page; a block that does not fit on one page continues on the next."""
         pages, y = [[]], 0.0
-        for start in range(0, count, self.columns):
-            words, remaining = range(start, min(start + self.columns, count)), self.layers
-            head = self.heads_height(words)
+        for start in range(0, len(heads), columns):
+            words, remaining = range(start, min(start + columns, len(heads))), self.layers
+            head = sum(_heights(heads[start : start + columns]))
             while remaining:
-                fits = int((self.body - y - head) / self.row)
+                begin = pages[-1][0][0][0] if pages[-1] else start
+                body = self._body(range(begin, words[-1] + 1), len(pages) > 1)
+                fits = across * max(0, int((body - y - head) / row))
                 if pages[-1] and fits < len(remaining):  # a page of its own keeps more of it together
                     pages, y = [*pages, []], 0.0
                     continue
-                layers, remaining = remaining[: max(1, fits)], remaining[max(1, fits) :]
-                pages[-1].append((words, layers))
-                y += head + len(layers) * self.row + 2 * GAP
+                here = max(across, fits)
+                pages[-1].append((words, remaining[:here]))
+                y += head + -(-len(remaining[:here]) // across) * row + 2 * GAP
+                remaining = remaining[here:]
         return pages
+
+
+def _heights(heads: list[_Head]) -> tuple[float, float]:
+    """Of the words and of their evidence, over pictures that stand side by side."""
+    lines, evidence = (max(map(len, kind)) for kind in zip(*heads, strict=True))
+    return lines * SMALL * LINE, evidence * TINY * LINE + GAP / 2
+
+
+def _draw_heads(page: Page, heads: list[_Head], colours: list[str], xs: list[float], y: float) -> float:
+    """Over each word's pictures the text before it, in grey, the word and its evidence; returns the y below them."""
+    words, evidence = _heights(heads)
+    y += words
+    for x, head, colour in zip(xs, heads, colours, strict=True):
+        for j, (line, size, style) in enumerate(head.lines):
+            page.text(x, y - (len(head.lines) - j) * SMALL * LINE, line, size, **style)
+        for j, line in enumerate(head.evidence):
+            page.text(x, y + j * TINY * LINE, line.rstrip(","), TINY, color=colour)
+    return y + evidence
 
 
 def word_figures(
@@ -145,56 +291,92 @@ def word_figures(
 
     The words of the thinking that leads to an answer have pages of their own.
     """
-    files, end = {}, word_maps[0].thinking
-    for name, inside in (("words_by_layer", False), ("words_by_layer_thinking", True)):
-        own = [word for word in word_maps if (word.target_span[0] < end) is inside]
-        table = _Table(photo, own, paper) if own else None
-        for i, blocks in enumerate(table.pages if own else [], 1):
-            page = name if i == 1 else f"{name}_{i}"
-            files |= paper.figure(page, functools.partial(_words_figure, photo, own, table, blocks, look, paper))
+    files, end, named = {}, word_maps[0].thinking, list(zip(word_maps, name_words(word_maps), strict=True))
+    for file, inside in (("words_by_layer", False), ("words_by_layer_thinking", True)):
+        own = [(word, name) for word, name in named if (word.target_span[0] < end) is inside]
+        if not own:
+            continue
+        words, names = map(list, zip(*own, strict=True))
+        table = _Table(photo, words, names, look, paper)
+        for i, blocks in enumerate(table.layout.pages, 1):
+            page = file if i == 1 else f"{file}_{i}"
+            files |= paper.figure(page, functools.partial(_words_figure, photo, words, table, blocks, look, paper))
     return files
 
 
-def _words_figure(photo, word_maps: list[TokenMaps], table: _Table, blocks: list, look: Look, paper: Paper) -> Page:
-    """One page: words across, layers down, overlays in the cells; blocks of words one below the other."""
-    first = word_maps[0]
-    rows = [(label, text, (0, 0)) for label, text, _ in text_rows(first)[:2]]
-    page, strongest = Page(WIDTHS[paper.width], first.prompt + first.answer), strongest_of(word_maps)
+def _title(first: TokenMaps) -> str:
     title = f"{method_title(first.settings)}, word by word"
-    title += ", of its thinking" if first.target_span[0] < first.thinking else ""
+    return title + (", of its thinking" if first.target_span[0] < first.thinking else "")
+
+
+def _masthead(
+    page: Page, photo: Image.Image, title: str, word_maps: list[TokenMaps], words: range, later: bool
+) -> float:
+    """The title and the answer, whose part on this page is marked unless it is all; returns the y below.
+
+    The first page has the photo and the prompt, too.
+    """
+    span = word_maps[words[0]].target_span[0], word_maps[words[-1]].target_span[1]
+    if later:
+        size = TITLE if page.width == WIDTHS["page"] else TEXT
+        y = page.lines(MARGIN, MARGIN, page.inner, title, size, weight="bold") + GAP
+        answer, span = excerpt(word_maps[0].answer, span, LATER)
+        return page.lines(MARGIN, y, page.inner, answer, TEXT, span)
+    prompt, answer = text_rows(replace(word_maps[0], target_span=span))[:2]
+    rows = [prompt, answer if len(words) < len(word_maps) else (*answer[:2], (0, 0))]
+    return masthead(page, photo, title, rows, (2.3, 1.4))
+
+
+def _words_figure(photo, word_maps: list[TokenMaps], table: _Table, blocks: list, look: Look, paper: Paper) -> Page:
+    """One page: overlays of words and layers; blocks of words one below the other."""
+    first, at = word_maps[0], table.layout
+    page, strongest, title = (
+        Page(WIDTHS[paper.width], first.prompt + first.answer),
+        strongest_of(word_maps),
+        _title(first),
+    )
     start, end, layers = blocks[0][0][0], blocks[-1][0][-1] + 1, blocks[0][1]
+    later = start > 0 or layers[0] != table.layers[0]
     if end - start < len(word_maps):
         title += f" ({start + 1}–{end} of {len(word_maps)})"
     if len(layers) < len(table.layers):
         title += f", layers {layers[0]}–{layers[-1]}" if len(layers) > 1 else f", layer {layers[0]}"
-    y = masthead(page, photo, title, rows, (2.3, 1.4)) + 2 * GAP
+    y = _masthead(page, photo, title, word_maps, range(start, end), later) + 2 * GAP
 
-    small, cells = shrink(photo, table.width, table.height), []
+    small, cells = shrink(photo, at.width, at.height), []
+    wide = (at.columns - 1) * at.words + (at.across - 1) * at.pitch + at.width
+    left = MARGIN + at.side + (page.inner - at.side - wide) / 2
     for words, layers in blocks:
-        xs = [MARGIN + table.side + i * table.pitch for i in range(len(words))]
-        y = table.draw_heads(page, words, xs, y)
-        for layer in layers:
-            page.text(MARGIN, y + table.height / 2, f"layer {layer}", SMALL, va="center")
-            for x, i in zip(xs, words, strict=True):
+        xs = [left + i * at.words for i in range(len(words))]
+        y = _draw_heads(page, at.heads[words[0] : words[-1] + 1], table.colours[words[0] : words[-1] + 1], xs, y)
+        for j, layer in enumerate(layers):
+            top = y + j // at.across * at.row
+            if at.across == 1:
+                page.text(xs[0] - at.side, top + at.height / 2, f"layer {layer}", SMALL, va="center")
+            for word, i in zip(xs, words, strict=True):
+                x = word + j % at.across * at.pitch
                 picture = draw_layer(small, word_maps[i], layer, True, look, strongest)
-                page.picture(x, y, table.width, table.height, picture)
-                page.text(x, y + table.height + 0.02, table.labels[i][layer], TINY, color="0.3")
+                page.picture(x, top, at.width, at.height, picture)
+                for k, line in enumerate(table.label(i, layer, at.across, at.pitch - GAP)):
+                    page.text(x, top + at.height + 0.02 + k * TINY * LINE, line.rstrip(","), TINY, color="0.3")
                 cells.append((i, layer))
-            y += table.row
-        y += 2 * GAP
-    below = _caption(word_maps, table, cells, look)
+        y += -(-len(layers) // at.across) * at.row + 2 * GAP
+    below = _caption(word_maps, table.labels, cells, at.across, look)
     return page.finish(footer(page, y, first.settings.method, below, made_from(first, photo), look))
 
 
-def _caption(word_maps: list[TokenMaps], table: _Table, cells: list[tuple[int, int]], look: Look) -> str:
+def _caption(
+    word_maps: list[TokenMaps], labels: list[dict], cells: list[tuple[int, int]], across: int, look: Look
+) -> str:
     """The caption of a page with these cells, (word, layer)."""
     shown = [word_maps[i] for i in dict.fromkeys(i for i, _ in cells)]
     doubted = [word for word in shown if doubt_of(word)]
     about = shown[0] if len(doubted) == len(shown) else replace(shown[0], evidence=None)  # not one word's for all
-    below = caption(about, [], "each layer, a column for each word", look)
+    order = "a column for each word" if across == 1 else "the layers of each word side by side"
+    below = caption(about, [], f"each layer, {order}", look)
     if any(word.evidence for word in shown):
         below += " Under each word: its probability p, and the share of p that is kept without the photo."
-    if any("weak" in table.labels[i][layer] for i, layer in cells):
+    if any("weak" in labels[i][layer] for i, layer in cells):
         below += f" Weak: below {100 * WEAK:.0f} % of the strongest of all"
         if doubted:
             photoless = f"more than {share_text(PHOTOLESS)} of p kept without the photo"
