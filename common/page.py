@@ -21,7 +21,7 @@ from matplotlib.ticker import AutoLocator
 from matplotlib.transforms import Affine2D
 from PIL import Image
 
-from common.encoding import DPI
+from common.encoding import DPI, with_minus
 
 __all__ = [
     *("PAGE", "Page", "Paper", "WIDTHS", "BODY_HEIGHTS", "MARGIN", "GAP", "BAND", "HEAD", "LINE"),
@@ -38,7 +38,7 @@ __all__ = [
         "split_at_span",
     ),
     *("figure_to_array", "grey_panel", "fit_box", "panel_width", "best_columns", "shrink"),
-    *("header", "masthead", "small_print", "MARKER"),
+    *("header", "masthead", "small_print", "MARKER", "SIGNS"),
 ]
 
 WIDTHS = {"page": 7.2, "column": 3.3}  # inches: both columns of a paper, or one
@@ -50,6 +50,7 @@ AXIS = 0.43  # left of a plot, for the tick labels and the name of its axis
 LINE = 1.35 / 72  # height of a line per point of text
 MARKER = "#ffe08a"  # behind the explained part of the answer
 TEXT, SMALL, TINY, TITLE = 8, 7, 6, 11  # points; journals ask for 6 at least
+SIGNS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}  # of legends, for markers
 LABEL = 0.75  # width of the column with "Prompt", "Answer", "Explained"
 
 
@@ -331,13 +332,14 @@ class Page:
         return axes
 
     def legend(self, y, entries: dict[str, object]) -> float:
-        """{name: colour} as dots with names, in as few lines as possible; returns the y below them."""
+        """{name: colour}, or (colour, marker), as dots with names, in few lines; returns the y below them."""
         pitch = 0.32 + max(text_width(label, SMALL, self.families) for label in entries)
         rows = -(-len(entries) // max(1, int(self.inner / pitch)))
         columns = -(-len(entries) // rows)
-        for i, (label, colour) in enumerate(entries.items()):
+        for i, (label, style) in enumerate(entries.items()):
+            colour, marker = style if isinstance(style, tuple) and len(style) == 2 else (style, "o")
             x = (self.width - pitch * columns) / 2 + 0.1 + i % columns * pitch
-            self.text(x, y + i // columns * SMALL * LINE, "●", SMALL, color=colour, family="DejaVu Sans")
+            self.text(x, y + i // columns * SMALL * LINE, SIGNS[marker], SMALL, color=colour, family="DejaVu Sans")
             self.text(x + 0.12, y + i // columns * SMALL * LINE, label, SMALL)
         return y + rows * SMALL * LINE
 
@@ -431,5 +433,5 @@ def small_print(page: Page, y: float, text: str, settings: str = "") -> float:
     """A caption, and below it the settings of the figure; returns the y below them, which is the page's height."""
     if not page.complete:
         text += " Boxes: characters that no installed font can draw."
-    y = page.lines(MARGIN, y, page.inner, text, SMALL, color="0.3")
+    y = page.lines(MARGIN, y, page.inner, with_minus(text), SMALL, color="0.3")
     return page.lines(MARGIN, y, page.inner, settings, TINY, color="0.3") + MARGIN if settings else y + MARGIN
