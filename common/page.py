@@ -137,7 +137,12 @@ def font_families(text: str) -> tuple[list[str], bool]:
 
 def text_width(text: str, size: float, families: list[str], weight: str = "normal") -> float:
     """Inches that the text takes on one line, in pictures and vector files alike: letters are not fitted to pixels."""
-    font = font_manager.FontProperties(family=families, size=size, weight=weight)
+    return _text_width(text, size, tuple(families), weight)
+
+
+@functools.lru_cache(10_000)  # pages are measured before they are drawn
+def _text_width(text: str, size: float, families: tuple[str, ...], weight: str) -> float:
+    font = font_manager.FontProperties(family=list(families), size=size, weight=weight)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that no installed font has
         return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72

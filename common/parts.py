@@ -64,7 +64,7 @@ def numbered(
     these parts, the colour bar and the caption, and returns the page's height.
     """
     scratch, parts = Page(WIDTHS[paper.width], text), list(parts)
-    top, most = head(scratch, " (9 of 9)"), foot(scratch, 0, parts)
+    top, most = head(scratch, " (9\xa0of\xa09)"), foot(scratch, 0, parts)
 
     def fits(shown):
         below = _lay_out(scratch, top, shown, draw=False)
@@ -82,7 +82,7 @@ def numbered(
 
     def draw(i: int) -> Page:
         page = Page(WIDTHS[paper.width], text)
-        y = head(page, f" ({i + 1} of {len(pages)})" if len(pages) > 1 else "")
+        y = head(page, f" ({i + 1}\xa0of\xa0{len(pages)})" if len(pages) > 1 else "")
         return page.finish(foot(page, _lay_out(page, y, pages[i], draw=True), pages[i]))
 
     files = {}
@@ -117,9 +117,10 @@ def rows_of_plots(
 
 
 def nested(i: int, count: int) -> dict[str, float]:
-    """The style of curve `i` of `count`: each narrower than those below it, so that none is hidden."""
+    """The style of curve `i` of `count`: each narrower than those below it, and dashed in between: none is hidden."""
     above = count - 1 - i
-    return {"linewidth": 1.1 + 1.2 * above, "markersize": 3 + 1.8 * above, "zorder": 3 + i / count}
+    line = {"linestyle": (0, (2, 1.5)) if 0 < i < count - 1 else "-", "linewidth": 1.1 + 1.2 * above}
+    return line | {"markersize": 3 + 1.8 * above, "zorder": 3 + i / count}
 
 
 def apart(axes, x: list, curves: dict[str, np.ndarray], own: str, colour: str, marker: str = "") -> None:

@@ -164,11 +164,9 @@ def draw_faithfulness(
         under = f"layer {leading}, {'not to be believed' if doubt_of(token_maps) else 'the largest difference'}"
         return masthead(page, photo, title + number, heads, draw=overlay, under=under) + 2 * GAP
 
-    hidden = _hidden_layers(measured, colours, set(layers) - set(colours))
+    others = set(layers) - set(colours)
     entries = {f"layer {layer}": colour for layer, colour in colours.items()}
-    if len(layers) > len(colours):
-        behind = f" ({hidden} of {len(layers) - len(colours)} behind these)" if hidden else ""
-        entries[f"other layers{behind}"] = OTHERS["color"]
+    entries |= {"other layers": OTHERS["color"]} if others else {}
     entries |= {"random": "0.3"} if orders else {}
 
     def legend(page, y):
@@ -188,6 +186,9 @@ def draw_faithfulness(
         "A map is faithful if revealing its hottest image tokens restores the answer early and removing them destroys "
         f"it early. Removed tokens show {blank[measured.baseline]}. p: probability.{f' Dashed: {mean}.' * bool(orders)}"
     )
+
+    if hidden := _hidden_layers(measured, colours, others):
+        said += f" The curves of {hidden} of the {len(others)} other layers lie behind those in colour."
 
     def draw_curves(page, axes, by_layer, random):
         _draw_curves(axes, measured, by_layer, random, colours)
