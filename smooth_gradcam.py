@@ -104,20 +104,19 @@ def logprob_score(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Method(NamedTuple):
-    """A map's formula, its name in figures, its own tap and rules, and what `explain` does to the maps at the end."""
+    """A map's formula, its own tap and rules, and what `explain` does to the maps at the end."""
 
     formula: Callable[[Tensor, Tensor], Tensor]
-    title: str
     tap: str = "input"
     rules: str = "attnlrp"
     finish: Callable = lambda reading, maps: maps  # list[TokenMaps] of all parts of a reading, before and after
 
 
 METHODS = {  # `common/evidence.py` adds "needed" and "auto"
-    "gradcam": Method(gradcam, "Grad-CAM"),
-    "hirescam": Method(hirescam, "HiResCAM"),
-    "product": Method(product, "Grad-CAM × HiResCAM"),
-    "paper": Method(paper, "Grad-CAM as published", "post_attention_layernorm", "plain"),
+    "gradcam": Method(gradcam),
+    "hirescam": Method(hirescam),
+    "product": Method(product),
+    "paper": Method(paper, "post_attention_layernorm", "plain"),
 }
 SCORES = {"logit": logit_score, "logprob": logprob_score}
 TAPS = ("input", "output", "post_attention_layernorm")

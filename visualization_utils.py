@@ -49,11 +49,11 @@ from common.page import (
     shrink,
     small_print,
 )
+from common.parts import HIGHEST, Part, numbered
 from common.passes import passes_of
 from common.photos import explained_photo, open_photo
 from common.progress import show_progress
 from smooth_gradcam import (
-    METHODS,
     PLAIN,
     Look,
     Reading,
@@ -75,7 +75,7 @@ __all__ = [
     *("draw_single", "draw_grid", "draw_multilayer", "draw_comparative", "draw_layer", "layer_pictures"),
     *("select_layers", "comparative_layers", "split_thirds", "spread", "strongest_of", "strength", "check_drawing"),
     *("text_rows", "photo_rows", "photo_names", "method_title", "settings_text", "look_text", "caption", "made_from"),
-    *("footer", "full_colour", "reliance", "quarters", "ninths"),
+    *("colour_bar", "footer", "full_colour", "reliance", "quarters", "ninths"),
 ]
 
 show_in_notebook()
@@ -266,9 +266,8 @@ def photo_names(names: list[str]) -> str:
 
 
 def method_title(settings: Settings) -> str:
-    """The method's name in figures, with "Smooth" if there is noise."""
-    name = METHODS[settings.method].title
-    return f"Smooth {name}" if settings.noise_std else name
+    """The beginning of a figure's title: the technique, with "Smooth" if there is noise, and the method's name."""
+    return f"{'Smooth ' if settings.noise_std else ''}Grad-CAM ({settings.method})"
 
 
 def settings_text(settings: Settings, place: str | None = None) -> str:
@@ -283,19 +282,21 @@ def settings_text(settings: Settings, place: str | None = None) -> str:
     )
 
 
-def look_text(look: Look) -> str:
-    """A sentence on how to read the colours."""
+def look_text(look: Look, overlays: bool = True, several: bool = True) -> str:
+    """A sentence on how to read the colours of `several` maps, and of their `overlays` if there are any."""
+    own = "shares of each map's own maximum, which do not compare the strength of two maps"
     scale = {
-        "map": "shares of each map's own maximum, which do not compare the strength of two maps",
+        "map": own if several else "shares of the map's own maximum",
         "word": "shares of the maximum of each word's maps",
         "all": "shares of the maximum of all maps of this run",
     }[look.scale]
     cover = "cold areas stay photo" if look.opacity is None else f"{100 * look.opacity:.0f} % heatmap over the photo"
-    return f"Colours: {scale}; overlays: {cover}."
+    return f"Colours: {scale}{f'; overlays: {cover}' if overlays else ''}."
 
 
 def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look: Look = PLAIN) -> str:
     """The caption of a figure of maps at these layers; `arrangement` completes "as read at"."""
+    layers = list(layers)
     blank = [f"layer {layer} ({why})" for layer, why in token_maps.blank.items() if layer in layers]
     grey = f" Grey: no map at {', '.join(blank)}." if blank else ""
     evidence = "where the explained words come from"
@@ -304,7 +305,8 @@ def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look
     if token_maps.settings.method == "needed":
         evidence += ", on the image tokens alone that they need"
     hot = "" if doubt_of(token_maps) else f"Hot: {evidence}, as read at {arrangement}. "
-    return f"{hot}{reliance(token_maps, layers, f': the map as read at {arrangement}')}{look_text(look)}{grey}"
+    faded = reliance(token_maps, layers, f": the map as read at {arrangement}")
+    return f"{hot}{faded}{look_text(look, several=len(layers) != 1)}{grey}"
 
 
 def reliance(token_maps: TokenMaps, layers: Iterable[int] = (), which: str = "") -> str:
@@ -323,17 +325,24 @@ def made_from(token_maps: TokenMaps, photo: Image.Image) -> str:
     )
 
 
-def footer(page: Page, y: float, method: str, text: str, settings: str, look: Look = PLAIN) -> float:
-    """The colour bar, above as in heatmaps and below over mid grey, and the small print; returns the y below it."""
-    width, height, share = min(3.2, page.inner - 0.2), 0.16, np.linspace(0, 1, 256)[None]
+def colour_bar(page: Page, y: float, maps: str, look: Look = PLAIN, overlays: bool = True) -> float:
+    """The colours of heatmaps, below them those of `overlays` over mid grey, and what they mean; returns the y below.
+
+    `maps` says whose they are: a method's name, or "each method".
+    """
+    width, height, share = min(3.2, page.inner - 0.2), 0.16 if overlays else 0.1, np.linspace(0, 1, 256)[None]
     colours = colorize_cam(share, look.colormap)
     over_grey = overlay_cam(np.full_like(colours, 128), colours, opacity_of(share, look))
-    bars, ticks = [colours[0], over_grey[0]], (0, 0.25, 0.5, 0.75, 1)
+    bars, ticks = [colours[0], over_grey[0]][: 1 + overlays], (0, 0.25, 0.5, 0.75, 1)
     page.colour_scale((page.width - width) / 2, y, width, height, bars, ticks, SMALL)
     y += height + SMALL * LINE + 0.05
     peak = {"map": "the map's own maximum", "word": "its word's maximum", "all": "the maximum of all maps"}[look.scale]
-    y = page.centred(y, f"{METHODS[method].title}, share of {peak}; below: over grey", SMALL)
-    return small_print(page, y + GAP, text, settings)
+    return page.centred(y, f"{maps}: share of {peak}{'; below: over grey' * overlays}", SMALL) + GAP
+
+
+def footer(page: Page, y: float, method: str, text: str, settings: str, look: Look = PLAIN) -> float:
+    """The colour bar and the small print; returns the y below them."""
+    return small_print(page, colour_bar(page, y, method, look), text, settings)
 
 
 def _token_ticks(axes, grid: tuple[int, int], width: int, height: int) -> None:
@@ -350,16 +359,19 @@ def _panel_figure(
     Ticks along the heatmap stand between image tokens.
     """
     rows, aspect = text_rows(token_maps), photo.width / photo.height
-    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in rows))
+    page, scratch = (Page(WIDTHS[paper.width], "".join(text for _, text, _ in rows)) for _ in range(2))
+    y = header(page, MARGIN, MARGIN, f"{method_title(token_maps.settings)}, layer {layer}", rows) + GAP
+    text, made = caption(token_maps, [layer], f"layer {layer}", look), made_from(token_maps, photo)
     columns = 3 if aspect < 2.5 else 1
-    width, height = fit_box(aspect, (page.inner - (columns - 1) * GAP) / columns, 4.5)
+    room = HIGHEST - y - footer(scratch, GAP, token_maps.settings.method, text, made, look)
+    height = min(4.5, room / (3 // columns) - HEAD - GAP)
+    width, height = fit_box(aspect, (page.inner - (columns - 1) * GAP) / columns, height)
     small = shrink(photo, width, height)
     panels = {"Photo": np.asarray(small)}
     panels |= {name: draw_layer(small, token_maps, layer, name == "Overlay", look) for name in ("Heatmap", "Overlay")}
     largest = strength(token_maps, layer)
     pitch = max(width, 0.5) + GAP
     left = (page.width - columns * pitch + GAP) / 2
-    y = header(page, MARGIN, MARGIN, f"{method_title(token_maps.settings)}, layer {layer}", rows) + GAP
     for i, (name, array) in enumerate(panels.items()):
         x, top = left + i % columns * pitch, y + i // columns * (HEAD + height + GAP)
         page.label(x + (pitch - GAP) / 2, top, name, largest if name == "Heatmap" else "")
@@ -367,31 +379,47 @@ def _panel_figure(
         if name == "Heatmap" and layer not in token_maps.blank:
             _token_ticks(axes, token_maps.grid, *small.size)
     y += 3 // columns * (HEAD + height + GAP) + GAP
-    text = caption(token_maps, [layer], f"layer {layer}", look)
-    return page.finish(footer(page, y, token_maps.settings.method, text, made_from(token_maps, photo), look))
+    return page.finish(footer(page, y, token_maps.settings.method, text, made, look))
 
 
 def _layers_figure(
-    photo: Image.Image, token_maps: TokenMaps, layers: list, title: str, groups=None, look: Look = PLAIN,
+    name: str, photo: Image.Image, token_maps: TokenMaps, layers: list, title: str, groups=None, look: Look = PLAIN,
     paper: Paper = PAGE,
-) -> Page:  # fmt: skip
-    """The photo beside the text, and below them the overlay of each layer, with its heatmap if the paper has heatmaps.
+) -> dict[str, object]:  # fmt: skip
+    """{file name: what draws it}: the photo beside the text, and below them the overlay of each layer, with its heatmap
+    if the paper has heatmaps; on several pages where pictures would become too small on one.
 
     `groups`, {label: layers}, get rows of their own, with heatmaps where the page is wide enough.
     """
     heads, aspect = text_rows(token_maps), photo.width / photo.height
-    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
-    y = masthead(page, photo, title, heads) + 2 * GAP
-
+    letters = "".join(text for _, text, _ in heads)
     pairs = paper.heatmaps or (groups is not None and paper.width == "page")
     kinds = ("heatmap", "overlay") if pairs else ("overlay",)
     beside = len(kinds) > 1 and (aspect < 1 or groups is not None)
     across, down = (len(kinds), 1) if beside else (1, len(kinds))
     labels = {layer: (f"layer {layer}", strength(token_maps, layer)) for layer in layers}
-    room = max(page.label_width(*label) for label in labels.values())
+    arrangement = "each layer"
+    if len(kinds) > 1:
+        arrangement += f", in the heatmap and {'beside' if beside else 'below'} it over the photo"
+
+    def head(page, number):
+        return masthead(page, photo, title + number, heads) + 2 * GAP
+
+    def foot(page, y, parts):
+        shown = [layer for part in parts for layer in part.shown]
+        below = caption(token_maps, shown, arrangement, look)
+        if any("weak" in labels[layer][1] for layer in shown):
+            below += f" Weak: below {100 * WEAK:.0f} % of the strongest."
+        return footer(page, y + GAP, token_maps.settings.method, below, made_from(token_maps, photo), look)
+
+    page = Page(WIDTHS[paper.width], letters)
+    label_room = max(page.label_width(*label) for label in labels.values())
+    room = HIGHEST - head(page, "") - foot(page, 0, [Part(0, None, shown=tuple(layers))])
+    most_body = BODY_HEIGHTS[paper.width] * max(1, len(layers) / 28)  # beyond 28 layers it grows
+    sheets = 1 if len(layers) <= 12 else max(1, round(most_body / room + 0.2))
+    body = min(most_body, sheets * room)
     inner = page.inner - (BAND if groups else 0)  # BAND: room for the row's label
-    most = max(1, int((inner + GAP) / (room + GAP)))
-    body = BODY_HEIGHTS[paper.width] * max(1, len(layers) / 28)  # beyond 28 layers the page grows
+    most = max(1, int((inner + GAP) / (label_room + GAP)))
     if groups:
         columns = min(most, max(map(len, groups.values())))
     else:
@@ -405,9 +433,10 @@ def _layers_figure(
     height = width / aspect
     step = (width + GAP / 2, 0) if beside else (0, height + GAP / 2)  # from the heatmap to the overlay
     wide, high = (width + (across - 1) * step[0], height + (down - 1) * step[1])
-    pitch, small = max(wide, room) + GAP, shrink(photo, width, height)
+    pitch, small = max(wide, label_room) + GAP, shrink(photo, width, height)
     left = page.width - MARGIN - inner + (inner - columns * pitch + GAP) / 2
-    for label, members in rows:
+
+    def draw_row(label, members, page, y):
         page.text(left - BAND, y + HEAD + high / 2, label, TEXT, rotation=90, ha="center", va="center")
         for i, layer in enumerate(members):
             middle = left + i * pitch + (pitch - GAP) / 2
@@ -415,14 +444,9 @@ def _layers_figure(
             for j, kind in enumerate(kinds):
                 picture = draw_layer(small, token_maps, layer, kind == "overlay", look)
                 page.picture(middle - wide / 2 + j * step[0], y + HEAD + j * step[1], width, height, picture)
-        y += HEAD + high + GAP
-    arrangement = "each layer"
-    if len(kinds) > 1:
-        arrangement += f", in the heatmap and {'beside' if beside else 'below'} it over the photo"
-    below = caption(token_maps, layers, arrangement, look)
-    if any("weak" in largest for _, largest in labels.values()):
-        below += f" Weak: below {100 * WEAK:.0f} % of the strongest."
-    return page.finish(footer(page, y + GAP, token_maps.settings.method, below, made_from(token_maps, photo), look))
+
+    parts = [Part(HEAD + high + GAP, functools.partial(draw_row, *row), shown=tuple(row[1])) for row in rows]
+    return numbered(name, paper, letters, head, parts, foot)
 
 
 # the files of each mode: {file name: content}, see `output_folder`
@@ -451,8 +475,8 @@ def draw_single(
 
 def _draw_layers(photo, token_maps: TokenMaps, name: str, look: Look, paper: Paper) -> tuple[dict, dict[str, object]]:
     results, title = layer_pictures(photo, token_maps, look), f"{method_title(token_maps.settings)} by layer"
-    figure = functools.partial(_layers_figure, photo, token_maps, list(results), title, look=look, paper=paper)
-    return Shown(results, figure), paper.figure(name, figure) | _layer_files(results)
+    figure = _layers_figure(name, photo, token_maps, list(results), title, look=look, paper=paper)
+    return Shown(results, figure[f"{name}.png"]), figure | _layer_files(results)
 
 
 def draw_grid(image, token_maps: TokenMaps, look: Look = PLAIN, paper: Paper = PAGE) -> tuple[dict, dict[str, object]]:
@@ -478,14 +502,14 @@ def draw_comparative(
     """
     photo, title = open_photo(image), method_title(token_maps.settings)
     results = layer_pictures(photo, token_maps, look)
-    draw = functools.partial(_layers_figure, photo, token_maps, look=look, paper=paper)
-    heading = f"{title}: early, middle and late layers"
-    whole = functools.partial(draw, list(results), heading, thirds)
-    files = paper.figure("comparative_analysis", whole)
-    pictures = {name: {layer: results[layer] for layer in layers} for name, layers in thirds.items()}
-    for name, layers in pictures.items():
-        figure = functools.partial(draw, list(layers), f"{title}, {name} layers")
-        files |= paper.figure(f"{name}/layer_comparison_grid", figure) | _layer_files(layers, f"{name}/")
+    heading, name = f"{title}: early, middle and late layers", "comparative_analysis"
+    files = _layers_figure(name, photo, token_maps, list(results), heading, thirds, look, paper)
+    whole = files[f"{name}.png"]
+    pictures = {third: {layer: results[layer] for layer in layers} for third, layers in thirds.items()}
+    for third, layers in pictures.items():
+        name = f"{third}/layer_comparison_grid"
+        files |= _layers_figure(name, photo, token_maps, list(layers), f"{title}, {third} layers", None, look, paper)
+        files |= _layer_files(layers, f"{third}/")
     return Shown(pictures, whole), files
 
 

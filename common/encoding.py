@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import struct
 import zlib
 from contextlib import suppress
@@ -13,7 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from common.inputs import open_regular
 
-__all__ = ["DPI", "LARGE_PICTURE", "MARK", "decimal", "encode", "is_ours", "pixel_count", "to_csv", "write_large_png"]
+__all__ = [
+    *("DPI", "LARGE_PICTURE", "MARK", "decimal", "encode", "is_ours", "pixel_count", "to_csv", "with_minus"),
+    "write_large_png",
+]
 
 DPI, LEVEL = 200, 4  # dots per inch, and compression level, of pictures
 LARGE_PICTURE = 25_000_000  # pixels above which a picture is written some rows at a time
@@ -23,6 +27,11 @@ MARK = "Smooth Grad-CAM"  # written into every picture, so that none is taken fo
 def decimal(value: float, digits: int = 2) -> str:
     """The value with that many decimals, and never "-0.00"."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def with_minus(text: str) -> str:
+    """The text with a minus sign before numbers below zero, as on axes; files and terminal have a hyphen there."""
+    return re.sub(r"(?<![\w.)])-(?=\.?\d)", "\N{MINUS SIGN}", text)
 
 
 def to_csv(rows: list[dict]) -> str:

@@ -232,8 +232,7 @@ def _finish(reading: Reading, results: list[TokenMaps]) -> list[TokenMaps]:
     return [replace(maps, evidence=maps.evidence._replace(contrast=float(p))) for maps in results]
 
 
-METHODS["needed"] = Method(gradcam, "Grad-CAM of needed tokens", finish=_finish)
-METHODS["auto"] = METHODS["needed"]._replace(title="Grad-CAM")
+METHODS["needed"] = METHODS["auto"] = Method(gradcam, finish=_finish)
 
 
 # maps with all that is known of them

@@ -19,7 +19,7 @@ from common.encoding import encode
 from common.evidence import FADED, departures, doubt_of
 from common.files import DRAWING
 from common.page import MARKER, excerpt
-from smooth_gradcam import METHODS, Reading, TokenMaps, colorize_cam, normalize_cam
+from smooth_gradcam import Reading, TokenMaps, colorize_cam, normalize_cam
 
 __all__ = ["Shown", "maps_html", "reading_html", "show_in_notebook"]
 
@@ -100,7 +100,7 @@ def maps_html(maps: TokenMaps) -> str:
     rows = {"Prompt": _text(maps.prompt), "Answer": _text(maps.answer, (0, 0) if whole else maps.target_span)}
     rows["Explained"] = "the whole answer" if whole else _text(maps.target)
     rows["Explained"] += ", which was cut off" * maps.cut_off
-    rows["Method"] = html.escape(METHODS[maps.settings.method].title) + f", image {maps.image}" * bool(maps.image)
+    rows["Method"] = maps.settings.method + f", image {maps.image}" * bool(maps.image)
     rows["Evidence"] = html.escape(str(maps.evidence)) if maps.evidence else ""
     rows["Doubt"] = html.escape(doubt) + f": drawn in {100 * FADED:.0f} % of the colours" * bool(doubt)
     layers = [*maps.maps]

@@ -22,7 +22,7 @@ from matplotlib.ticker import AutoLocator
 from matplotlib.transforms import Affine2D
 from PIL import Image
 
-from common.encoding import DPI
+from common.encoding import DPI, with_minus
 
 __all__ = [
     *("PAGE", "Page", "Paper", "WIDTHS", "HEIGHT", "BODY_HEIGHTS", "MARGIN", "GAP", "BAND", "HEAD", "LINE"),
@@ -39,7 +39,7 @@ __all__ = [
         "split_at_span",
     ),
     *("figure_to_array", "grey_panel", "fit_box", "panel_width", "best_columns", "shrink"),
-    *("header", "masthead", "small_print", "MARKER"),
+    *("header", "masthead", "small_print", "MARKER", "SIGNS"),
 ]
 
 WIDTHS = {"page": 7.2, "column": 3.3}  # inches: both columns of a paper, or one
@@ -52,6 +52,7 @@ AXIS = 0.43  # left of a plot, for the tick labels and the name of its axis
 LINE = 1.35 / 72  # height of a line per point of text
 MARKER = "#ffe08a"  # behind the explained part of the answer
 TEXT, SMALL, TINY, TITLE = 8, 7, 6, 11  # points; journals ask for 6 at least
+SIGNS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}  # of legends, for markers
 LABEL = 0.75  # width of the column with "Prompt", "Answer", "Explained"
 
 
@@ -148,7 +149,12 @@ def _face(family: str, weight: str) -> str:
 
 def text_width(text: str, size: float, families: list[str], weight: str = "normal") -> float:
     """Inches that the text takes on one line, in pictures and vector files alike: letters are not fitted to pixels."""
-    font = font_manager.FontProperties(family=families, size=size, weight=weight)
+    return _text_width(text, size, tuple(families), weight)
+
+
+@functools.lru_cache(10_000)  # pages are measured before they are drawn
+def _text_width(text: str, size: float, families: tuple[str, ...], weight: str) -> float:
+    font = font_manager.FontProperties(family=list(families), size=size, weight=weight)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that no installed font has
         return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72
@@ -345,13 +351,14 @@ class Page:
         return axes
 
     def legend(self, y, entries: dict[str, object]) -> float:
-        """{name: colour} as dots with names, in as few lines as possible; returns the y below them."""
+        """{name: colour}, or (colour, marker), as dots with names, in few lines; returns the y below them."""
         pitch = 0.32 + max(text_width(label, SMALL, self.families) for label in entries)
         rows = -(-len(entries) // max(1, int(self.inner / pitch)))
         columns = -(-len(entries) // rows)
-        for i, (label, colour) in enumerate(entries.items()):
+        for i, (label, style) in enumerate(entries.items()):
+            colour, marker = style if isinstance(style, tuple) and len(style) == 2 else (style, "o")
             x = (self.width - pitch * columns) / 2 + 0.1 + i % columns * pitch
-            self.text(x, y + i // columns * SMALL * LINE, "●", SMALL, color=colour, family="DejaVu Sans")
+            self.text(x, y + i // columns * SMALL * LINE, SIGNS[marker], SMALL, color=colour, family="DejaVu Sans")
             self.text(x + 0.12, y + i // columns * SMALL * LINE, label, SMALL)
         return y + rows * SMALL * LINE
 
@@ -445,5 +452,5 @@ def small_print(page: Page, y: float, text: str, settings: str = "") -> float:
     """A caption, and below it the settings of the figure; returns the y below them, which is the page's height."""
     if not page.complete:
         text += " Boxes: characters that no installed font can draw."
-    y = page.lines(MARGIN, y, page.inner, text, SMALL, color="0.3")
+    y = page.lines(MARGIN, y, page.inner, with_minus(text), SMALL, color="0.3")
     return page.lines(MARGIN, y, page.inner, settings, TINY, color="0.3") + MARGIN if settings else y + MARGIN

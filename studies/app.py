@@ -230,7 +230,7 @@ class Handlers:
 def build(gr, explainer: Explainer, folder: Path, photo: Path, prompt: str):
     """The Blocks of the app, opened with a photo and a prompt; pages to download are written to the folder."""
     last, do = len(explainer.layers) - 1, Handlers(gr, explainer, folder)
-    methods = [(method.title, name) for name, method in METHODS.items() if name != "auto"]
+    methods = [name for name in METHODS if name != "auto"]
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         answered, word = gr.State(), gr.State()
         gr.Markdown(f"# {TITLE}")

@@ -48,7 +48,7 @@ MEASURES = {  # column of `_benchmark_rows`: head in the table
     "border": "border",
     "insertion": "insertion",
     "deletion": "deletion",
-    "difference": "ins. − del.",
+    "difference": "ins. - del.",
 }
 RESAMPLES = 1000
 LOWER_IS_BETTER = ("border", "deletion")
@@ -142,12 +142,12 @@ def to_latex(table: list[dict], caption: str) -> str:
             bold = m in line and line["layer"] != "" and float(number) == best[m]
             cells.append(f"\\textbf{{{value}}}{half}" if bold else value + half)
         lines.append(" & ".join([_escaped(line["method"]), str(line["layer"]), *cells]) + " \\\\")
-    heads = " & ".join(["method", "layer", *(MEASURES[m].replace("−", "$-$") for m in measures)])
+    heads = " & ".join(["method", "layer", *(MEASURES[m].replace(" - ", " $-$ ") for m in measures)])
     return "\n".join(
         [
             "% \\usepackage{booktabs}",
             "\\begin{table}",
-            f"\\caption{{{_escaped(caption).replace('−', '$-$')}}}",
+            f"\\caption{{{_escaped(caption).replace(' - ', ' $-$ ')}}}",
             f"\\begin{{tabular}}{{ll{'r' * len(measures)}}}",
             "\\toprule",
             f"{heads} \\\\",

@@ -3,10 +3,27 @@
 import functools
 
 import numpy as np
+from matplotlib.ticker import AutoLocator, MaxNLocator
 
-from common.encoding import decimal, to_csv
+from common.encoding import decimal, to_csv, with_minus
 from common.evidence import Evidence, warnings_of
-from common.page import BAND, GAP, MARGIN, PAGE, SMALL, WIDTHS, Page, Paper, excerpt, header, masthead, small_print
+from common.page import (
+    BAND,
+    GAP,
+    MARGIN,
+    PAGE,
+    SMALL,
+    TEXT,
+    WIDTHS,
+    Page,
+    Paper,
+    excerpt,
+    header,
+    masthead,
+    small_print,
+    text_width,
+)
+from common.parts import Part, apart, captions, numbered, rows_of_plots
 from common.progress import show_progress
 from common.terminal import say
 from smooth_gradcam import Reading, get_model_layers
@@ -34,10 +51,9 @@ from visualization_utils import photo_names, photo_rows
 __all__ = ["sever"]
 
 TELLS_LITTLE = "blocked attention tells little of it"
-EDGE_STYLES = (
-    ("#0072b2", "-"), ("#d55e00", "-"), ("#009e73", "-"), ("#56b4e9", "--"), ("#e69f00", "--"), ("#56b4e9", ":"),
-    ("#e69f00", ":"),
-)  # fmt: skip
+ENDS = {"user": COLOURS["user"], "answer": COLOURS["answer"]}  # colours of the edges, by where they end
+SMALL_PLOT = 0.75  # inches: height
+TICKS = 0.34  # left of a row of small plots
 
 
 def _severed_heads(severed: Severed) -> list[tuple]:
@@ -53,11 +69,6 @@ def _severed_heads(severed: Severed) -> list[tuple]:
     return [(label, *excerpt(text, marked, 300)) for label, text, marked in rows]
 
 
-def _legend_below(axes) -> None:
-    style = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "ncols": 2, "borderaxespad": 0}
-    axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.8, labelspacing=0.25, columnspacing=1, **style)
-
-
 def _plot_truncation(axes, curves: dict[str, np.ndarray], each: bool) -> None:
     """The means of {name: (photos, K + 1)}, the cliff of the first, and if `each` thin lines of its photos."""
     (main, values), *others = curves.items()
@@ -70,67 +81,105 @@ def _plot_truncation(axes, curves: dict[str, np.ndarray], each: bool) -> None:
         axes.text(cliff + shift * len(mean), 0.02, f"cliff: {cliff}", size=SMALL, ha=side, va="bottom")
     if each and len(values) > 1:
         axes.plot(layers, values.T, color=COLOURS["image"], linewidth=0.4, alpha=0.4)
-    axes.plot(layers, mean, color=COLOURS["image"], linewidth=1.4, label=main)
+    axes.plot(layers, mean, color=COLOURS["image"], linewidth=2.4 if others else 1.4, label=main)
     for name, values in others:
         axes.plot(layers, values.mean(0), color=COLOURS["user"], linewidth=1.2, linestyle="--", label=name)
     if others:
-        _legend_below(axes)
+        style = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "ncols": 2, "borderaxespad": 0}
+        axes.legend(fontsize=SMALL - 1, frameon=False, handlelength=1.8, labelspacing=0.25, columnspacing=1, **style)
 
 
-def _plot_windows(axes, severed: list[Severed]) -> None:
-    """The mean change by layer for each edge that was blocked in windows."""
-    axes.axhline(0, color="0.6", linewidth=0.6)
-    for name, (colour, line) in zip(severed[0].windows, EDGE_STYLES, strict=False):
-        mean = mean_change(severed, name)
-        axes.plot(np.arange(len(mean)), mean, color=colour, linestyle=line, linewidth=1.2, label=name)
-    _legend_below(axes)
+def _window_rows(page: Page, severed: list[Severed], window: int) -> list[Part]:
+    """The mean change by layer for each edge that was blocked in windows: a plot each, before the others in grey."""
+    changes = {name: mean_change(severed, name) for name in severed[0].windows}
+    room = max(text_width(name, SMALL, page.families) for name in changes) + GAP
+    most = max(1, min(len(changes), int((page.inner - TICKS + GAP) / room)))
+    columns = -(-len(changes) // -(-len(changes) // most))
+    pitch = (page.inner - TICKS + GAP) / columns
+    finite = np.concatenate([values[np.isfinite(values)] for values in changes.values()])
+    low, high = min(-10, *finite), max(5, *finite)
+    limits = low - 0.08 * (high - low), high + 0.08 * (high - low)
+    ticks = AutoLocator().tick_values(*limits)[:: 2 if high - low > 50 else 1]
+    ticks = [tick for tick in ticks if limits[0] <= tick <= limits[1]]
+
+    def title(page, y):
+        text = f"Change of p (%) with attention blocked in {window} layer{'s' * (window > 1)} around each"
+        return page.lines(MARGIN, y, page.inner, text, TEXT, weight="bold") + GAP / 2
+
+    def draw_row(members, page, y):
+        for i, name in enumerate(members):
+            x, width = MARGIN + TICKS + i * pitch, pitch - 2 * GAP
+            page.text(x + width / 2, y, name, SMALL, ha="center")
+            axes = page.axes(x, y + BAND, width, SMALL_PLOT)
+            axes.axhline(0, color="0.6", linewidth=0.6)
+            apart(axes, np.arange(len(changes[name])), changes, name, ENDS[name.split()[-1]])
+            axes.set_ylim(limits)
+            axes.set_yticks(ticks, [with_minus(f"{tick:g}") if i == 0 else "" for tick in ticks])
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+    said = (
+        f"Blocked: in {window} layers around each (fewer at the ends), what stands behind the arrow cannot attend to "
+        "what stands before it; change of the probability p of the explained tokens, by layer; grey: the other plots."
+    )
+    if len(changes) > 3:
+        said += " Where one part of the image is blocked, attention moves to the rest; it may cost more than all."
+    rows = [[*changes][i : i + columns] for i in range(0, len(changes), columns)]
+    high = BAND + SMALL_PLOT + 0.28
+    return [Part(high, functools.partial(draw_row, row), said, title) for row in rows]
 
 
 def _draw_knockout(
     severed: list[Severed], names: list[str], curves: dict[str, np.ndarray], what: str, window: int | None,
     finding: str, paper: Paper = PAGE,
-) -> Page:  # fmt: skip
-    """What is left when the image is hidden from a layer on, the cliff and, if windows were run, their effect."""
+) -> dict[str, object]:  # fmt: skip
+    """{file name: what draws it}: what is left when the image is hidden from a layer on, the cliff and, if windows were
+    run, their effect."""
     doubts = [one.evidence.doubt if what != "accuracy" else "" for one in severed]
-    heads = _severed_heads(severed[0]) if len(severed) == 1 else photo_rows([one.reading for one in severed], doubts)
-    page = Page(WIDTHS[paper.width], "".join(text for _, text, _ in heads))
     if len(severed) == 1:
-        y = masthead(page, severed[0].reading.photo, "Knockout: what the answer needs", heads, (1.6, 1.2))
+        heads = _severed_heads(severed[0])
     else:
+        heads = photo_rows([one.reading for one in severed], doubts)
         texts = (explained_text(one.reading, one.explained) for one in severed[:6])
         explained = "; ".join(f"{i} {text}" for i, text in enumerate(texts, 1))
         heads += [("Explained", excerpt(explained, (0, 0), 200)[0], (0, 0))] if what != "accuracy" else []
-        y = header(page, MARGIN, MARGIN, "Knockout: what the answers need", heads)
-    y += 2 * GAP
-    windows, height = list(severed[0].windows), 1.9
-    legend = 0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if len(curves) > 1 else 0
-    ((x, top, width), *others), y = page.places(y, 1 + bool(windows), 2.9, BAND + height + 0.45 + legend)
-    y += GAP
-    style = {"xlabel": f"image hidden from layer … on ({len(severed[0].removed) - 1}: nothing)", "ylabel": what}
-    axes = page.plot(x, top, width, height, "Truncation", ylim=(-0.02, 1.04), **style)
-    _plot_truncation(axes, curves, each=what != "accuracy")
-    for x, top, width in others:
-        style = {"xlabel": "around layer …", "ylabel": "change of p, %"}
-        title = f"Attention blocked in {window} layer{'s' * (window > 1)}"
-        _plot_windows(page.plot(x, top, width, height, title, **style), severed)
-    doubted = "Not to be believed. " if all(doubts) else "Partly of words that are not to be believed. " * any(doubts)
-    caption = (
-        f"{doubted}{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the "
-        f"attention mask; positions stay. Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value "
-        "is kept, wherever hiding begins; yellow: from where all is lost to where all is kept. What these layers read "
-        "may also be read elsewhere."
+    letters = "".join(text for _, text, _ in heads)
+    page = Page(WIDTHS[paper.width], letters)
+
+    def head(page, number):
+        if len(severed) == 1:
+            title = f"Knockout: what the answer needs{number}"
+            return masthead(page, severed[0].reading.photo, title, heads, (1.6, 1.2)) + 2 * GAP
+        return header(page, MARGIN, MARGIN, f"Knockout: what the answers need{number}", heads) + 2 * GAP
+
+    def draw_truncation(page, axes):
+        _plot_truncation(axes, curves, each=what != "accuracy")
+
+    said = (
+        f"{finding[0].upper()}{finding[1:]}. Image tokens are hidden from all later positions by the attention mask; "
+        "positions stay."
     )
-    if len(curves) > 1:
-        caption += f" Dashed: {list(curves)[-1]}, those with most attention from the explained tokens kept."
-    if windows:
-        caption += (
-            f" Blocked: in {window} layers around each (fewer at the ends), what stands behind the arrow cannot attend "
-            "to what stands before it; change of the probability of the explained tokens. Where one part of the image "
-            "is blocked, attention moves to the rest; it may cost more than blocking all."
+    mean = curves["image hidden"].mean(0)
+    if find_cliff(mean) is not None:
+        said += (
+            f" Cliff: the first layer from which on {100 * KEPT:.0f} % of the full value is kept, wherever hiding "
+            "begins; yellow: from where all is lost to where all is kept. What these layers read may also be read "
+            "elsewhere."
         )
-    if len(severed) > 1:
-        caption += f" {THIN} {photo_names(names)}"
-    return page.finish(small_print(page, y, caption))
+    if len(curves) > 1:
+        said += f" Dashed: {list(curves)[-1]}, those with most attention from the explained tokens kept."
+    said += f" {THIN}" if len(severed) > 1 and what != "accuracy" else ""
+    label = f"image hidden from layer … on ({len(severed[0].removed) - 1}: nothing)"
+    plots = [("Truncation", (), {"xlabel": label, "ylabel": what.replace("probability", "p"), "ylim": (-0.02, 1.04)})]
+    below = 0.45 + 0.2 * (len(curves) > 1)
+    parts = rows_of_plots(page, plots, (2.9, 1.9), below, draw_truncation, caption=said)
+    parts += _window_rows(page, severed, window) if severed[0].windows else []
+
+    def foot(page, y, parts):
+        text = "Not to be believed. " if all(doubts) else "Partly of words that are not to be believed. " * any(doubts)
+        text += captions(parts) + (f" {photo_names(names)}" if len(severed) > 1 else "")
+        return small_print(page, y + GAP, text)
+
+    return numbered("knockout", paper, letters, head, parts, foot)
 
 
 def sever(
@@ -173,8 +222,7 @@ def sever(
         lines.append(f"{edge}: {largest_change(mean_change(severed, edge), window)}")
     if accuracy:
         lines += said_instead(severed, names)
-    draw = functools.partial(_draw_knockout, severed, names, curves, what, window, finding, paper)
-    files = paper.figure("knockout", draw) | {
+    files = _draw_knockout(severed, names, curves, what, window, finding, paper) | {
         "knockout.csv": to_csv(knockout_rows(severed, names)),
         "knockout.npz": knockout_arrays(severed, names),
     }

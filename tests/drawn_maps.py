@@ -48,6 +48,12 @@ def drawn(content):
     return np.asarray(content() if callable(content) else content)
 
 
+def only(files):
+    """The content of the only file."""
+    (content,) = files.values()
+    return content
+
+
 def hot_spot(grid, cell):
     cam = np.zeros(grid, np.float32)
     cam[cell] = 3

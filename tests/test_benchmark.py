@@ -32,15 +32,15 @@ def test_table_has_means_over_the_words_that_have_the_measure():
     assert gradcam["pointing"] == pytest.approx(2 / 3)
     assert gradcam["difference"] == pytest.approx(0.6)
     assert (gradcam["pointing_words"], gradcam["difference_words"]) == (3, 2)
-    assert basis([gradcam, product]) == "ins. − del. of 2 words; "
+    assert basis([gradcam, product]) == "ins. - del. of 2 words; "
     assert not basis([product])
     assert "difference" not in product
     head, first, second = to_table([gradcam, product])
-    assert head.split() == ["method", "layer", "pointing", "ins.", "−", "del."]
+    assert head.split() == ["method", "layer", "pointing", "ins.", "-", "del."]
     assert first.startswith("gradcam  7      0.67 (0.50-1.00)  0.60 (0.50-0.70)")
     assert second.split() == ["product", "7", "0.33", "(0.00-1.00)"]
     assert "doubted" not in gradcam  # whose words have no evidence
-    latex = to_latex([gradcam, product], "95 % of photos_1, ins. − del.")
+    latex = to_latex([gradcam, product], "95 % of photos_1, ins. - del.")
     assert "{$-$0.60}" in to_latex([gradcam | {"difference": -0.6}], "")
     assert "\\caption{95 \\% of photos\\_1, ins. $-$ del.}" in latex
     assert "gradcam & 7 & \\textbf{0.67}" in latex

@@ -199,7 +199,7 @@ def test_text_in_the_written_pdf_is_6_points_or_more_and_the_page_as_wide_as_sai
     result = measured(maps, 5)
     files = draw_grid(photo, maps, paper=paper)[1]
     rows = score_rows(maps, result, None)
-    files |= paper.figure("faithfulness", lambda: draw_faithfulness(photo, maps, result, rows, paper=paper))
+    files |= draw_faithfulness(photo, maps, result, rows, paper=paper)
     files = {name: content for name, content in files.items() if name.endswith(".pdf")}
     assert len(files) == 2
     for path in write_files(tmp_path, files):

@@ -33,6 +33,7 @@ from drawn_maps import (
     middle,
     numbered_words,
     of_all_sizes,
+    only,
     prose_of,
     share_of,
     texts_of,
@@ -467,7 +468,7 @@ def test_layers_without_a_map_are_told_with_their_reasons_where_they_are_shown(p
         drawn(files[name])
         assert f" stay photo. Grey: no map at {said}. Settings: " in prose_of(pages[-1])
     result = measured(maps, 5)
-    drawn(draw_faithfulness(photo, maps, result, score_rows(maps, result, None)))
+    drawn(only(draw_faithfulness(photo, maps, result, score_rows(maps, result, None))))
     left_out = "layer 2 (zero everywhere), layer 4 (zero everywhere), layer 7 (no gradient)"
     assert f" Left out, as it has no map: {left_out}. Settings: " in prose_of(pages[-1])
 
@@ -478,23 +479,23 @@ def test_layers_without_a_map_are_told_with_their_reasons_where_they_are_shown(p
 STATED = {
     "usual": (
         Settings(5, 0.1),
-        "Smooth Grad-CAM",
+        "Smooth Grad-CAM (gradcam)",
         "method gradcam, score logit, rules attnlrp, tap input, 5 noisy copies, noise 0.1, seed 0",
     ),
     "other": (
         Settings(12, 0.25, seed=7, tap="output", score="logprob", method="hirescam", rules="plain"),
-        "Smooth HiResCAM",
+        "Smooth Grad-CAM (hirescam)",
         "method hirescam, score logprob, rules plain, tap output, 12 noisy copies, noise 0.25, seed 7",
     ),
     "one copy": (
         Settings(1, 0.5, seed=2**40, contrast="car"),
-        "Smooth Grad-CAM",
+        "Smooth Grad-CAM (gradcam)",
         "method gradcam, score logit minus the contrast's, rules attnlrp, tap input, 1 noisy copy, noise 0.5, seed "
         "1099511627776",
     ),
     "clean": (
         Settings(use_smooth=False, seed=3, method="product", score="logprob"),
-        "Grad-CAM × HiResCAM",
+        "Grad-CAM (product)",
         "method product, score logprob, rules attnlrp, tap input, no noise",
     ),
 }
@@ -515,13 +516,15 @@ def test_every_figure_states_its_settings(pages, settings, title, stated):
         f"{title}, word by word": words_files(photo, words)["words_by_layer.png"],
     }
     of_measures = {
-        f"{title}: faithfulness": lambda: draw_faithfulness(photo, maps, result, score_rows(maps, result, None)),
-        f"{title}: does the map depend on the model?": lambda: draw_randomization(
-            photo, staged, randomization_rows(staged)
+        f"{title}: faithfulness": only(draw_faithfulness(photo, maps, result, score_rows(maps, result, None))),
+        f"{title}: does the map depend on the model?": only(
+            draw_randomization(photo, staged, randomization_rows(staged))
         ),
     }
     figures = list((of_maps | of_measures).items())
-    for heading, content in figures if title == "Smooth Grad-CAM" else figures[:1]:  # the words come from one function
+    for heading, content in (
+        figures if title == "Smooth Grad-CAM (gradcam)" else figures[:1]
+    ):  # the words come from one function
         drawn(content)
         assert heading in prose_of(pages[-1])
         prose = prose_of(pages[-1])
