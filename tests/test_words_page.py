@@ -499,7 +499,7 @@ def test_photo_only_and_back(page):
 
 
 def test_text_stays_under_the_pointer_when_two_words_come_back(page):
-    page.open(make_data()[0], "#word=1&layer=5&with=2&compare=side")
+    page.open(rich_data(SIZE), "#word=1&layer=10&with=2&compare=side")
     page.find("#photo-only").click()
     before = page.word(0).rect
     page.point_at(page.word(0))
