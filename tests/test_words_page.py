@@ -18,7 +18,7 @@ from common.evidence import Evidence
 from common.notebook import Shown
 from smooth_gradcam import Look, Settings, TokenMaps, colour_table, overlay_cam, render_cam, upsample_cam
 from studies.words import html_data, words_html
-from visualization_utils import FADED
+from visualization_utils import FADED, settings_text
 
 TEMPLATE = Path(__file__).parents[1] / "studies/words_page.html"
 ANSWER = "A red cat sits on the old house."
@@ -128,6 +128,8 @@ def driver(tmp_path_factory):
 class Page:
     """A page in the browser, by what a person does to it and sees of it."""
 
+    opened = 0
+
     def __init__(self, driver, path):
         self.driver, self.path = driver, path
 
@@ -136,10 +138,16 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.media(**dict(media))
         self.path.write_text(words_html(data), encoding="utf-8")
-        self.driver.get("about:blank")  # else an address that differs in its hash alone would not load anew
-        self.driver.get(self.path.as_uri() + address)
+        Page.opened += 1  # in the address, as one that differs in its hash alone would not load anew
+        self.driver.get(f"{self.path.as_uri()}?{Page.opened}{address}")
         self.wait("document.documentElement.dataset.ready === 'yes'")
         return self
+
+    def resize(self, width, height):
+        """The window's size; narrow ones are those of a phone."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 720}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.wait(f"innerWidth === {width} && innerHeight === {height}")
 
     def media(self, medium="", **features):
         listed = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
@@ -490,6 +498,15 @@ def test_photo_only_and_back(page):
     is_shown(page, photo, cams[1, 0])
 
 
+def test_text_stays_under_the_pointer_when_two_words_come_back(page):
+    page.open(rich_data(SIZE), "#word=1&layer=10&with=2&compare=side")
+    page.find("#photo-only").click()
+    before = page.word(0).rect
+    page.point_at(page.word(0))
+    assert page.find("#second-canvas").is_displayed()
+    assert page.word(0).rect == before
+
+
 def test_layer_slider_is_labelled_with_the_layer(page):
     data, photo, cams = make_data()
     page.open(data, "#word=1&layer=0")
@@ -648,38 +665,49 @@ def numbers_of(rows):
     return np.array([[float(cell) for cell in row.split(",")[1:]] for row in rows[1:]])
 
 
-def test_shift_and_click_compares_and_selects_no_text(page):
-    page.open(make_data()[0], "#word=0&layer=5")
-    script = "const [word, shiftKey] = arguments; for (const kind of ['mousedown', 'click'])"
-    script += " if (!word.dispatchEvent(new MouseEvent(kind, {bubbles: true, cancelable: true, shiftKey})))"
-    script += " window.prevented = kind"
-    page.js(script, page.word(2), True)
-    assert page.js("return window.prevented") == "mousedown"  # what would select
-    assert page.find("#second").get_attribute("value") == "2"
-    page.js("window.prevented = null")
-    page.js(script, page.word(1), False)
-    assert page.js("return window.prevented") is None
-
-
 def test_opens_on_the_strongest_word_that_is_believed(page):
     shown = []
-    for evidence in ({}, {"evidence": DOUBTED}):
-        data = make_data(**evidence)[0]
+    cams = {(word, layer): cam * (1 + 2 * word) ** 2 for (word, layer), cam in make_cams(3, 3, GRID).items()}
+    for doubts in ({}, {2: PHOTOLESS}, dict.fromkeys(range(3), PHOTOLESS)):
+        data = make_data(cams=cams, evidence=(0.5, "100 %", doubts))[0]
         believed = {word["maxima"][1]: word["text"] for word in data["words"] if not word["doubt"]}
+        every = {word["maxima"][1]: word["text"] for word in data["words"]}
         page.open(data)
         shown.append(page.find(".word.pinned").text)
-        assert shown[-1] == believed[max(believed)]
-    assert len(set(shown)) == 2
+        assert shown[-1] == (believed or every)[max(believed or every)]
+    assert shown == ["house", "cat", "house"]
 
 
-def test_picture_stays_above_the_matrix_on_a_phone(page):
+def test_nothing_is_painted_over_the_picture_that_stays_while_the_page_scrolls(page):
+    """On a phone, and above a flat photo on any screen, the numbers unfolded."""
+    words = [f"word{i}" for i in range(20)]
+    for size, width, height in ((SIZE, 390, 844), ((640, 160), 1280, 800)):
+        data = make_data(answer=" ".join(words), words=words, layers=list(range(28)), size=size)[0]
+        page.open(data, width=width, height=height, mobile=width < 720)
+        page.open_numbers()
+        over = page.js(
+            "const view = document.getElementById('view'), over = new Set(); let stuck = 0;"
+            "for (let y = 0; y < document.documentElement.scrollHeight; y += 90) {"
+            "  scrollTo(0, y); const box = view.getBoundingClientRect(); stuck += box.top === 0;"
+            "  for (let i = 1; i < 8; i++) for (let j = 1; j < 8; j++) {"
+            "    const found = document.elementFromPoint(box.x + i * box.width / 8, box.y + j * box.height / 8);"
+            "    if (!view.contains(found)) over.add(found.outerHTML.slice(0, 60)); } }"
+            "return [stuck, [...over]]"
+        )
+        assert over[0] > 5
+        assert over[1] == []
+
+
+def test_headers_of_the_matrix_stay_and_hide_each_other_nowhere(page):
     words = [f"word{i}" for i in range(40)]
-    data, _, _ = make_data(answer=" ".join(words), words=words, layers=list(range(28)))
-    page.open(data, width=390, height=844, mobile=True)
-    page.js("scrollTo(0, document.querySelector('#matrix thead').getBoundingClientRect().top + scrollY - 60)")
-    inside = "const box = document.getElementById('status').getBoundingClientRect();"
-    inside += " return document.elementFromPoint(box.x + 20, box.y + box.height / 2).closest('#view') !== null"
-    assert page.js(inside)
+    page.open(make_data(answer=" ".join(words), words=words, layers=list(range(60)))[0])
+    corner = page.js(
+        "const [scroll, first] = ['#strengths .scroll', '#matrix th'].map((name) => document.querySelector(name));"
+        "scroll.scrollIntoView(); scroll.scrollTo(200, 200); const box = scroll.getBoundingClientRect();"
+        "const at = (x, y) => document.elementFromPoint(box.x + x, box.y + y);"
+        "return [scroll.scrollLeft, scroll.scrollTop, at(4, 4) === first, at(4, 100).scope, at(200, 4).scope]"
+    )
+    assert corner == [200, 200, True, "row", "col"]
 
 
 # cells, places, comparison, strengths
@@ -694,12 +722,12 @@ def test_cell_under_the_pointer_is_outlined_and_read(page):
     page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", move)
     text = page.find("#readout").text
     assert f"row {row}, column {column}" in text
-    share, raw = re.search(r"([\d.]+) % of the maximum \(([\d.e-]+)\)", text).groups()
+    share, raw = re.search(r"([\d.]+) % of the map’s maximum \(([\d.e-]+)\)", text).groups()
     assert float(raw) == pytest.approx(cams[1, 1][row, column], rel=0.01, abs=1e-6)
     assert float(share) == pytest.approx(100 * cams[1, 1][row, column] / cams[1, 1].max(), abs=0.6)
     shares = {word: cams[i, 1][row, column] / cams[i, 1].sum() for i, word in enumerate(WORDS)}
     order = [word for word in sorted(shares, key=shares.get, reverse=True) if shares[word] > 0]
-    assert re.findall(r"(\w+) [\d.]+ %(?:,|$)", text.split("most:")[1] if order else "") == order
+    assert re.findall(r"(\w+) [\d.]+ %(?:,|$)", text.split("own map in this cell: ")[1] if order else "") == order
     outline = page.js("return document.querySelector('#photo .cell').getBoundingClientRect()")
     assert outline["x"] == pytest.approx(box["x"] + box["width"] * 4 / 6, abs=1)
     assert outline["height"] == pytest.approx(box["height"] / 4, abs=1)
@@ -711,7 +739,7 @@ def test_cell_is_moved_and_kept_with_keys_and_told_to_screen_readers(page):
     page.keys("TAB", "TAB", "TAB")
     row, column = np.unravel_index(cams[1, 1].argmax(), GRID)  # it begins where the map is largest
     spoken = "return document.getElementById('spoken').textContent"
-    assert page.js(spoken).startswith(f"row {row}, column {column}, 100 % of the maximum")
+    assert page.js(spoken).startswith(f"row {row}, column {column}, 100 % of the map’s maximum")
     page.keys("ARROW_LEFT" if column else "ARROW_RIGHT", "ENTER")
     column += -1 if column else 1
     assert page.js(spoken).startswith(f"row {row}, column {column}")
@@ -871,7 +899,7 @@ def test_cell_says_which_of_its_maps_are_doubted(page):
     cams = {key: np.full(GRID, 1 + key[0], np.float32) for key in np.ndindex(3, 3)}
     page.open(make_data(cams=cams, evidence=DOUBTED)[0], "#word=0&layer=5&row=2&column=4")
     text = page.find("#readout").text
-    assert "100 % of the maximum (1.00), not to be believed" in text
+    assert "100 % of the map’s maximum (1.00), not to be believed" in text
     assert "p 0.50, 100 % kept" in text
     assert text.endswith("cat 4.2 %, red 4.2 % (doubted), house 4.2 % (doubted)")  # what is believed comes first
     page.keys("TAB", "TAB", "TAB", "ARROW_LEFT")
@@ -962,10 +990,13 @@ def test_kept_cell_is_in_the_link_and_a_tap_keeps_one(page):
 def test_shift_and_click_compares_with_a_word_and_again_with_none(page):
     data, photo, cams = make_data()
     page.open(data, "#word=1&layer=5")
+    page.word(0).click()  # from here the browser would select
+    page.word(1).click()
     for second, address in ((2, "#word=1&layer=5&with=2&compare=side"), (None, "#word=1&layer=5")):
         page.shift_click(page.word(2))
         page.point_at(page.find("h1"))
         assert page.address() == address
+        assert page.js("return getSelection().toString()") == ""
         is_shown(page, photo, cams[1, 1])
         assert page.find("#second-canvas").is_displayed() == (second is not None)
 
@@ -1042,6 +1073,18 @@ def test_no_words_at_all(page):
     assert (page.pixels() == np.asarray(photo)).all()
 
 
+def test_settings_end_before_the_photo_is_told(page):
+    page.open(make_data(settings=settings_text(Settings(5, 0.1)))[0])
+    assert re.search(r"[^.]\. Photo: 168 × 112 pixels, seen as 6 × 4 image tokens\.$", page.find("#settings").text)
+
+
+def test_negative_shares_have_the_minus_sign_of_the_scale(page):
+    data = rich_data(SIZE)
+    data["words"][1]["asked"] = [[-0.02, -0.01]] * 6
+    page.open(data, "#word=1&layer=10")
+    assert "30 % from the photo, −3 % from these words" in page.find("#sources").text
+
+
 def test_every_control_has_a_name(page):
     page.open(make_data()[0])
     nodes = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
@@ -1114,15 +1157,16 @@ return ratios;
 
 
 def test_light_and_dark_differ_and_both_can_be_read(page):
-    data, _, _ = make_data(evidence=DOUBTED)
     grounds = set()
     for scheme in ("light", "dark"):
-        page.open(data, media={"prefers_color_scheme": scheme, "prefers_reduced_motion": "reduce"})
+        media = {"prefers_color_scheme": scheme, "prefers_reduced_motion": "reduce"}
+        page.open(rich_data(SIZE), "#word=1&layer=10&with=2&compare=side&row=1&column=1", media=media)
         page.find("#photo-only").click()
         page.word(1).click()
         page.open_numbers()
         ratios = page.js(CONTRAST)
-        assert len(ratios) > 15
+        assert len(ratios) > 25
+        assert {"DIV#.", "P#sources.soft", "P#thought.", "FIGCAPTION#name."} < {*ratios}  # of the readout, and more
         assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
         grounds.add(page.js("return getComputedStyle(document.body).backgroundColor"))
     assert len(grounds) == 2
@@ -1138,14 +1182,132 @@ def test_selection_is_seen_in_forced_colours(page):
     assert page.js(outline) == "solid"
 
 
-@pytest.mark.parametrize("size", [(1200, 800), (800, 1200)], ids=["landscape", "portrait"])
-def test_very_wide_screen_is_filled(page, size):
-    page.open(make_data(size=size)[0], width=2560, height=1440)
-    picture, rest = page.find("#canvas").rect, page.find("#rest").rect
-    assert picture["height"] > 800
-    assert picture["y"] + picture["height"] < 1440
-    assert rest["x"] + rest["width"] > 2500
-    assert rest["x"] - picture["x"] - picture["width"] < 60  # no gap beside a portrait
+SCREENS = [(390, 844), (1024, 768), (1280, 800), (1920, 1080), (2560, 1440)]
+SHAPES = {"4:3": (80, 60), "9:16": (54, 96), "1:3": (40, 120), "4:1": (160, 40)}
+LAID_OUT = """
+const parts = {};
+for (const name of ["h1", "#file", "#canvas", "#second-canvas", "#status", "#hottest", "#layers", "#strip", "#bar",
+  "#prompt", "#sources", "#thought", "#answer", "#hint", "#doubts", "#controls .row > *", "#controls .check",
+  "#controls .slider", "#strengths h2", "#strengths p", "#strengths .scroll", "#tokens", "#numbers", "#settings"]) {
+  [...document.querySelectorAll(name)].filter((node) => node.checkVisibility())
+    .forEach((node, i) => { parts[`${name} ${i}`] = node.getBoundingClientRect(); });
+}
+const names = Object.keys(parts), faults = [];
+for (const [i, one] of names.entries()) {
+  const a = parts[one];
+  if (a.left < -0.5 || a.right > innerWidth + 0.5) faults.push(`${one} leaves the window`);
+  for (const other of names.slice(i + 1)) {
+    const b = parts[other], across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    if (across > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1) faults.push(`${one} over ${other}`);
+  }
+}
+const pen = document.createElement("canvas").getContext("2d");
+for (const node of document.querySelectorAll("#controls select, #controls button, .slider, .check")) {
+  pen.font = getComputedStyle(node).font;
+  const texts = node.id === "second" ? [] : [...(node.options ?? [])].map(({ text }) => pen.measureText(text).width);
+  if (Math.max(0, ...texts) + 16 + 20 > node.offsetWidth && texts.length) faults.push(`${node.id} cuts its options`);
+  if (node.scrollWidth > node.clientWidth) faults.push(`${node.id} is cut`);
+}
+if (document.documentElement.scrollWidth > innerWidth) faults.push("the page scrolls sideways");
+const photo = parts["#canvas 0"], matrix = $("matrix").offsetWidth, room = $("strengths").offsetWidth;
+if (photo.bottom > innerHeight) faults.push("the photo is not all in the window");
+return [faults, photo.width / innerWidth, photo.height / innerHeight, matrix / room];
+"""
+
+
+def rich_data(size, **changes):
+    """Data with all that a page can say: thinking, doubts, and what the words take from the prompt."""
+    answer = "<think>The red one?</think> A cat sits on the old house."
+    data = make_data(
+        answer=answer, size=size, evidence=DOUBTED, layers=[0, 5, 10, 15, 20, 27], unlike={(1, 0): 0.2}, **changes
+    )[0]
+    data |= {"thinking": answer.index(" A cat"), "asked": [{"start": 0, "end": 4}, {"start": 8, "end": 12}]}
+    for word in data["words"]:
+        word |= {"asked": [[0.02, -0.01]] * 6, "from_photo": [0.3] * 6}
+    return data
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_page_fits_every_screen_and_uses_its_room(page, shape):
+    """No part over another, cut or outside; the photo has the window's width or height, the matrix most of its own."""
+    page.open(rich_data(SHAPES[shape]), "#word=1&layer=10")
+    for width, height in SCREENS:
+        page.resize(width, height)
+        page.js("change({ second: null })")
+        faults, across, down, matrix = page.js(LAID_OUT)
+        assert faults == [], (width, height)
+        if width == 390:
+            assert across > 0.8 or down > 0.28
+        else:
+            large = {"4:3": down > 0.5, "9:16": down > 0.6, "1:3": down > 0.88, "4:1": across > 0.93}
+            assert large[shape], (width, across, down)
+        assert matrix > 0.5, (width, height)
+        page.js("change({ second: 2, compare: 'side' })")
+        faults = page.js(LAID_OUT)[0]
+        assert faults == [] or (width == 390 and faults == ["the photo is not all in the window"]), (width, height)
+
+
+def test_long_answer_and_many_layers_fit_every_screen(page):
+    words = [f"word{i}" for i in range(100)]
+    answer = " and ".join(words)
+    spans = [(answer.index(f"{word} "), answer.index(f"{word} ") + len(word)) for word in words[:-1]]
+    spans += [(len(answer) - len(words[-1]), len(answer))]
+    page.open(make_data(answer=answer, words=words, spans=spans, layers=list(range(28)))[0])
+    for width, height in SCREENS:
+        page.resize(width, height)
+        faults, _, _, matrix = page.js(LAID_OUT)
+        assert faults == [], (width, height)
+        if width >= 1920:  # on others it scrolls in its own frame
+            assert 0.75 < matrix <= 1, (width, height)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_readout_hides_its_cell_nowhere_and_stays_in_the_window(page, shape):
+    page.open(rich_data(SHAPES[shape]), "#word=1&layer=10")
+    for width, height in (SCREENS[0], SCREENS[2]):
+        page.resize(width, height)
+        for second in ("null", "2"):
+            faults = page.js(
+                f"change({{ second: {second}, compare: 'side' }}); const faults = [];"
+                "for (let cell = 0; cell < H * W; cell++) {"
+                "  changeCell({ cell }); const box = $('readout').getBoundingClientRect();"
+                "  if (box.left < 0 || box.right > innerWidth || box.top < 0 || box.bottom > innerHeight)"
+                "    faults.push(`${cell} outside`);"
+                "  for (const one of [...document.querySelectorAll('.cell')].filter((one) => one.checkVisibility())) {"
+                "    const at = one.getBoundingClientRect();"
+                "    if (Math.min(at.right, box.right) > Math.max(at.left, box.left) &&"
+                "      Math.min(at.bottom, box.bottom) > Math.max(at.top, box.top)) faults.push(`${cell} hidden`); } }"
+                "changeCell({ cell: null }); return faults"
+            )
+            assert faults == [], (width, height, second)
+
+
+def test_kept_readout_stays_in_the_window_when_the_page_scrolls(page):
+    page.open(rich_data(SHAPES["4:1"]), "#word=1&layer=10&row=3&column=2", width=390, height=844, mobile=True)
+    page.js("scrollTo(0, 500)")
+    page.wait("$('readout').getBoundingClientRect().top >= 0 && $('view').getBoundingClientRect().top === 0")
+
+
+def test_each_stop_of_tab_is_seen(page):
+    """It has an outline, lies in the window, and nothing is over it, on a phone and on a desk."""
+    for width, height in (SCREENS[0], SCREENS[2]):
+        page.open(rich_data(SHAPES["4:3"]), "#word=1&layer=10", width=width, height=height, mobile=width < 720)
+        stops = []
+        for _ in range(30):
+            page.keys("TAB")
+            stop = page.js(
+                "const node = document.activeElement, box = node.getBoundingClientRect();"
+                "if (node === document.body) return null;"
+                "const y = Math.min(box.y + box.height / 2, innerHeight - 2);"
+                "const at = document.elementFromPoint(box.x + box.width / 2, y);"
+                "const name = node.id || node.dataset.word || node.parentElement.id || node.className || node.tagName;"
+                "return [name, getComputedStyle(node).outlineStyle, node.contains(at)]"
+            )
+            if stop is None:
+                break
+            stops.append(stop)
+        assert len(stops) > 15
+        assert [stop for stop in stops if stop[1:] != ["solid", True] and stop[1:] != ["auto", True]] == []
 
 
 def test_reduced_motion_is_respected(page):
