@@ -267,7 +267,7 @@ def photo_names(names: list[str]) -> str:
 
 def method_title(settings: Settings) -> str:
     """The method's name in figures, with "Smooth" if there is noise."""
-    name = METHODS[settings.method].title
+    name = METHODS[settings.method].title + (f" of head {settings.head}" if settings.head is not None else "")
     return f"Smooth {name}" if settings.noise_std else name
 
 
@@ -277,10 +277,11 @@ def settings_text(settings: Settings, place: str | None = None) -> str:
     contrast = "" if settings.contrast is None else " minus the contrast's"
     noise = f"{settings.num_samples} noisy cop{'y' if settings.num_samples == 1 else 'ies'}, "
     noise += f"noise {settings.noise_std:g}, seed {settings.seed}"
-    return (
-        f"Settings: method {settings.method}, score {settings.score}{contrast}, rules {settings.rules}, "
-        f"{place or f'tap {settings.tap}'}, {noise if settings.noise_std else 'no noise'}"
-    )
+    said = {"score": f"score {settings.score}{contrast}", "rules": f"rules {settings.rules}"}
+    said |= {"tap": place or f"tap {settings.tap}"}
+    said |= {"head": "mean over heads" if settings.head is None else f"head {settings.head}"}
+    said = [text for name, text in said.items() if name not in METHODS[settings.method].inert]
+    return ", ".join([f"Settings: method {settings.method}", *said, noise if settings.noise_std else "no noise"])
 
 
 def look_text(look: Look) -> str:
@@ -303,6 +304,8 @@ def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look
         evidence = "what speaks for the explained words rather than for the other text"
     if token_maps.settings.method == "needed":
         evidence += ", on the image tokens alone that they need"
+    if token_maps.settings.method == "attention":
+        evidence = "what the positions that predict the explained words attend to (which is not what comes of it)"
     hot = "" if doubt_of(token_maps) else f"Hot: {evidence}, as read at {arrangement}. "
     return f"{hot}{reliance(token_maps, layers, f': the map as read at {arrangement}')}{look_text(look)}{grey}"
 
