@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-import common.attention  # noqa: F401  (its methods are there with these)
+import common.attention  # their methods are there with these
+import common.parent  # noqa: F401
 from common.encoding import decimal
 from common.passes import with_contrast
 from smooth_gradcam import (

@@ -34,7 +34,7 @@ OF_PHOTOS = ("flow", "knockout")  # modes of one or several photos
 LAYER_NAMES = ("auto", "early", "middle", "late", "all")
 CHOICES = {  # as the modules have them, whose import takes too long for --help
     "score": ("logit", "logprob"),
-    "method": ("auto", "needed", "gradcam", "hirescam", "product", "paper", "attention"),
+    "method": ("auto", "needed", "gradcam", "hirescam", "product", "paper", "parent", "attention"),
     "rules": ("attnlrp", "detached", "plain"),
     "tap": ("input", "output", "post_attention_layernorm"),
     "part": ("answer", "thinking", "all"),
@@ -87,7 +87,7 @@ TOGETHER = [  # flags that cannot be combined with another: (that one, whether i
         ("--method", "--head", "--randomize", "--save_raw"),
         "all methods are measured",
     ),
-    _without("paper", ("--prompt_words",), "its gradients follow no rules"),
+    *(_without(name, ("--prompt_words",), "its gradients follow no rules") for name in ("paper", "parent")),
     _without("attention", NO_GRADIENT, "attention takes no gradient, and is read in the layer itself"),
     _without("attention", ("--contrast",), "attention is the same whichever word follows"),
     ("--answers", lambda args: args.answers is not None, OF_A_LIST, "the list has the photos, prompts and answers"),
@@ -273,8 +273,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--contrast", *contrasted, type=_text, help=contrast)
     method = (
         "gradients pooled (gradcam), the same on the image tokens alone that the words need (needed), each token's own "
-        "(hirescam), the product of the first and the last, or Grad-CAM exactly as published; auto: needed for a word "
-        "or phrase, gradcam for a whole answer and in flow mode. attention: where the words' positions look, weaker "
+        "(hirescam), the product of the first and the last, Grad-CAM exactly as published (paper), or as the paper's "
+        "code draws it (parent); auto: needed for a word or phrase, gradcam for a whole answer and in flow mode. "
+        "attention: where the words' positions look, weaker "
         "evidence than the others"
     )
     add("--method", *MAPS, default="auto", help=method)
@@ -285,9 +286,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
         "--rules",
         *MAPS,
         help="how gradients pass the decoder: AttnLRP's rules, only norms detached, or plain (default: attnlrp; of "
-        "method paper: plain)",
+        "methods paper and parent: plain)",
     )
-    add("--tap", *MAPS, help="where a layer is read (default: input; of paper: the last)")
+    add("--tap", *MAPS, help="where a layer is read (default: input; of paper and parent: the last)")
     add("--colormap", *MAPS, default="plasma", help="of the maps; jet is what papers often show")
     add(
         "--opacity",

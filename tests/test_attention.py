@@ -13,6 +13,8 @@ from family_models import ANSWER, PROMPT, make_processor, make_random
 import smooth_gradcam as core
 from common import attention
 from common.evidence import explain_by_methods, explain_with_evidence
+from common.parent import parent
+from common.passes import watched_passes
 from smooth_gradcam import Settings, SmoothQwenGradCAM, compute_token_maps, explain, find_target, read
 
 CLEAN = Settings(use_smooth=False, method="attention")
@@ -276,3 +278,62 @@ def test_head_acts(drive, tmp_path):
         )
         maps.append(np.load(tmp_path / "out/single/maps.npz")["maps"])
     assert not np.allclose(*maps)
+
+
+# the parent's pictures
+
+
+def test_the_parent_s_map_is_that_of_its_code(model, processor, image):
+    """Written from its steps: gradients cut at zero, mean over places, weighted mean, ReLU, / maximum, threshold."""
+    reading, pairs = read(model, processor, image, PROMPT, ANSWER), []
+    span, settings = (0, len(ANSWER)), Settings(3, 0.2, method="parent")
+    watched = watched_passes(core.noisy_passes, lambda own: pairs.append(own[1]))
+    (found,) = explain(reading, [span], [1], settings, passes=watched)
+    (paper,) = explain(reading, [span], [1], core.replace(settings, method="paper"))
+    expected, partly = 0, 0
+    for features, gradient in pairs:
+        features, gradient = (tensor[0, reading.positions].numpy() for tensor in (features, gradient))
+        weights = np.maximum(gradient, 0).mean(axis=0)
+        heat = np.maximum((features * weights).mean(axis=1), 0)
+        heat /= heat.max()
+        partly += ((heat > 0) & (heat < 0.5)).sum()
+        heat[heat < 0.5] = 0
+        expected = expected + heat / 3
+    assert partly > 3
+    assert found.settings.settled().tap == paper.settings.settled().tap == "post_attention_layernorm"
+    np.testing.assert_allclose(found.maps[1].ravel(), expected, rtol=1e-5)
+    assert not np.allclose(found.maps[1] / found.maps[1].max(), paper.maps[1] / paper.maps[1].max(), atol=0.1)
+
+
+def test_the_parent_scores_the_end_of_turn_of_a_whole_answer(model, processor, image):
+    reading, scored = read(model, processor, image, PROMPT, ANSWER), []
+    real = core.features_and_gradients
+
+    def watch(model, forced, taps, targets, settings):
+        scored.append([target.expected for target in targets])
+        return real(model, forced, taps, targets, settings)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(core, "features_and_gradients", watch)
+        for span in ((0, len(ANSWER)), (0, 3)):
+            explain(reading, [span], [1], Settings(use_smooth=False, method="parent"))
+    end = processor.tokenizer.eos_token_id
+    assert [tokens[0][-1] == end for tokens in scored] == [True, False]
+
+
+def test_a_copy_with_a_stronger_map_counts_no_more(model, processor, image):
+    """Each copy is divided by its own maximum: the map does not know how strong the gradient is."""
+    features, gradients = torch.rand(2, 9, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(parent(features, gradients), parent(features, 7 * gradients))
+    assert parent(features, gradients).max() == 1
+    assert parent(features, -gradients).tolist() == [0] * 9
+
+
+@pytest.mark.parametrize("mode", ["grid", "words"])
+def test_the_parent_s_method_acts_in_modes(drive, mode):
+    assert drive("--mode", mode, "--method", "parent", "--answer", ANSWER, "--layers", 1)[0] == 0
+
+
+def test_the_parent_s_gradients_share_no_relevance_out(drive):
+    code, _, err = drive("--mode", "words", "--method", "parent", "--prompt_words", "--answer", ANSWER)
+    assert (code, "--prompt_words cannot be combined with --method parent" in err) == (2, True)
