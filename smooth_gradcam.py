@@ -110,13 +110,16 @@ class Method(NamedTuple):
     tap: str = "input"
     rules: str = "attnlrp"
     finish: Callable = lambda reading, maps: maps  # list[TokenMaps] of all parts of a reading, before and after
+    run: Callable | None = None  # in the place of `features_and_gradients`
+    scores_end: bool = False  # whether the score of a whole answer includes its end of turn
+    inert: dict[str, str] = {"head": "its maps are not those of a head"}  # settings that cannot act, and why
 
 
-METHODS = {  # `common/evidence.py` adds "needed" and "auto"
+METHODS = {  # `common/evidence.py`, `common/attention.py` and `common/parent.py` add theirs
     "gradcam": Method(gradcam),
     "hirescam": Method(hirescam),
     "product": Method(product),
-    "paper": Method(paper, "post_attention_layernorm", "plain"),
+    "paper": Method(paper, "post_attention_layernorm", "plain", scores_end=True),
 }
 SCORES = {"logit": logit_score, "logprob": logprob_score}
 TAPS = ("input", "output", "post_attention_layernorm")
@@ -149,9 +152,9 @@ class Settings:
     method       "gradcam" (gradients pooled over the image tokens), "hirescam" (each token's own), "product" (of the
                  two), or "paper" (exactly as published; for a whole answer, its end of turn is scored as well)
     rules        how gradients pass the decoder: by AttnLRP's rules for norms, gates and attention ("attnlrp"), with
-                 only the denominators of the norms held constant ("detached"), or unchanged ("plain")
-
-    A tap or rules of None are the method's own, see `METHODS`.
+                 only the denominators of the norms held constant ("detached"), or unchanged ("plain"). A tap or rules
+                 of None are the method's own, see `METHODS`
+    head         of method "attention" (see `common/attention.py`): one head, in the place of their mean
     """
 
     num_samples: int = 10
@@ -163,6 +166,7 @@ class Settings:
     contrast: str | None = None
     method: str = "gradcam"
     rules: str | None = None
+    head: int | None = None
 
     def __post_init__(self, use_smooth):
         check_whole("num_samples", self.num_samples, 1)
@@ -173,6 +177,9 @@ class Settings:
             check_text("contrast", self.contrast)
             object.__setattr__(self, "contrast", self.contrast.strip())  # as a target is
         check_choices(self, method=METHODS, tap=(None, *TAPS), score=SCORES, rules=(None, *RULES))
+        for name, why in METHODS[self.method].inert.items():
+            if getattr(self, name) not in (getattr(type(self), name), getattr(METHODS[self.method], name, None)):
+                raise ValueError(f"{name}={getattr(self, name)!r} cannot act with method={self.method!r}: {why}")
         if not use_smooth or self.noise_std == 0:  # all copies would be equal
             object.__setattr__(self, "num_samples", 1)
             object.__setattr__(self, "noise_std", 0.0)
@@ -1023,15 +1030,10 @@ def features_and_gradients(
 
     Features and gradients have the shape that the layer gives them, whose first dimension is that of a copy B times.
     """
-
-    @contextmanager
-    def ready():  # hooks stand around the forward and, as layers may be recomputed there, the backward: never longer
-        with RULES[settings.rules](model), captured(taps) as found:
-            yield found
-
+    check_linear(model)
     length = forced["input_ids"].shape[1]
     first = min(position for target in targets for position in target.predicting)
-    with ready() as found:
+    with RULES[settings.rules](model), captured(taps) as found:
         logits = compute_logits(model, forced, first)  # (B, L, V), or the last of it
     if len(found) < len(taps):
         missing = next(tap.key for tap in taps if tap.key not in found)
@@ -1045,7 +1047,7 @@ def features_and_gradients(
             raise not_finite(f"the score is {wrong[0]}", model)
         gradients = [None] * len(features)
         if rows.requires_grad:
-            with ready():
+            with RULES[settings.rules](model), captured(taps):  # as layers may be recomputed; hooks stand no longer
                 gradients = torch.autograd.grad(scores, features, allow_unused=True, retain_graph=i < len(targets))
         yield {key: (a.detach(), g) for key, a, g in zip(found, features, gradients, strict=True)}
 
@@ -1073,7 +1075,7 @@ def noisy_passes(
     the copies in theirs. `settings` are settled; to be used inside `borrowed`.
     """
     tokens, parts = reading.tokens, [reading.tokens_of(span) for span in spans]
-    if settings.method == "paper" and settings.contrast is None:
+    if METHODS[settings.method].scores_end and settings.contrast is None:
         parts = [[*part, len(tokens)] * reading.is_whole(span) or part for span, part in zip(spans, parts, strict=True)]
         tokens = [*tokens, reading.processor.tokenizer.eos_token_id]
     forced, targets = score_parts(reading.inputs, tokens, parts)
@@ -1086,7 +1088,8 @@ def noisy_passes(
         count += 1
         if len(batch) == batch_size or count == settings.num_samples:
             copies = batch_of(forced, [{reading.pixels: pixels} for pixels in batch])
-            for part, pairs in enumerate(features_and_gradients(reading.model, copies, taps, targets, settings)):
+            run = METHODS[settings.method].run or features_and_gradients
+            for part, pairs in enumerate(run(reading.model, copies, taps, targets, settings)):
                 for own in copy_by_copy(pairs, len(batch)):
                     yield part, own
             batch, pairs, own = [], None, None  # nothing of a batch outlives it
@@ -1121,9 +1124,7 @@ def to_grid(key, heat: np.ndarray, grid: tuple[int, int], vision_config) -> np.n
     heat = heat.reshape(grid[0] * grid[1], -1).mean(1)  # (N,)
     if re.search(r"\bvisual\.(blocks|merger)\b", str(key)) and hasattr(vision_config, "window_size"):
         side = vision_config.window_size // vision_config.spatial_merge_size // vision_config.patch_size
-        raster = np.empty_like(heat)
-        raster[window_order(grid, side)] = heat
-        heat = raster
+        heat = heat[np.argsort(window_order(grid, side))]
     return heat.reshape(grid)
 
 
@@ -1140,8 +1141,7 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
     heat = METHODS[method].formula(features, gradient).float().cpu().numpy()
     counts = np.multiply([math.prod(grid) for grid in reading.grids], len(heat) // len(reading.positions))
     parts = zip(np.split(heat, np.cumsum(counts)[:-1]), reading.grids, strict=True)  # the vision tower's, too
-    config = reading.model.config.vision_config
-    return np.concatenate([to_grid(key, part, grid, config).ravel() for part, grid in parts])
+    return np.concatenate([to_grid(key, *part, reading.model.config.vision_config).ravel() for part in parts])
 
 
 def explain(
@@ -1176,7 +1176,6 @@ def explain(
     maps = [{tap.key: np.zeros(len(reading.positions), np.float32) for tap in taps} for _ in spans]
     alive = [set() for _ in spans]
     with borrowed(reading.model), memory_explained(len(reading.positions)):
-        check_linear(reading.model)
         for part, pairs in passes(reading, spans, taps, settings, progress, batch_size):
             for key, (features, gradient) in pairs.items():
                 heat = token_map(key, features, gradient, reading, settings.method)
@@ -1191,8 +1190,7 @@ def explain(
         about += reading.tokens_of(span), frozenset(cams) - live, settings
         for image, (grid, end) in enumerate(zip(reading.grids, ends, strict=True)):
             own = {key: cam[end - math.prod(grid) : end].reshape(grid) for key, cam in cams.items()}
-            picture = reading.numbers[image], reading.thinking, reading.cut_off
-            results.append(TokenMaps(own, grid, *about, *picture))
+            results.append(TokenMaps(own, grid, *about, reading.numbers[image], reading.thinking, reading.cut_off))
     return METHODS[settings.method].finish(reading, results)
 
 
@@ -1216,7 +1214,7 @@ def compute_token_maps(
     progress        wraps the iterable over the copies, e.g. tqdm; None is silent
     batch_size      noisy copies that go through the model at once; the maps do not depend on it beyond rounding
     passes, by      how the copies pass the model, see `explain`; and what is called in the place of `explain`
-    settings        num_samples, noise_std, use_smooth, seed, tap, score, contrast, method, rules: see `Settings`
+    settings        num_samples, noise_std, use_smooth, seed, tap, score, contrast, method, rules, head: see `Settings`
 
     Raises ValueError or TypeError for bad arguments, ExplanationError if the model's answer is empty or a score or
     gradient is not finite, and RuntimeError if memory runs out. The model and the random state of the caller stay as

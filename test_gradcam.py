@@ -45,7 +45,15 @@ import transformers
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # noqa: F401  (users import them from here)
 
-from common.checkpoint import count_layers, load_model, load_processor, model_identity, model_named, resolve_device
+from common.checkpoint import (
+    count_heads,
+    count_layers,
+    load_model,
+    load_processor,
+    model_identity,
+    model_named,
+    resolve_device,
+)
 from common.evidence import (
     Evidence,
     departures_of_most,
@@ -55,6 +63,7 @@ from common.evidence import (
     explain_with_evidence,
     passed,
     warnings_of,
+    with_method,
 )
 from common.files import other_files, output_folder
 from common.messages import load_messages, paths_of, prompt_of, take_last
@@ -152,7 +161,7 @@ class Request(NamedTuple):
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Request":
-        names = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules")
+        names = ("num_samples", "noise_std", "seed", "tap", "score", "contrast", "method", "rules", "head")
         settings = Settings(**{name: getattr(args, name) for name in names})
         look = Look(args.colormap, args.opacity, args.upsample, args.scale)
         return cls(args, settings, look, Paper(args.width, tuple(dict.fromkeys(args.format)), args.heatmaps))
@@ -315,11 +324,20 @@ def measuring(request: Request) -> dict:
     return options | {"runs_at_once": request.runs_at_once} | request.drawing
 
 
+def comparable(request: Request) -> list[str]:
+    """The methods that --compare measures: with a contrast, those whose maps depend on it."""
+    return [
+        method
+        for method in COMPARED
+        if request.settings.contrast is None or METHODS[method].inert.get("contrast") is None
+    ]
+
+
 def compare_methods(request: Request, reading: Reading, span, layers, mask) -> Explained:
     """Evaluate mode with --compare: every method with the settings that are given, or its own."""
     from studies.faithfulness_figures import compare
 
-    settings = {method: replace(request.settings, method=method) for method in COMPARED}
+    settings = {method: with_method(request.settings, method) for method in comparable(request)}
     request.forecast(reading, methods=len(set(map(passed, settings.values()))))
     progress = show_progress(request.args.quiet)
     results = explain_by_methods(reading, [span], layers, settings, progress, **request.copies)
@@ -334,8 +352,8 @@ def measure_photo(request: Request, reading: Reading, layers, mask) -> Explained
     """Evaluate mode, of a photo of a list."""
     from studies.benchmark import benchmark_photo
 
-    args, methods = request.args, COMPARED if request.args.compare else [request.settings.method]
-    methods = {method: replace(request.settings, method=method) for method in methods}
+    args, methods = request.args, comparable(request) if request.args.compare else [request.settings.method]
+    methods = {method: with_method(request.settings, method) for method in methods}
     word = (args.target, args.target_occurrence, part_of(args), args.answer is not None)
     return benchmark_photo(reading, layers, methods, *word, mask, **measuring(request), **request.copies)
 
@@ -422,6 +440,8 @@ class Done(NamedTuple):
 def run(args: argparse.Namespace) -> Done:
     """Check, load, explain, draw and write."""
     request = Request.of(args)
+    if args.head is not None and args.head not in range(heads := count_heads(args.model_path)):
+        raise ValueError(f"--head {args.head} does not exist: each layer of the model has 0 to {heads - 1}")
     if args.messages is not None:
         args.messages_file, args.messages = args.messages, load_messages(args.messages)
         if not (args.listed or args.photo_given) and (last := take_last(args.messages)):

@@ -54,6 +54,7 @@ from common.passes import passes_of
 from common.photos import explained_photo, open_photo
 from common.progress import show_progress
 from smooth_gradcam import (
+    METHODS,
     PLAIN,
     Look,
     Reading,
@@ -267,7 +268,10 @@ def photo_names(names: list[str]) -> str:
 
 def method_title(settings: Settings) -> str:
     """The beginning of a figure's title: the technique, with "Smooth" if there is noise, and the method's name."""
-    return f"{'Smooth ' if settings.noise_std else ''}Grad-CAM ({settings.method})"
+    technique = "Grad-CAM" if METHODS[settings.method].run is None else "map"
+    head = "" if settings.head is None else f", head {settings.head}"
+    title = f"{'Smooth ' if settings.noise_std else ''}{technique} ({settings.method}{head})"
+    return title[0].upper() + title[1:]
 
 
 def settings_text(settings: Settings, place: str | None = None) -> str:
@@ -276,10 +280,11 @@ def settings_text(settings: Settings, place: str | None = None) -> str:
     contrast = "" if settings.contrast is None else " minus the contrast's"
     noise = f"{settings.num_samples} noisy cop{'y' if settings.num_samples == 1 else 'ies'}, "
     noise += f"noise {settings.noise_std:g}, seed {settings.seed}"
-    return (
-        f"Settings: method {settings.method}, score {settings.score}{contrast}, rules {settings.rules}, "
-        f"{place or f'tap {settings.tap}'}, {noise if settings.noise_std else 'no noise'}"
-    )
+    said = {"score": f"score {settings.score}{contrast}", "rules": f"rules {settings.rules}"}
+    said |= {"tap": place or f"tap {settings.tap}"}
+    said |= {"head": "mean over heads" if settings.head is None else f"head {settings.head}"}
+    said = [text for name, text in said.items() if name not in METHODS[settings.method].inert]
+    return ", ".join([f"Settings: method {settings.method}", *said, noise if settings.noise_std else "no noise"])
 
 
 def look_text(look: Look, overlays: bool = True, several: bool = True) -> str:
@@ -304,6 +309,8 @@ def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look
         evidence = "what speaks for the explained words rather than for the other text"
     if token_maps.settings.method == "needed":
         evidence += ", on the image tokens alone that they need"
+    if token_maps.settings.method == "attention":
+        evidence = "what the positions that predict the explained words attend to (which is not what comes of it)"
     hot = "" if doubt_of(token_maps) else f"Hot: {evidence}, as read at {arrangement}. "
     faded = reliance(token_maps, layers, f": the map as read at {arrangement}")
     return f"{hot}{faded}{look_text(look, several=len(layers) != 1)}{grey}"

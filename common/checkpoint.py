@@ -24,7 +24,16 @@ from common.template import render
 from smooth_gradcam import FAMILIES, SUPPORTED, ExplanationWarning, get_model_layers, is_out_of_memory
 
 __all__ = [
-    *("cap_pixels", "count_layers", "load_model", "load_processor", "model_identity", "model_named", "resolve_device"),
+    *(
+        "cap_pixels",
+        "count_heads",
+        "count_layers",
+        "load_model",
+        "load_processor",
+        "model_identity",
+        "model_named",
+        "resolve_device",
+    ),
 ]
 
 
@@ -54,9 +63,18 @@ def resolve_device(name: str) -> str:
 
 def count_layers(model_path: str) -> int:
     """The number of decoder layers, from config.json. Raises ValueError if the model's family is not supported."""
+    return _count_of(model_path, "num_hidden_layers")
+
+
+def count_heads(model_path: str) -> int:
+    """The number of attention heads of a decoder layer, in the same way."""
+    return _count_of(model_path, "num_attention_heads")
+
+
+def _count_of(model_path: str, setting: str) -> int:
     if adapter := adapter_of(model_path):
         with adapter.of_base() as base:
-            return count_layers(base)
+            return _count_of(base, setting)
     folder, name = checkpoint_folder(model_path), f"--model_path {model_path}"
     config = read_record(folder / "config.json", name)
     decoder = _decoder_settings(config)
@@ -65,10 +83,10 @@ def count_layers(model_path: str) -> int:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{name} is of type {family}, which is not supported: {SUPPORTED}")
-    layers = decoder.get("num_hidden_layers")
-    if type(layers) is not int or not 1 <= layers < 10_000:
-        raise ValueError(f"{name} has a config.json with num_hidden_layers {layers!r}: it must be 1 or more")
-    return layers
+    count = decoder.get(setting)
+    if type(count) is not int or not 1 <= count < 10_000:
+        raise ValueError(f"{name} has a config.json with {setting} {count!r}: it must be 1 or more")
+    return count
 
 
 def _decoder_settings(config: dict) -> dict:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+import common.attention  # their methods are there with these
+import common.parent  # noqa: F401
 from common.encoding import decimal
 from common.passes import with_contrast
 from smooth_gradcam import (
@@ -41,7 +43,7 @@ from smooth_gradcam import (
 __all__ = [
     *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
     *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "passed", "probability_text"),
-    *("settled_for", "share_text", "spearman", "warnings_of", "weighed", "FADED"),
+    *("settled_for", "share_text", "spearman", "warnings_of", "weighed", "with_method", "FADED"),
 ]
 
 DOUBTED = 0.1  # probability below which the model hardly says a word
@@ -264,6 +266,11 @@ def explain_by_methods(
         results[name] = _likened(explained[way], reading, layers, one.method)
     finished = iter(_finish(reading, sum(results.values(), [])))
     return {name: list(islice(finished, len(own))) for name, own in results.items()}
+
+
+def with_method(settings: Settings, method: str) -> Settings:
+    """The settings with another method, and with the defaults of those that cannot act with it."""
+    return replace(settings, **{name: getattr(Settings, name) for name in METHODS[method].inert} | {"method": method})
 
 
 def passed(settings: Settings) -> Settings:

@@ -34,7 +34,7 @@ OF_PHOTOS = ("flow", "knockout")  # modes of one or several photos
 LAYER_NAMES = ("auto", "early", "middle", "late", "all")
 CHOICES = {  # as the modules have them, whose import takes too long for --help
     "score": ("logit", "logprob"),
-    "method": ("auto", "needed", "gradcam", "hirescam", "product", "paper"),
+    "method": ("auto", "needed", "gradcam", "hirescam", "product", "paper", "parent", "attention"),
     "rules": ("attnlrp", "detached", "plain"),
     "tap": ("input", "output", "post_attention_layernorm"),
     "part": ("answer", "thinking", "all"),
@@ -71,8 +71,25 @@ OF_A_LIST = (
     "--target_occurrence",
     "--mask",
 )
+NO_GRADIENT = ("--tap", "--rules", "--score", "--recompute", "--prompt_words", "--taps")
+OF_HEADS = ("attention",)  # methods that --head acts on
+
+
+def _without(method: str, flags: tuple[str, ...], why: str) -> tuple:
+    """Of TOGETHER: flags that cannot act with a method."""
+    return f"--method {method}", lambda args: args.method == method, flags, why
+
+
 TOGETHER = [  # flags that cannot be combined with another: (that one, whether it is there, the flags, why)
-    ("--compare", lambda args: args.compare, ("--method", "--randomize", "--save_raw"), "all methods are measured"),
+    (
+        "--compare",
+        lambda args: args.compare,
+        ("--method", "--head", "--randomize", "--save_raw"),
+        "all methods are measured",
+    ),
+    *(_without(name, ("--prompt_words",), "its gradients follow no rules") for name in ("paper", "parent")),
+    _without("attention", NO_GRADIENT, "attention takes no gradient, and is read in the layer itself"),
+    _without("attention", ("--contrast",), "attention is the same whichever word follows"),
     ("--answers", lambda args: args.answers is not None, OF_A_LIST, "the list has the photos, prompts and answers"),
     ("a list of photos", lambda args: args.listed, ("--mask", "--answers", "--randomize"), "they are of one photo"),
     ("--answer", lambda args: args.answer is not None, ("--max_new_tokens",), "nothing is generated"),
@@ -256,18 +273,22 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--contrast", *contrasted, type=_text, help=contrast)
     method = (
         "gradients pooled (gradcam), the same on the image tokens alone that the words need (needed), each token's own "
-        "(hirescam), the product of the first and the last, or Grad-CAM exactly as published; auto: needed for a word "
-        "or phrase, gradcam for a whole answer and in flow mode"
+        "(hirescam), the product of the first and the last, Grad-CAM exactly as published (paper), or as the paper's "
+        "code draws it (parent); auto: needed for a word or phrase, gradcam for a whole answer and in flow mode. "
+        "attention: where the words' positions look, weaker "
+        "evidence than the others"
     )
     add("--method", *MAPS, default="auto", help=method)
+    head = "of --method attention: one head of each layer, in the place of their mean"
+    add("--head", *MAPS, type=int, help=head)
     add("--score", *MAPS, default="logit", help="what is summed over the explained tokens")
     add(
         "--rules",
         *MAPS,
         help="how gradients pass the decoder: AttnLRP's rules, only norms detached, or plain (default: attnlrp; of "
-        "method paper: plain)",
+        "methods paper and parent: plain)",
     )
-    add("--tap", *MAPS, help="where a layer is read (default: input; of paper: the last)")
+    add("--tap", *MAPS, help="where a layer is read (default: input; of paper and parent: the last)")
     add("--colormap", *MAPS, default="plasma", help="of the maps; jet is what papers often show")
     add(
         "--opacity",
@@ -398,8 +419,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
             raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")
         if len(args.image_path) > 1:
             raise ValueError("--mask is of one photo: give one --image_path")
-    if args.prompt_words and args.method == "paper":
-        raise ValueError("--prompt_words cannot be combined with --method paper, whose gradients follow no rules")
+    if args.head is not None and args.method not in OF_HEADS:
+        raise ValueError(f"--head needs --method {' or '.join(OF_HEADS)}: no other map is that of a head")
     if args.target is None and args.target_occurrence > 1:
         raise ValueError(f"--target_occurrence {args.target_occurrence} needs a --target")
     if args.contrast is not None and args.target is None:

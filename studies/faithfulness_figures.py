@@ -72,6 +72,8 @@ STYLES = {  # colour and marker of each method
     "product": ("#d55e00", "s"),
     "paper": ("#777777", "x"),
     "needed": ("#000000", "D"),
+    "parent": ("#e69f00", "P"),
+    "attention": ("#cc79a7", "v"),
 }
 CURVE_PLOT = 2.75, 1.75  # inches
 TICKS = 0.24  # left of a row of small plots

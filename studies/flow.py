@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from common.encoding import decimal
-from common.evidence import explain_with_evidence, settled_for
+from common.evidence import explain_with_evidence, settled_for, with_method
 from common.passes import watched_passes
 from smooth_gradcam import (
+    METHODS,
     ExplanationError,
     Reading,
     Settings,
@@ -160,8 +161,12 @@ def maps_and_gradients(
     reading: Reading, span, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1, by=explain
 ) -> tuple[TokenMaps, np.ndarray]:
     """(maps of all layers, `gradient_flow`) from the same passes; arguments as those of `explain`, which `by` is."""
-    total = get_model_layers(reading.model)[1]
+    total, span = get_model_layers(reading.model)[1], span or (0, len(reading.answer))
     flow = np.zeros((total, sequence_length(reading)), np.float32)
+    if METHODS[settings.method].run is not None:  # no gradient comes with these maps
+        copies = {"passes": passes, "batch_size": batch_size}
+        (token_maps,) = by(reading, [span], range(total), settings, progress, **copies)
+        return token_maps, maps_and_gradients(reading, span, with_method(settings, "gradcam"), progress, **copies)[1]
 
     def watch(pairs):
         for layer, (features, gradient) in pairs.items():
@@ -169,7 +174,6 @@ def maps_and_gradients(
                 products = (at_least_float32(features) * at_least_float32(gradient)).sum(-1)[0].abs()
                 flow[layer, : len(products)] += products.float().cpu().numpy() / settings.num_samples
 
-    span = span or (0, len(reading.answer))
     copies = {"passes": watched_passes(passes, watch), "batch_size": batch_size}
     (token_maps,) = by(reading, [span], range(total), settings, progress, **copies)
     return token_maps, flow

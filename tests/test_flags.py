@@ -42,7 +42,7 @@ def test_defaults_stand_in_the_help():
     text = " ".join(make_parser()[0].format_help().split())
     for default in ("grid", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "logit"):
         assert f"(default: {default})" in text
-    assert "a whole answer and in flow mode (default: auto)" in text
+    assert "weaker evidence than the others (default: auto)" in text
 
 
 # which flag acts in which mode
@@ -53,6 +53,7 @@ def test_every_flag_of_some_modes_is_known_to_the_parser():
         if mode in MODES_OF_FLAG[flag]:
             value = [] if OUTSIDE[flag] is None else [OUTSIDE[flag]]
             value += ["--target", "cat"] if flag in ("--target_occurrence", "--contrast") else []
+            value += ["--method", "attention"] if flag == "--head" else []
             value += ["--window", "2"] if (flag, mode) == ("--mask", "knockout") else []
             assert parse_args(["--mode", mode, flag, *value]).mode == mode
 
