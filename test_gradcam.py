@@ -189,6 +189,7 @@ class Question(NamedTuple):
     prompt: str | list  # or messages
     answer: str | None
     where: str = ""  # in a list
+    truth: dict | None = None  # of a list's question, see studies/answers.py
 
 
 def questions(args: argparse.Namespace) -> list[Question]:
@@ -199,17 +200,18 @@ def questions(args: argparse.Namespace) -> list[Question]:
         photos = map(load_photo, args.photos)
         prompt = prompt_of(args)
         return [Question(name, photo, prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
-    from studies.photo_list import read_answers
+    from studies.questions import read_questions
 
     found = []
     try:
-        for item in read_answers(Path(args.answers)):
+        for item in read_questions(Path(args.answers)):
             try:
                 photo = load_photo(str(item.image))
             except ValueError as exc:
                 raise ValueError(f"{item.source}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
             own = argparse.Namespace(**vars(args) | {"prompt": item.prompt, "messages": item.messages})
-            found.append(Question(item.name, photo, prompt_of(own), item.answer, f"--answers {item.source}"))
+            answer, where = item.truth.get("answer"), f"--answers {item.source}"
+            found.append(Question(item.name, photo, prompt_of(own), answer, where, item.truth))
     except ValueError as exc:
         raise ValueError(f"--answers {exc}") from exc
     return found
@@ -237,6 +239,31 @@ def check_answer(args: argparse.Namespace) -> None:
         from studies.words import choose_words
 
         choose_words(answer, [], args.words)
+
+
+def check_scores(args: argparse.Namespace, asked: list[Question]) -> tuple[list[int], dict[str, str]]:
+    """(the layers of --hide_from, the names of objects). Raises ValueError naming the flag, or the line of the list."""
+    from studies.answers import score
+    from studies.chair import COCO_NAMES, read_names
+
+    try:
+        names = read_names(Path(args.synonyms or COCO_NAMES))
+    except ValueError as exc:
+        raise ValueError(f"--synonyms {exc}") from exc
+    for one in asked:
+        try:
+            score("", one.truth, names)
+        except ValueError as exc:
+            raise ValueError(f"{one.where}: {exc} {args.synonyms or COCO_NAMES}: --synonyms gives another") from exc
+    if all(one.answer is None for one in asked) and (
+        flag := next((f for f in ("window", "keep") if getattr(args, f)), "")
+    ):
+        raise ValueError(f"--{flag} needs right answers, whose probability it is about: --answers has captions only")
+    chosen = args.hide_from[0] if isinstance(next(iter(args.hide_from), 0), str) else args.hide_from
+    try:
+        return select_layers(chosen, count_layers(args.model_path)) if chosen else [], names
+    except ValueError as exc:
+        raise ValueError(f"--hide_from: {exc}") from exc
 
 
 def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str, list[int]]:
@@ -397,6 +424,21 @@ def sever_photos(request: Request, readings: list[Reading], names, layers, mask)
     return sever(readings, names, spans, mask=mask, **options)
 
 
+def score_answers(request: Request, readings: list[Reading], asked: list[Question]) -> Explained:
+    """Knockout mode with --answers: what is left of the right answers, and scores of those that the model gives."""
+    from studies.answer_tables import answer_tables
+
+    args, known = request.args, [i for i, one in enumerate(asked) if one.answer is not None]
+    files, lines, evidence = {}, [], []
+    if known:  # captions have no right answer
+        names = [asked[i].name for i in known]
+        files, lines, evidence = sever_photos(request, [readings[i] for i in known], names, None, None)
+    photos, truths = [one.name for one in asked], [one.truth for one in asked]
+    options = {"max_new_tokens": args.max_new_tokens, "progress": show_progress(args.quiet, "answers", "answer")}
+    tables, table = answer_tables(readings, photos, truths, args.hide_from, args.names, **options)
+    return files | tables, lines + table, evidence
+
+
 MODES = dict.fromkeys(("single", "grid", "multi", "comparative", "evaluate"), explain_target)
 MODES |= {"words": explain_words, "flow": trace_photos, "knockout": sever_photos}
 
@@ -434,8 +476,10 @@ def run(args: argparse.Namespace) -> Done:
         check_answer(args)
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
+    if args.answers is not None:
+        args.hide_from, args.names = check_scores(args, asked)
     photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
-    inputs = [args.model_path, args.mask, args.answers, *photos, *paths_of(args.messages)]
+    inputs = [args.model_path, args.mask, args.answers, args.synonyms, *photos, *paths_of(args.messages)]
     inputs.append(args.messages and args.messages_file)
     folder, subfolders = Path(args.output_dir, FOLDERS[args.mode]), layers if args.mode == "comparative" else ()
     with output_folder(folder, subfolders, "--output_dir", inputs) as write:
@@ -444,7 +488,10 @@ def run(args: argparse.Namespace) -> Done:
             model = load_model(args.model_path, device, args.dtype)
             with vision_kept(model):
                 readings = [read_question(one, model, processor, args) for one in asked]
-                files, lines, _ = explain_mode(request, readings, [one.name for one in asked], layers, mask)
+                if args.answers is None:
+                    files, lines, _ = explain_mode(request, readings, [one.name for one in asked], layers, mask)
+                else:
+                    files, lines, _ = score_answers(request, readings, asked)
         lines = cut_off_lines(readings, [one.name for one in asked]) + lines
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)

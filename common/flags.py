@@ -66,7 +66,6 @@ OF_A_LIST = (
     "--prompt",
     "--messages",
     "--answer",
-    "--max_new_tokens",
     "--target",
     "--target_occurrence",
     "--mask",
@@ -305,8 +304,12 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--window", "knockout", type=_count, help=window)
     keep = "also leave so many image tokens, those with most attention, visible"
     add("--keep", "knockout", type=_count, help=keep)
-    answers = "a .jsonl of {image, prompt, answer}; the accuracy is measured over it"
+    answers = "a .jsonl of {image, prompt, answer | answers | objects, choices?, task?}: answers are scored over it"
     add("--answers", "knockout", type=_path, help=answers)
+    hidden = "of --answers: also answer with the image hidden from each of these layers on"
+    add("--hide_from", "knockout", **layers, help=hidden)
+    synonyms = "of --answers with objects: a file of their names (default: COCO's, studies/coco_names.txt)"
+    add("--synonyms", "knockout", type=_path, help=synonyms)
     raw = ("single", "grid", "multi", "comparative", "evaluate")
     add("--save_raw", *raw, action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
     add("--overwrite", action="store_true", help="of a list: replace results that are there already")
@@ -398,6 +401,12 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
             raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")
         if len(args.image_path) > 1:
             raise ValueError("--mask is of one photo: give one --image_path")
+    for flag in ("--hide_from", "--synonyms"):
+        if flag in given and args.answers is None:
+            raise ValueError(f"{flag} needs --answers, the list whose answers are scored")
+    args.hide_from = [part for parts in args.hide_from or [] for part in parts]
+    if len(args.hide_from) > 1 and any(isinstance(part, str) for part in args.hide_from):
+        raise ValueError(f"--hide_from takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
     if args.prompt_words and args.method == "paper":
         raise ValueError("--prompt_words cannot be combined with --method paper, whose gradients follow no rules")
     if args.target is None and args.target_occurrence > 1:

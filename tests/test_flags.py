@@ -54,6 +54,7 @@ def test_every_flag_of_some_modes_is_known_to_the_parser():
             value = [] if OUTSIDE[flag] is None else [OUTSIDE[flag]]
             value += ["--target", "cat"] if flag in ("--target_occurrence", "--contrast") else []
             value += ["--window", "2"] if (flag, mode) == ("--mask", "knockout") else []
+            value += ["--answers", "a.jsonl"] if flag in ("--hide_from", "--synonyms") else []
             assert parse_args(["--mode", mode, flag, *value]).mode == mode
 
 
