@@ -241,8 +241,8 @@ def check_answer(args: argparse.Namespace) -> None:
         choose_words(answer, [], args.words)
 
 
-def check_scores(args: argparse.Namespace, asked: list[Question]) -> tuple[list[int], dict[str, str]]:
-    """(the layers of --hide_from, the names of objects). Raises ValueError naming the flag, or the line of the list."""
+def check_scores(args: argparse.Namespace, asked: list[Question]) -> dict[str, str]:
+    """The names of objects. Raises ValueError naming the flag, or the line of the list with a wrong one."""
     from studies.answers import score
     from studies.chair import COCO_NAMES, read_names
 
@@ -259,11 +259,19 @@ def check_scores(args: argparse.Namespace, asked: list[Question]) -> tuple[list[
         flag := next((f for f in ("window", "keep") if getattr(args, f)), "")
     ):
         raise ValueError(f"--{flag} needs right answers, whose probability it is about: --answers has captions only")
-    chosen = args.hide_from[0] if isinstance(next(iter(args.hide_from), 0), str) else args.hide_from
+    return names
+
+
+def listed_layers(args: argparse.Namespace, name: str, total: int) -> list[int]:
+    """The layers of --hide_from or --fastv. Raises ValueError naming the flag."""
+    chosen = getattr(args, name)
     try:
-        return select_layers(chosen, count_layers(args.model_path)) if chosen else [], names
+        layers = select_layers(chosen[0] if isinstance(next(iter(chosen), 0), str) else chosen, total) if chosen else []
     except ValueError as exc:
-        raise ValueError(f"--hide_from: {exc}") from exc
+        raise ValueError(f"--{name}: {exc}") from exc
+    if name == "fastv" and 0 in layers:
+        raise ValueError(f"--fastv: layer 0 cannot be the first with fewer tokens: give 1 to {total - 1}")
+    return layers
 
 
 def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str, list[int]]:
@@ -433,9 +441,15 @@ def score_answers(request: Request, readings: list[Reading], asked: list[Questio
     if known:  # captions have no right answer
         names = [asked[i].name for i in known]
         files, lines, evidence = sever_photos(request, [readings[i] for i in known], names, None, None)
-    photos, truths = [one.name for one in asked], [one.truth for one in asked]
+    given = readings, [one.name for one in asked], [one.truth for one in asked]
     options = {"max_new_tokens": args.max_new_tokens, "progress": show_progress(args.quiet, "answers", "answer")}
-    tables, table = answer_tables(readings, photos, truths, args.hide_from, args.names, **options)
+    tables, table = answer_tables(*given, args.hide_from, args.names, **options)
+    if args.fastv:
+        from studies.fastv import fastv_tables
+
+        settings = [(layer, removed) for layer in args.fastv for removed in dict.fromkeys(args.removed)]
+        own = fastv_tables(*given, settings, args.names, batch_size=request.runs_at_once, **options)
+        tables, table = tables | own[0], table + own[1]
     return files | tables, lines + table, evidence
 
 
@@ -477,7 +491,9 @@ def run(args: argparse.Namespace) -> Done:
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
     if args.answers is not None:
-        args.hide_from, args.names = check_scores(args, asked)
+        args.names = check_scores(args, asked)
+        total = count_layers(args.model_path)
+        args.hide_from, args.fastv = (listed_layers(args, name, total) for name in ("hide_from", "fastv"))
     photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
     inputs = [args.model_path, args.mask, args.answers, args.synonyms, *photos, *paths_of(args.messages)]
     inputs.append(args.messages and args.messages_file)

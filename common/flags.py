@@ -15,7 +15,8 @@ from pathlib import Path
 from common.terminal import plain
 
 __all__ = [
-    *("CHOICES", "EXAMPLES", "FOLDERS", "LAYER_NAMES", "MODES_OF_FLAG", "OneLineParser", "make_parser", "parse_args"),
+    *("CHOICES", "EXAMPLES", "FOLDERS", "LAYER_NAMES", "MODES_OF_FLAG", "OF_ANSWERS", "OneLineParser", "make_parser"),
+    "parse_args",
 ]
 
 HERE = Path(__file__).resolve().parents[1]
@@ -70,6 +71,7 @@ OF_A_LIST = (
     "--target_occurrence",
     "--mask",
 )
+OF_ANSWERS = ("--hide_from", "--synonyms", "--fastv", "--removed")  # flags that need --answers
 TOGETHER = [  # flags that cannot be combined with another: (that one, whether it is there, the flags, why)
     ("--compare", lambda args: args.compare, ("--method", "--randomize", "--save_raw"), "all methods are measured"),
     ("--answers", lambda args: args.answers is not None, OF_A_LIST, "the list has the photos, prompts and answers"),
@@ -310,6 +312,10 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--hide_from", "knockout", **layers, help=hidden)
     synonyms = "of --answers with objects: a file of their names (default: COCO's, studies/coco_names.txt)"
     add("--synonyms", "knockout", type=_path, help=synonyms)
+    pruned = "of --answers: also answer with image tokens removed from each of these layers on, as FastV does"
+    add("--fastv", "knockout", **layers, help=pruned)
+    share = "of --fastv: how many of them, in percent"
+    add("--removed", "knockout", type=float, nargs="+", metavar="PERCENT", help=share)
     raw = ("single", "grid", "multi", "comparative", "evaluate")
     add("--save_raw", *raw, action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
     add("--overwrite", action="store_true", help="of a list: replace results that are there already")
@@ -401,12 +407,18 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
             raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")
         if len(args.image_path) > 1:
             raise ValueError("--mask is of one photo: give one --image_path")
-    for flag in ("--hide_from", "--synonyms"):
+    for flag in OF_ANSWERS:
         if flag in given and args.answers is None:
             raise ValueError(f"{flag} needs --answers, the list whose answers are scored")
-    args.hide_from = [part for parts in args.hide_from or [] for part in parts]
-    if len(args.hide_from) > 1 and any(isinstance(part, str) for part in args.hide_from):
-        raise ValueError(f"--hide_from takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
+    for name in ("hide_from", "fastv"):
+        parts = [part for parts in getattr(args, name) or [] for part in parts]
+        if len(parts) > 1 and any(isinstance(part, str) for part in parts):
+            raise ValueError(f"--{name} takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
+        setattr(args, name, parts)
+    if bool(args.fastv) != bool(args.removed):
+        raise ValueError("--fastv and --removed need each other: from which layers on, and how many percent")
+    if wrong := [share for share in args.removed or [] if not 0 < share < 100]:
+        raise ValueError(f"--removed {wrong[0]:g} must be a percentage between 0 and 100")
     if args.prompt_words and args.method == "paper":
         raise ValueError("--prompt_words cannot be combined with --method paper, whose gradients follow no rules")
     if args.target is None and args.target_occurrence > 1:

@@ -61,11 +61,15 @@ def answer_tables(
 
 
 def score_files(
-    name: str, scored: list[tuple[str, Scored]], labels: dict[str, str], columns: Callable = lambda line: {}
+    name: str,
+    scored: list[tuple[str, Scored]],
+    labels: dict[str, str],
+    columns: Callable = lambda line: {},
+    measures: dict[str, str] = MEASURES,
 ) -> tuple[dict[str, str], list[str]]:
     """({name.csv: what was said, name_table.csv and .tex: the scores}, the table in lines) of (prompt, answer).
 
-    `labels` are {column: its head}; `columns(line)` is what else a line of the table has.
+    `labels` and `measures` are {column: its head}; `columns(line)` is what else a line of the table has.
     """
     table = [line | columns(line) for line in score_table(one for _, one in scored)]
     labels = {label: head for label, head in labels.items() if any(line.get(label, "") != "" for line in table)}
@@ -86,6 +90,6 @@ def score_files(
     files = {
         f"{name}.csv": to_csv(rows),
         f"{name}_table.csv": to_csv(table),
-        f"{name}_table.tex": to_latex(table, caption, labels, MEASURES, {}),
+        f"{name}_table.tex": to_latex(table, caption, labels, measures, {}),
     }
-    return files, [caption, *to_text(table, labels, MEASURES)]
+    return files, [caption, *to_text(table, labels, measures)]

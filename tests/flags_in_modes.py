@@ -15,6 +15,7 @@ OUTSIDE |= {"--rules": "plain", "--tap": "output", "--attention_maps": None, "--
 OUTSIDE |= {"--colormap": "jet", "--opacity": "fixed:0.5", "--upsample": "cells", "--scale": "all"}
 OUTSIDE |= {"--heatmaps": None, "--width": "column", "--prompt_words": None}
 OUTSIDE |= {"--window": "2", "--keep": "3", "--answers": "list.jsonl", "--hide_from": "2", "--synonyms": "names.txt"}
+OUTSIDE |= {"--fastv": "2", "--removed": "50"}
 PAIRS = [(flag, mode) for flag in MODES_OF_FLAG for mode in FOLDERS]
 
 
