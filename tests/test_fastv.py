@@ -58,7 +58,7 @@ def test_removing_tokens_is_hiding_them_from_all_others(reading, layer, removed)
 def test_hidden_states_and_cache_are_shorter_from_that_layer_on(model, reading):
     lengths, prompt = [], prompt_length(reading)
     handles = [
-        block.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+        block.mlp.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
         for block in model.model.language_model.layers
     ]
     embeddings, positions = embed(reading)
