@@ -229,6 +229,7 @@ def sever_photo(
         if not 1 <= window <= total:
             raise ValueError(f"window={window} must be 1 to {total}: the model has {total} layers")
         windowed = {"image → user": (user, image), "image → answer": (answer, image), "user → answer": (answer, user)}
+        windowed["answer → answer"] = answer, answer  # each to itself and those before it: the paper's last → last
         if mask is not None:
             covered = covered_tokens(mask, reading.grid)
             for name, keys in (("object", image[covered]), ("other patches", image[~covered])):

@@ -35,8 +35,8 @@ __all__ = ["sever"]
 
 TELLS_LITTLE = "blocked attention tells little of it"
 EDGE_STYLES = (
-    ("#0072b2", "-"), ("#d55e00", "-"), ("#009e73", "-"), ("#56b4e9", "--"), ("#e69f00", "--"), ("#56b4e9", ":"),
-    ("#e69f00", ":"),
+    ("#0072b2", "-"), ("#d55e00", "-"), ("#009e73", "-"), ("#cc79a7", "-"), ("#56b4e9", "--"), ("#e69f00", "--"),
+    ("#56b4e9", ":"), ("#e69f00", ":"),
 )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def _draw_knockout(
         y = header(page, MARGIN, MARGIN, "Knockout: what the answers need", heads)
     y += 2 * GAP
     windows, height = list(severed[0].windows), 1.9
-    legend = 0.62 if len(windows) > 3 else 0.34 if windows else 0.2 if len(curves) > 1 else 0
+    legend = 0.62 if len(windows) > 4 else 0.34 if windows else 0.2 if len(curves) > 1 else 0
     ((x, top, width), *others), y = page.places(y, 1 + bool(windows), 2.9, BAND + height + 0.45 + legend)
     y += GAP
     style = {"xlabel": f"image hidden from layer … on ({len(severed[0].removed) - 1}: nothing)", "ylabel": what}
@@ -145,7 +145,7 @@ def sever(
     """
     total = get_model_layers(readings[0].model)[1]
     if not quiet:
-        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else 3 if mask is None else 7)
+        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else 4 if mask is None else 8)
         length, groups = sequence_length(readings[0]), token_groups(readings[0])
         share = (length - groups["image"].stop) / length
         say(f"{runs} runs of each photo; {forecast_forwards(readings, 2 + runs * share)}")
