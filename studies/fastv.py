@@ -72,7 +72,7 @@ def image_pruned(reading: Reading, layer: int, removed: float):
     if not 0 < removed < 100:
         raise ValueError(f"removed={removed} must be a percentage between 0 and 100")
     prompt, image = reading.inputs["input_ids"].shape[1], reading.positions.tolist()
-    kept, shape = Kept([]), {}
+    kept, shape = Kept([]), {}  # shape: of the pass, "past" and "new" positions, "rows" and "columns" of shorter layers
 
     def note(module, args, kwargs):
         cache = _cache_of(kwargs)
@@ -81,6 +81,9 @@ def image_pruned(reading: Reading, layer: int, removed: float):
         shape["past"], shape["new"] = cache.get_seq_length(), kwargs["inputs_embeds"].shape[1]
         if kwargs["inputs_embeds"].shape[0] > 1 or (shape["past"] == 0 and shape["new"] != prompt):
             raise ValueError("image tokens are removed of one sequence at a time, whose prompt comes in one pass")
+        if shape["past"]:
+            columns = [*kept.positions, *range(prompt, shape["past"] + shape["new"])]
+            shape["columns"] = torch.tensor(columns, device=kwargs["inputs_embeds"].device)
 
     def rank(module, args, kwargs, output):
         if shape["past"]:
@@ -91,13 +94,13 @@ def image_pruned(reading: Reading, layer: int, removed: float):
         with eager_attention(model):
             weights = module.forward(**kwargs | last)[1]  # (1, heads, 1, P)
         order = weights[0, :, 0, image].mean(0).argsort(descending=True, stable=True)  # (N,)
-        best = {image[i] for i in order[: kept_count(len(image), removed)].tolist()}
-        kept.positions[:] = [i for i in range(prompt) if i in best or i not in set(image)]
+        gone = {image[i] for i in order[kept_count(len(image), removed) :].tolist()}
+        kept.positions[:] = [i for i in range(prompt) if i not in gone]
+        shape["rows"] = shape["columns"] = torch.tensor(kept.positions, device=order.device)
 
     def shorten(i):
         def hook(module, args, kwargs):
-            rows = torch.tensor(kept.positions, device=args[0].device)
-            columns = torch.cat([rows, torch.arange(prompt, shape["past"] + shape["new"], device=rows.device)])
+            rows, columns = (shape[name].to(args[0].device) for name in ("rows", "columns"))
             kwargs, mask = dict(kwargs), kwargs.get("attention_mask")
             if mask is not None:
                 kwargs["attention_mask"] = mask[..., columns]  # (1, 1, S, fewer)

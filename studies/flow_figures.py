@@ -65,7 +65,7 @@ from visualization_utils import (
 __all__ = ["COLOURS", "THIN", "trace"]
 
 COLOURS = {"system": "#999999", "image": "#d55e00", "user": "#0072b2", "answer": "#009e73"}
-SHARE_PLOT = 1.9, 1.35  # inches
+SHARE_PLOT = 2.6, 1.35  # inches
 THIN = "Thick lines: mean of the photos; thin ones: each."
 STRIP, NARROW = 7, 0.7  # pictures side by side, at most, and inches of one, at least
 LINES = 24  # of one group in a panel of flow lines, at most
@@ -147,10 +147,12 @@ def _draw_flow(
 
     y = page.legend(y, COLOURS) + GAP
     shares, per_token, gradients = curves_by_layer(traced)
+    lens = np.stack([one.lens.mean(1) for one in traced])  # (photos, K)
     plots = (
         ("Attention, share of the group", shares, {"ylim": (-0.02, 1.02)}),
         ("Attention, per token", per_token, {"yscale": "log"}),
         ("|gradient × hidden state|", gradients, {"ylim": (-0.02, 1.02)}),
+        ("Probability after each layer", {"answer": lens}, {"ylim": (-0.02, 1.02)}),
     )
     boxes, y = page.places(y, len(plots), SHARE_PLOT[0], BAND + SHARE_PLOT[1] + 0.45)
     for (x, top, width), (title, curves, style) in zip(boxes, plots, strict=True):
@@ -173,15 +175,15 @@ def _draw_flow(
         axes = page.axes(MARGIN + i * width, y + BAND, width - GAP, 1.5)
         _flow_lines(axes, first.attention[layer], token_groups(first.reading), first.reading.grid[0])
     y += BAND + 1.5 + 2 * GAP
-    plot = ("Left", "Middle", "Right") if boxes[1][1] == boxes[0][1] else ("First plot", "Second", "Third")
     believed = reliance(traced[0].maps, layers)
     if len(traced) > 1:
         believed = "Doubted: not to be believed, so drawn in faded colours. " * any(doubts)
     caption = (
-        f"{plot[0]}: attention of the positions that predict the explained tokens, mean over heads, renormalised over "
-        f"system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). {plot[1]}: the same for each token "
-        f"of the group, with the answer's own. {plot[2]}: share of each group in the sum of |gradient × hidden state| "
-        "at the layer. Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as "
+        "Share of the group: attention of the positions that predict the explained tokens, mean over heads, "
+        "renormalised over system, image and user tokens (eq. 7 of “From Redundancy to Relevance”). Per token: the "
+        "same for each token of the group, with the answer's own. |gradient × hidden state|: share of each group in "
+        "its sum at the layer. Probability after each layer: of the explained tokens, by the final norm and head. "
+        "Flow lines lead from tokens (of the image, from rows of its grid) to the answer, as broad as "
         f"their attention. {believed}{look_text(look)}{f' {THIN} {photo_names(names)}' if len(traced) > 1 else ''}"
     )
     return page.finish(small_print(page, y, caption, settings_text(traced[0].maps.settings)))
