@@ -35,7 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from common.flags import FOLDERS, parse_args
+from common.flags import FOLDERS, OF_PHOTOS, parse_args
 
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags are answered here
@@ -421,15 +421,15 @@ def trace_photos(request: Request, readings: list[Reading], names, layers, mask)
     return trace(readings, names, spans, layers, request.settings, **options, **request.copies, **request.drawing)
 
 
-def sever_photos(request: Request, readings: list[Reading], names, layers, mask) -> Explained:
-    """Knockout mode."""
+def sever_photos(request: Request, readings: list[Reading], names, layers, mask, tasks=None) -> Explained:
+    """Knockout mode; `tasks` are those of the questions of a list, or None for one that has none."""
     from studies.knockout_figures import sever
 
     args = request.args
     spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
     options = {"window": args.window, "keep": args.keep, "quiet": args.quiet, "accuracy": args.answers is not None}
     options |= {"runs_at_once": request.runs_at_once, "paper": request.paper, "part": part_of(args)}
-    return sever(readings, names, spans, mask=mask, **options)
+    return sever(readings, names, spans, mask=mask, tasks=tasks, **options)
 
 
 def score_answers(request: Request, readings: list[Reading], asked: list[Question]) -> Explained:
@@ -439,8 +439,8 @@ def score_answers(request: Request, readings: list[Reading], asked: list[Questio
     args, known = request.args, [i for i, one in enumerate(asked) if one.answer is not None]
     files, lines, evidence = {}, [], []
     if known:  # captions have no right answer
-        names = [asked[i].name for i in known]
-        files, lines, evidence = sever_photos(request, [readings[i] for i in known], names, None, None)
+        names, tasks = [asked[i].name for i in known], [asked[i].truth.get("task") for i in known]
+        files, lines, evidence = sever_photos(request, [readings[i] for i in known], names, None, None, tasks)
     given = readings, [one.name for one in asked], [one.truth for one in asked]
     options = {"max_new_tokens": args.max_new_tokens, "progress": show_progress(args.quiet, "answers", "answer")}
     tables, table = answer_tables(*given, args.hide_from, args.names, **options)
@@ -535,6 +535,7 @@ def explain_list(request: Request) -> Done:
     """Explain each photo of a list in a folder of its own."""
     from studies.benchmark import benchmark_tables
     from studies.photo_list import run_list
+    from studies.tasks import task_tables
 
     args = request.args
     layers = choose_layers(args, count_layers(args.model_path))
@@ -561,10 +562,11 @@ def explain_list(request: Request) -> Done:
                 files, lines, evidence = explain_mode(own, [reading], names, layers, mask)
             return reading, files, cut_off_lines([reading], names) + lines, evidence
 
+    by_task = functools.partial(task_tables, args.mode, request.paper) if args.mode in OF_PHOTOS else None
     done = run_list(
         args, explain_photo, about, subfolders=layers if args.mode == "comparative" else (),
         reason_of=lambda exc: one_line(exc).removeprefix("--image_path: "),
-        summary=benchmark_tables if args.mode == "evaluate" else None,
+        summary=benchmark_tables if args.mode == "evaluate" else by_task,
     )  # fmt: skip
     return Done(*done)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from common.terminal import plain
 
 __all__ = [
-    *("CHOICES", "EXAMPLES", "FOLDERS", "LAYER_NAMES", "MODES_OF_FLAG", "OF_ANSWERS", "OneLineParser", "make_parser"),
-    "parse_args",
+    *("CHOICES", "EXAMPLES", "FOLDERS", "LAYER_NAMES", "MODES_OF_FLAG", "OF_ANSWERS", "OF_PHOTOS", "OneLineParser"),
+    *("make_parser", "parse_args"),
 ]
 
 HERE = Path(__file__).resolve().parents[1]

@@ -431,6 +431,8 @@ def run_list(
     )  # fmt: skip
     if not processes.first:
         return {}, [], [], 0
+    tasks = {item.name: item.truth for item in items if item.name}
+    records = [record | tasks.get(record["name"], {}) for record in records]
     failed = [record for record in records if "error" in record]
     count, seconds = len(records) - len(failed) - before, time.monotonic() - start
     lines = [f"{len(items)} photos: {count} explained in {seconds:.0f} s, {before} skipped as complete"]
