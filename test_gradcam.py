@@ -35,7 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from common.flags import FOLDERS, parse_args
+from common.flags import FOLDERS, OF_PHOTOS, parse_args
 
 if __name__ == "__main__":
     parse_args()  # --help and mistyped flags are answered here
@@ -198,6 +198,7 @@ class Question(NamedTuple):
     prompt: str | list  # or messages
     answer: str | None
     where: str = ""  # in a list
+    truth: dict | None = None  # of a list's question, see studies/answers.py
 
 
 def questions(args: argparse.Namespace) -> list[Question]:
@@ -208,17 +209,18 @@ def questions(args: argparse.Namespace) -> list[Question]:
         photos = map(load_photo, args.photos)
         prompt = prompt_of(args)
         return [Question(name, photo, prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
-    from studies.photo_list import read_answers
+    from studies.questions import read_questions
 
     found = []
     try:
-        for item in read_answers(Path(args.answers)):
+        for item in read_questions(Path(args.answers)):
             try:
                 photo = load_photo(str(item.image))
             except ValueError as exc:
                 raise ValueError(f"{item.source}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
             own = argparse.Namespace(**vars(args) | {"prompt": item.prompt, "messages": item.messages})
-            found.append(Question(item.name, photo, prompt_of(own), item.answer, f"--answers {item.source}"))
+            answer, where = item.truth.get("answer"), f"--answers {item.source}"
+            found.append(Question(item.name, photo, prompt_of(own), answer, where, item.truth))
     except ValueError as exc:
         raise ValueError(f"--answers {exc}") from exc
     return found
@@ -246,6 +248,39 @@ def check_answer(args: argparse.Namespace) -> None:
         from studies.words import choose_words
 
         choose_words(answer, [], args.words)
+
+
+def check_scores(args: argparse.Namespace, asked: list[Question]) -> dict[str, str]:
+    """The names of objects. Raises ValueError naming the flag, or the line of the list with a wrong one."""
+    from studies.answers import score
+    from studies.chair import COCO_NAMES, read_names
+
+    try:
+        names = read_names(Path(args.synonyms or COCO_NAMES))
+    except ValueError as exc:
+        raise ValueError(f"--synonyms {exc}") from exc
+    for one in asked:
+        try:
+            score("", one.truth, names)
+        except ValueError as exc:
+            raise ValueError(f"{one.where}: {exc} {args.synonyms or COCO_NAMES}: --synonyms gives another") from exc
+    if all(one.answer is None for one in asked) and (
+        flag := next((f for f in ("window", "keep") if getattr(args, f)), "")
+    ):
+        raise ValueError(f"--{flag} needs right answers, whose probability it is about: --answers has captions only")
+    return names
+
+
+def listed_layers(args: argparse.Namespace, name: str, total: int) -> list[int]:
+    """The layers of --hide_from or --fastv. Raises ValueError naming the flag."""
+    chosen = getattr(args, name)
+    try:
+        layers = select_layers(chosen[0] if isinstance(next(iter(chosen), 0), str) else chosen, total) if chosen else []
+    except ValueError as exc:
+        raise ValueError(f"--{name}: {exc}") from exc
+    if name == "fastv" and 0 in layers:
+        raise ValueError(f"--fastv: layer 0 cannot be the first with fewer tokens: give 1 to {total - 1}")
+    return layers
 
 
 def choose_layers(args: argparse.Namespace, total: int) -> list[int] | dict[str, list[int]]:
@@ -404,15 +439,36 @@ def trace_photos(request: Request, readings: list[Reading], names, layers, mask)
     return trace(readings, names, spans, layers, request.settings, **options, **request.copies, **request.drawing)
 
 
-def sever_photos(request: Request, readings: list[Reading], names, layers, mask) -> Explained:
-    """Knockout mode."""
+def sever_photos(request: Request, readings: list[Reading], names, layers, mask, tasks=None) -> Explained:
+    """Knockout mode; `tasks` are those of the questions of a list, or None for one that has none."""
     from studies.knockout_figures import sever
 
     args = request.args
     spans = [None] * len(readings) if args.target is None else find_targets(args, readings, names)
     options = {"window": args.window, "keep": args.keep, "quiet": args.quiet, "accuracy": args.answers is not None}
     options |= {"runs_at_once": request.runs_at_once, "paper": request.paper, "part": part_of(args)}
-    return sever(readings, names, spans, mask=mask, **options)
+    return sever(readings, names, spans, mask=mask, tasks=tasks, **options)
+
+
+def score_answers(request: Request, readings: list[Reading], asked: list[Question]) -> Explained:
+    """Knockout mode with --answers: what is left of the right answers, and scores of those that the model gives."""
+    from studies.answer_tables import answer_tables
+
+    args, known = request.args, [i for i, one in enumerate(asked) if one.answer is not None]
+    files, lines, evidence = {}, [], []
+    if known:  # captions have no right answer
+        names, tasks = [asked[i].name for i in known], [asked[i].truth.get("task") for i in known]
+        files, lines, evidence = sever_photos(request, [readings[i] for i in known], names, None, None, tasks)
+    given = readings, [one.name for one in asked], [one.truth for one in asked]
+    options = {"max_new_tokens": args.max_new_tokens, "progress": show_progress(args.quiet, "answers", "answer")}
+    tables, table = answer_tables(*given, args.hide_from, args.names, **options)
+    if args.fastv:
+        from studies.fastv import fastv_tables
+
+        settings = [(layer, removed) for layer in args.fastv for removed in dict.fromkeys(args.removed)]
+        own = fastv_tables(*given, settings, args.names, batch_size=request.runs_at_once, **options)
+        tables, table = tables | own[0], table + own[1]
+    return files | tables, lines + table, evidence
 
 
 MODES = dict.fromkeys(("single", "grid", "multi", "comparative", "evaluate"), explain_target)
@@ -454,8 +510,12 @@ def run(args: argparse.Namespace) -> Done:
         check_answer(args)
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
+    if args.answers is not None:
+        args.names = check_scores(args, asked)
+        total = count_layers(args.model_path)
+        args.hide_from, args.fastv = (listed_layers(args, name, total) for name in ("hide_from", "fastv"))
     photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
-    inputs = [args.model_path, args.mask, args.answers, *photos, *paths_of(args.messages)]
+    inputs = [args.model_path, args.mask, args.answers, args.synonyms, *photos, *paths_of(args.messages)]
     inputs.append(args.messages and args.messages_file)
     folder, subfolders = Path(args.output_dir, FOLDERS[args.mode]), layers if args.mode == "comparative" else ()
     with output_folder(folder, subfolders, "--output_dir", inputs) as write:
@@ -464,7 +524,10 @@ def run(args: argparse.Namespace) -> Done:
             model = load_model(args.model_path, device, args.dtype)
             with vision_kept(model):
                 readings = [read_question(one, model, processor, args) for one in asked]
-                files, lines, _ = explain_mode(request, readings, [one.name for one in asked], layers, mask)
+                if args.answers is None:
+                    files, lines, _ = explain_mode(request, readings, [one.name for one in asked], layers, mask)
+                else:
+                    files, lines, _ = score_answers(request, readings, asked)
         lines = cut_off_lines(readings, [one.name for one in asked]) + lines
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)
@@ -492,6 +555,7 @@ def explain_list(request: Request) -> Done:
     """Explain each photo of a list in a folder of its own."""
     from studies.benchmark import benchmark_tables
     from studies.photo_list import run_list
+    from studies.tasks import task_tables
 
     args = request.args
     layers = choose_layers(args, count_layers(args.model_path))
@@ -518,10 +582,11 @@ def explain_list(request: Request) -> Done:
                 files, lines, evidence = explain_mode(own, [reading], names, layers, mask)
             return reading, files, cut_off_lines([reading], names) + lines, evidence
 
+    by_task = functools.partial(task_tables, args.mode, request.paper) if args.mode in OF_PHOTOS else None
     done = run_list(
         args, explain_photo, about, subfolders=layers if args.mode == "comparative" else (),
         reason_of=lambda exc: one_line(exc).removeprefix("--image_path: "),
-        summary=benchmark_tables if args.mode == "evaluate" else None,
+        summary=benchmark_tables if args.mode == "evaluate" else by_task,
     )  # fmt: skip
     return Done(*done)
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from common.terminal import plain
 
 __all__ = [
-    *("CHOICES", "EXAMPLES", "FOLDERS", "LAYER_NAMES", "MODES_OF_FLAG", "OneLineParser", "make_parser", "parse_args"),
+    *("CHOICES", "EXAMPLES", "FOLDERS", "LAYER_NAMES", "MODES_OF_FLAG", "OF_ANSWERS", "OF_PHOTOS", "OneLineParser"),
+    *("make_parser", "parse_args"),
 ]
 
 HERE = Path(__file__).resolve().parents[1]
@@ -61,16 +62,8 @@ CANNOT = {  # mode: {flag: what to do in its place}
         "--save_raw": "knockout.npz is always written",
     },
 }
-OF_A_LIST = (
-    "--image_path",
-    "--prompt",
-    "--messages",
-    "--answer",
-    "--max_new_tokens",
-    "--target",
-    "--target_occurrence",
-    "--mask",
-)
+OF_A_LIST = ("--image_path", "--prompt", "--messages", "--answer", "--target", "--target_occurrence", "--mask")
+OF_ANSWERS = ("--hide_from", "--synonyms", "--fastv", "--removed")  # flags that need --answers
 NO_GRADIENT = ("--tap", "--rules", "--score", "--recompute", "--prompt_words", "--taps")
 OF_HEADS = ("attention",)  # methods that --head acts on
 
@@ -93,12 +86,7 @@ TOGETHER = [  # flags that cannot be combined with another: (that one, whether i
     ("--answers", lambda args: args.answers is not None, OF_A_LIST, "the list has the photos, prompts and answers"),
     ("a list of photos", lambda args: args.listed, ("--mask", "--answers", "--randomize"), "they are of one photo"),
     ("--answer", lambda args: args.answer is not None, ("--max_new_tokens",), "nothing is generated"),
-    (
-        "--prompt_words",
-        lambda args: args.prompt_words,
-        ("--tap", "--rules"),
-        "relevance needs their defaults",
-    ),
+    ("--prompt_words", lambda args: args.prompt_words, ("--tap", "--rules"), "relevance needs their defaults"),
     ("--messages", lambda args: args.messages is not None, ("--prompt", "--system"), "the messages have both"),
 ]
 EXAMPLES = """examples:
@@ -326,8 +314,16 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--window", "knockout", type=_count, help=window)
     keep = "also leave so many image tokens, those with most attention, visible"
     add("--keep", "knockout", type=_count, help=keep)
-    answers = "a .jsonl of {image, prompt, answer}; the accuracy is measured over it"
+    answers = "a .jsonl of {image, prompt, answer | answers | objects, choices?, task?}: answers are scored over it"
     add("--answers", "knockout", type=_path, help=answers)
+    hidden = "of --answers: also answer with the image hidden from each of these layers on"
+    add("--hide_from", "knockout", **layers, help=hidden)
+    synonyms = "of --answers with objects: a file of their names (default: COCO's, studies/coco_names.txt)"
+    add("--synonyms", "knockout", type=_path, help=synonyms)
+    pruned = "of --answers: also answer with image tokens removed from each of these layers on, as FastV does"
+    add("--fastv", "knockout", **layers, help=pruned)
+    share = "of --fastv: how many of them, in percent"
+    add("--removed", "knockout", type=float, nargs="+", metavar="PERCENT", help=share)
     raw = ("single", "grid", "multi", "comparative", "evaluate")
     add("--save_raw", *raw, action="store_true", help="also write maps.npz: raw maps, tokens, answer, settings")
     add("--overwrite", action="store_true", help="of a list: replace results that are there already")
@@ -421,6 +417,18 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
             raise ValueError("--mask is of one photo: give one --image_path")
     if args.head is not None and args.method not in OF_HEADS:
         raise ValueError(f"--head needs --method {' or '.join(OF_HEADS)}: no other map is that of a head")
+    for flag in OF_ANSWERS:
+        if flag in given and args.answers is None:
+            raise ValueError(f"{flag} needs --answers, the list whose answers are scored")
+    for name in ("hide_from", "fastv"):
+        parts = [part for parts in getattr(args, name) or [] for part in parts]
+        if len(parts) > 1 and any(isinstance(part, str) for part in parts):
+            raise ValueError(f"--{name} takes one of {', '.join(LAYER_NAMES)}, or layer indices, not both or two")
+        setattr(args, name, parts)
+    if bool(args.fastv) != bool(args.removed):
+        raise ValueError("--fastv and --removed need each other: from which layers on, and how many percent")
+    if wrong := [share for share in args.removed or [] if not 0 < share < 100]:
+        raise ValueError(f"--removed {wrong[0]:g} must be a percentage between 0 and 100")
     if args.target is None and args.target_occurrence > 1:
         raise ValueError(f"--target_occurrence {args.target_occurrence} needs a --target")
     if args.contrast is not None and args.target is None:

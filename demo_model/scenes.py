@@ -353,7 +353,10 @@ def demo_scene() -> Scene:
 
 
 def write_questions(folder: Path, count: int, topic: str, seed: int) -> None:
-    """Scenes, and questions.jsonl: of each its file, a question and the right answer, of "there" its yes or no."""
+    """Scenes, and questions.jsonl: of each its file, a question and the right answer, of "there" its yes or no.
+
+    Of "describe" the objects that are there, in the place of an answer; names.txt then has the names of all objects.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for i in range(seed, seed + count):
@@ -361,7 +364,10 @@ def write_questions(folder: Path, count: int, topic: str, seed: int) -> None:
         Image.fromarray(scene.image).save(folder / f"scene_{i}.png")
         prompt, answer = ask(scene, np.random.default_rng((i, len(topic))), topic)
         answer = answer.split(",")[0] if topic == "there" else answer
-        lines.append(json.dumps({"image": f"scene_{i}.png", "prompt": prompt, "answer": answer}))
+        truth = {"objects": [thing.kind for thing in scene.objects]} if topic == "describe" else {"answer": answer}
+        lines.append(json.dumps({"image": f"scene_{i}.png", "prompt": prompt} | truth))
+    if topic == "describe":
+        (folder / "names.txt").write_text("\n".join(KINDS) + "\n")
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -1,10 +1,8 @@
 """A benchmark over photos: the measures of each photo's maps, and a table of methods and layers for a paper.
 
-    Reading, mask -> rows           benchmark_photo: the measures of every method and layer
-      -> mean and interval          summarise: 95 % of resampled photos, as the words of a photo are not independent
-      -> benchmark.csv, .tex        to_table, to_latex
-
-Shapes:  P  photos     R  resamples
+Reading, mask -> rows           benchmark_photo: the measures of every method and layer
+  -> mean and interval          summarise: 95 % of resampled photos, as the words of a photo are not independent
+  -> benchmark.csv, .tex        to_table, to_latex
 """
 
 from dataclasses import replace
@@ -26,6 +24,7 @@ from smooth_gradcam import (
     noisy_passes,
     score_parts,
 )
+from studies import tables
 from studies.faithfulness import (
     ORDERS,
     TOLERANCE,
@@ -38,7 +37,7 @@ from studies.faithfulness import (
 from studies.localization import centre_map, fit_of
 from visualization_utils import draw_grid
 
-__all__ = ["basis", "benchmark_photo", "benchmark_tables", "interval", "summarise", "to_latex", "to_table"]
+__all__ = ["basis", "benchmark_photo", "benchmark_tables", "summarise", "to_latex", "to_table"]
 
 MEASURES = {  # column of `_benchmark_rows`: head in the table
     "pointing": "pointing",
@@ -50,22 +49,12 @@ MEASURES = {  # column of `_benchmark_rows`: head in the table
     "deletion": "deletion",
     "difference": "ins. - del.",
 }
-RESAMPLES = 1000
+LABELS = {"method": "method", "layer": "layer"}
 LOWER_IS_BETTER = ("border", "deletion")
 TEXTS = ("method", "layer", "doubt")  # columns that are no measures
 
 
 # the table
-
-
-def interval(values: np.ndarray, photos: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high) of values (n,) of the photos (n,): a 95 % interval by resampling photos."""
-    _, indices = np.unique(photos, return_inverse=True)
-    sums, counts = (np.bincount(indices, weights) for weights in (values, np.ones(len(values))))  # (P,)
-    resamples = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))  # (R, P)
-    means = sums[resamples].sum(1) / counts[resamples].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
 
 
 def summarise(measured: list[tuple[str, list[dict]]]) -> list[dict]:
@@ -90,21 +79,16 @@ def summarise(measured: list[tuple[str, list[dict]]]) -> list[dict]:
             known = [(row[measure], photo) for photo, row in pairs if row.get(measure) is not None]
             if known:
                 values, photos = (np.array(column) for column in zip(*known, strict=True))
-                numbers = interval(values.astype(float), photos)
-                line |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), numbers, strict=True))
+                numbers = tables.interval(values.astype(float), photos)
+                line |= tables.with_interval(measure, numbers)
                 line[f"{measure}_words"] = len(known)
         table.append(line)
     return sorted(table, key=lambda line: line["layer"] == "")  # the maps first, whichever photos have which
 
 
-def _known_measures(table: list[dict]) -> list[str]:
-    """The measures that a line of the table has."""
-    return [measure for measure in MEASURES if any(measure in line for line in table)]
-
-
 def basis(table: list[dict]) -> str:
     """The measures that fewer words have than there are, with their number: "border of 4 words; "."""
-    counts = {m: max(line.get(f"{m}_words", 0) for line in table) for m in _known_measures(table)}
+    counts = {m: max(line.get(f"{m}_words", 0) for line in table) for m in tables.known_measures(table, MEASURES)}
     most, groups = max(line["words"] for line in table), {}
     for measure, count in counts.items():
         groups.setdefault(count, []).append(MEASURES[measure])
@@ -113,59 +97,16 @@ def basis(table: list[dict]) -> str:
 
 def to_table(table: list[dict]) -> list[str]:
     """The table as lines of text, with a mean and its interval in each cell."""
-    measures = _known_measures(table)
-    rows = [["method", "layer", *(MEASURES[measure] for measure in measures)]]
-    for line in table:
-        cells = [
-            f"{decimal(line[m])} ({decimal(line[f'{m}_low'])}-{decimal(line[f'{m}_high'])})" if m in line else ""
-            for m in measures
-        ]
-        rows.append([line["method"], str(line["layer"]), *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return tables.to_text(table, LABELS, MEASURES)
 
 
 def to_latex(table: list[dict], caption: str) -> str:
     """A LaTeX table with booktabs: means with half the width of their interval, the best of each measure in bold."""
-    measures, lines = _known_measures(table), []
-    maps = [line for line in table if line["layer"] != ""]
-    best = {}
-    for m in measures:
+    maps, best = [line for line in table if line["layer"] != ""], {}
+    for m in tables.known_measures(maps, MEASURES):
         known = [float(decimal(line[m])) for line in maps if m in line]
-        best[m] = (min if m in LOWER_IS_BETTER else max)(known, default=None)
-    for line in table:
-        cells = []
-        for m in measures:
-            number = decimal(line[m]) if m in line else "--"
-            value = number.replace("-", "$-$") if m in line else number
-            half = f" \\tiny$\\pm${decimal((line[f'{m}_high'] - line[f'{m}_low']) / 2)}" if m in line else ""
-            bold = m in line and line["layer"] != "" and float(number) == best[m]
-            cells.append(f"\\textbf{{{value}}}{half}" if bold else value + half)
-        lines.append(" & ".join([_escaped(line["method"]), str(line["layer"]), *cells]) + " \\\\")
-    heads = " & ".join(["method", "layer", *(MEASURES[m].replace(" - ", " $-$ ") for m in measures)])
-    return "\n".join(
-        [
-            "% \\usepackage{booktabs}",
-            "\\begin{table}",
-            f"\\caption{{{_escaped(caption).replace(' - ', ' $-$ ')}}}",
-            f"\\begin{{tabular}}{{ll{'r' * len(measures)}}}",
-            "\\toprule",
-            f"{heads} \\\\",
-            "\\midrule",
-            *lines,
-            "\\bottomrule",
-            "\\end{tabular}",
-            "\\end{table}",
-            "",
-        ]
-    )
-
-
-def _escaped(text: str) -> str:
-    """The text with the special characters of LaTeX escaped."""
-    for character in "&%$#_{}":
-        text = text.replace(character, f"\\{character}")
-    return text
+        best[m] = (min if m in LOWER_IS_BETTER else max)(known)
+    return tables.to_latex(table, caption, LABELS, MEASURES, best)
 
 
 # one photo
@@ -267,5 +208,5 @@ def benchmark_tables(records: list[dict]) -> tuple[dict, list[str]]:
     doubted = sum(any(row.get("doubt") for row in rows) for _, rows in measured)
     doubts = f"{doubted} of them doubted (hardly said, or not from the photo), and kept in; " if doubted else ""
     caption = f"{len(measured)} words in {photos} photos; {doubts}{basis(table)}"
-    caption += f"95 % of {RESAMPLES} resamples of the photos"
+    caption += f"95 % of {tables.RESAMPLES} resamples of the photos"
     return {"benchmark.csv": to_csv(table), "benchmark.tex": to_latex(table, caption)}, [caption, *to_table(table)]

@@ -19,8 +19,8 @@ from transformers import DynamicCache
 from smooth_gradcam import Reading, get_model_layers, hooked, score_parts
 
 __all__ = [
-    *("CHUNK", "attention_hooked", "covered_tokens", "embed", "empty_cache", "predicting", "run_decoder"),
-    *("sequence_length", "token_groups"),
+    *("CHUNK", "attention_hooked", "covered_tokens", "eager_attention", "embed", "empty_cache"),
+    *("predicting", "run_decoder", "sequence_length", "token_groups"),
 ]
 
 CHUNK = 64  # query rows whose attention is in memory at once
@@ -72,7 +72,7 @@ def empty_cache(model) -> DynamicCache:
 
 
 @contextmanager
-def _eager_attention(model):
+def eager_attention(model):
     """Inside, the decoder computes attention in separate steps, so that weights can be read and edges blocked."""
     config = model.model.language_model.config
     before = config._attn_implementation
@@ -87,7 +87,7 @@ def _eager_attention(model):
 def attention_hooked(model, register: Callable):
     """Inside, the attention of every layer has the hook that `register(layer index, module)` puts there."""
     layers = get_model_layers(model)[0]
-    with _eager_attention(model), hooked(register(i, layer.self_attn) for i, layer in enumerate(layers)):
+    with eager_attention(model), hooked(register(i, layer.self_attn) for i, layer in enumerate(layers)):
         yield
 
 

@@ -29,6 +29,7 @@ from smooth_gradcam import (
     borrowed,
     explain,
     get_model_layers,
+    hooked,
     memory_explained,
     noisy_passes,
     resolve_layers,
@@ -55,7 +56,7 @@ __all__ = [
         "maps_and_gradients",
         "pooled_edges",
     ),
-    *("tap_modules", "trace_photo"),
+    *("logit_lens", "tap_modules", "trace_photo"),
 ]
 
 
@@ -190,6 +191,32 @@ def group_sums(flow: np.ndarray, groups: dict[str, slice], only: Iterable[str] |
     return {name: value / total for name, value in sums.items()}
 
 
+def logit_lens(reading: Reading, span: tuple[int, int] | None = None) -> np.ndarray:
+    """The probability of each token of the span after each layer, (K, T), where it is predicted.
+
+    The hidden states behind layer k go through the final norm and the head as those of the last layer do (logit lens);
+    the last row is the model's own probability. `span` is (start, end) in characters of the answer; None is all of it.
+    """
+    model, rows = reading.model, predicting(reading, span)
+    layers, states = get_model_layers(model)[0], []
+
+    def note(module, args):
+        states.append(args[0][0, rows])  # (T, C)
+
+    with borrowed(model), memory_explained(len(reading.positions)):
+        embeddings, positions = embed(reading)
+        with hooked(layer.register_forward_pre_hook(note) for layer in layers[1:]):
+            last = run_decoder(model, embeddings, positions, empty_cache(model))[0, rows]  # behind the final norm
+        expected = torch.tensor(reading.tokens_of(span or (0, len(reading.answer))))
+        expected = torch.tensor(reading.tokens)[expected][:, None]  # (T, 1)
+        found = []
+        with torch.no_grad():
+            for state in [*map(model.model.language_model.norm, states), last]:
+                logits = at_least_float32(model.get_output_embeddings()(state))  # (T, V)
+                found.append(logits.softmax(-1).gather(1, expected.to(logits.device))[:, 0].cpu().numpy())
+    return np.stack(found)
+
+
 class Traced(NamedTuple):
     """What the answer reads of one photo."""
 
@@ -197,6 +224,7 @@ class Traced(NamedTuple):
     maps: TokenMaps
     attention: np.ndarray  # (K, L)
     gradient: np.ndarray  # (K, L)
+    lens: np.ndarray  # (K, T): probability of the explained tokens after each layer
 
 
 def trace_photo(
@@ -208,7 +236,7 @@ def trace_photo(
     """
     settings = settled_for(settings, whole=True)
     maps, gradient = maps_and_gradients(reading, span, settings, progress, passes, batch_size, explain_with_evidence)
-    return Traced(reading, maps, attention_flow(reading, span), gradient)
+    return Traced(reading, maps, attention_flow(reading, span), gradient, logit_lens(reading, span))
 
 
 def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradient: dict[str, np.ndarray]) -> list[str]:
@@ -269,13 +297,15 @@ def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:
         p, kept, doubt = photo.maps.evidence.record.values()
         for layer in range(len(photo.attention)):
             row = {"photo": name, "layer": layer, "p": f"{p:.4g}", "kept": f"{kept:.4g}", "doubt": doubt}
+            row["p_after_layer"] = f"{photo.lens[layer].mean():.4g}"
             row |= {f"{k}_{group}": f"{v[layer]:.4g}" for k, kind in kinds.items() for group, v in kind.items()}
             rows.append(row)
     return rows
 
 
 def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]:
-    """Arrays of information_flow.npz, for photo i: attention_i, gradient_i (K, L), maps_i (K, H, W), groups_i (4, 2).
+    """Arrays of information_flow.npz, for photo i: attention_i, gradient_i (K, L), maps_i (K, H, W), groups_i (4, 2),
+    lens_i (K, T).
 
     And evidence_i (2,): p of the explained tokens, and what it is without the photo.
     """
@@ -283,7 +313,7 @@ def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]
     arrays["settings"] = np.array(json.dumps(asdict(traced[0].maps.settings)))
     for i, photo in enumerate(traced):
         groups = token_groups(photo.reading).values()
-        arrays |= {f"attention_{i}": photo.attention, f"gradient_{i}": photo.gradient}
+        arrays |= {f"attention_{i}": photo.attention, f"gradient_{i}": photo.gradient, f"lens_{i}": photo.lens}
         arrays[f"maps_{i}"] = np.stack(list(photo.maps.maps.values()))
         arrays[f"groups_{i}"] = np.array([(group.start, group.stop) for group in groups])
         arrays |= {f"answer_{i}": np.array(photo.reading.answer), f"evidence_{i}": np.array(photo.maps.evidence[:2])}

@@ -67,7 +67,7 @@ __all__ = ["COLOURS", "THIN", "trace"]
 
 COLOURS = {"system": "#999999", "image": "#d55e00", "user": "#0072b2", "answer": "#009e73"}
 MARKERS = {"system": "o", "image": "s", "user": "^", "answer": "D"}
-SHARE_PLOT = 1.9, 1.35  # inches
+SHARE_PLOT = 2.6, 1.35  # inches
 THIN = "Thick lines: mean of the photos; thin ones: each."
 STRIP, NARROW = 7, 0.7  # pictures side by side, at most, and inches of one, at least
 LINES = 24  # of one group in a panel of flow lines, at most
@@ -167,10 +167,12 @@ def _draw_flow(
         return page.legend(y + GAP, {name: (COLOURS[name], MARKERS[name]) for name in COLOURS}) + GAP
 
     shares, per_token, gradients = curves_by_layer(traced)
+    lens = np.stack([one.lens.mean(1) for one in traced])  # (photos, K)
     plots = [
         ("Attention, share of the group", (shares, "linear"), {"xlabel": "layer", "ylim": (-0.02, 1.02)}),
         ("Attention, per token", (per_token, "log"), {"xlabel": "layer"}),
         ("|gradient × hidden state|", (gradients, "linear"), {"xlabel": "layer", "ylim": (-0.02, 1.02)}),
+        ("Probability after each layer", ({"answer": lens}, "linear"), {"xlabel": "layer", "ylim": (-0.02, 1.02)}),
     ]
 
     def draw_plot(page, axes, curves, scale):
@@ -187,6 +189,7 @@ def _draw_flow(
         "renormalised over system, image and user tokens (eq. 7 of “From Redundancy to Relevance”).",
         "Per token: the same for each token of the group, with the answer's own.",
         "|gradient × hidden state|: share of each group in its sum at the layer.",
+        "Probability after each layer: of the explained tokens, by the final norm and head.",
     ]
     rows = rows_of_plots(page, plots, SHARE_PLOT, 0.4, draw_plot, above=legend)
     each = len(plots) // len(rows)

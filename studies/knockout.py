@@ -229,6 +229,7 @@ def sever_photo(
         if not 1 <= window <= total:
             raise ValueError(f"window={window} must be 1 to {total}: the model has {total} layers")
         windowed = {"image → user": (user, image), "image → answer": (answer, image), "user → answer": (answer, user)}
+        windowed["answer → answer"] = answer, answer  # each to itself and those before it: the paper's last → last
         if mask is not None:
             covered = covered_tokens(mask, reading.grid)
             for name, keys in (("object", image[covered]), ("other patches", image[~covered])):
@@ -379,21 +380,25 @@ def said_instead(severed: list[Severed], names: list[str]) -> list[str]:
     return lines
 
 
-def knockout_rows(severed: list[Severed], names: list[str]) -> list[dict]:
-    """Rows of knockout.csv: what was blocked for which photo, from or around which layer, and what is left."""
+def knockout_rows(severed: list[Severed], names: list[str], tasks: list[str | None] | None = None) -> list[dict]:
+    """Rows of knockout.csv: what was blocked for which photo, from or around which layer, and what is left.
+
+    With their "task", where any of the `tasks`, those of the photos, is known.
+    """
     rows = []
-    for name, one in zip(names, severed, strict=True):
+    for i, (name, one) in enumerate(zip(names, severed, strict=True)):
+        known = {"task": tasks[i] or ""} if tasks and any(tasks) else {}
         for kind, values, right in (
             ("image from", one.removed, one.right),
             ("image but for the kept from", one.kept, one.kept_right),
         ):
             for layer, value in enumerate(truncated(one, values) if values is not None else ()):
-                row = {"blocked": kind, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
+                row = known | {"blocked": kind, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
                 rows.append(row | {"answer_right": int(right[layer])})
         for edge, values in one.windows.items():
             pairs = zip(truncated(one, values), change(one, edge), strict=True)
             for layer, (value, percent) in enumerate(pairs):
-                row = {"blocked": edge, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
+                row = known | {"blocked": edge, "photo": name, "layer": layer, "probability": f"{value:.4g}"}
                 rows.append(row | {"change_percent": f"{percent:.4g}"})
     return rows
 

@@ -46,6 +46,7 @@ from studies.knockout import (
     truncated,
     truncation_finding,
 )
+from studies.tasks import task_files
 from visualization_utils import photo_names, photo_rows
 
 __all__ = ["sever"]
@@ -184,17 +185,18 @@ def _draw_knockout(
 
 def sever(
     readings: list[Reading], names: list[str], spans: list, *, window=None, keep=None, mask=None, accuracy=False,
-    part="answer", runs_at_once=8, quiet=False, paper=PAGE,
+    part="answer", runs_at_once=8, quiet=False, paper=PAGE, tasks=None,
 ) -> tuple[dict[str, object], list[str], list[Evidence]]:  # fmt: skip
     """({file name: content}, findings in lines, evidence of each photo's explained tokens) of knockout mode.
 
     `names` are those of the photos, `spans` are (start, end) in each answer, or None for the tokens that need the
-    photo. With `accuracy`, the answers are the right ones, and what counts is whether the model would give them. Other
-    arguments are those of `sever_photo`, which runs `runs_at_once` edges at once.
+    photo. With `accuracy`, the answers are the right ones, and what counts is whether the model would give them. With
+    `tasks`, one for each photo or None, there are also means over the photos of each. Other arguments are those of
+    `sever_photo`, which runs `runs_at_once` edges at once.
     """
     total = get_model_layers(readings[0].model)[1]
     if not quiet:
-        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else 3 if mask is None else 7)
+        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else 4 if mask is None else 8)
         length, groups = sequence_length(readings[0]), token_groups(readings[0])
         share = (length - groups["image"].stop) / length
         say(f"{runs} runs of each photo; {forecast_forwards(readings, 2 + runs * share)}")
@@ -223,9 +225,10 @@ def sever(
     if accuracy:
         lines += said_instead(severed, names)
     files = _draw_knockout(severed, names, curves, what, window, finding, paper) | {
-        "knockout.csv": to_csv(knockout_rows(severed, names)),
+        "knockout.csv": to_csv(rows := knockout_rows(severed, names, tasks)),
         "knockout.npz": knockout_arrays(severed, names),
     }
+    files |= task_files("knockout", rows, paper)
     return files, lines, [one.evidence for one in severed]
 
 

@@ -38,9 +38,10 @@ from common.photos import load_photo
 from common.processes import Processes, prefetched, progress_bar
 from common.terminal import plain, say
 from smooth_gradcam import ExplanationWarning
+from studies.answers import task_of
 
 __all__ = [
-    *("Item", "OBJECTS", "TEXTS", "digest", "key_of", "named", "plan", "read_answers", "read_list", "run_list"),
+    *("Item", "OBJECTS", "TEXTS", "digest", "key_of", "named", "plan", "read_lines", "read_list", "run_list"),
     "work_off",
 ]
 
@@ -50,7 +51,7 @@ OBJECTS = ("mask", "box", "segmentation")
 MAX_LIST, MAX_LINE, MAX_NAME = 2**30, 2**24, 200  # bytes of a list, of a line in it, and of a folder's name
 READABLE = 400  # characters of a message
 EXAMPLE = '{"image": "a.jpg", "prompt": "What is here?", "target": "dog", "box": [10, 20, 80, 60]}'
-ANSWER = '{"image": "a.jpg", "prompt": "Is there a dog?", "answer": "Yes"}'
+UNNAMED = ("name", "truth", "source", "error")  # what an item's folder is not named by
 RECORD, RESULTS = "result.json", "results.jsonl"
 OWN_SUFFIXES = (".jsonl", ".csv", ".tex")  # of files beside the folders
 NEUTRAL = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
@@ -73,6 +74,7 @@ class Item:
     contrast: str | None = None
     object: dict = field(default_factory=dict)  # that is explained: {"mask" | "box" | "segmentation": ...}
     messages: list | None = None  # a conversation in the place of the prompt, see common/messages.py
+    truth: dict = field(default_factory=dict)  # of a question, see studies/answers.py; its task
     source: str = ""  # list and line
     error: str = ""  # why it cannot be explained
 
@@ -97,7 +99,7 @@ def read_list(paths: Iterable[str]) -> list[Item]:
             if file != path and (file.name in (RECORD, RESULTS) or is_ours(file)):
                 ours.append(file)
             else:
-                items += _read_lines(file) if file.suffix == ".jsonl" else [Item("", file, error=_unusable(file))]
+                items += read_lines(file) if file.suffix == ".jsonl" else [Item("", file, error=_unusable(file))]
     if ours:
         message = f"{len(ours)} files that this tool wrote are left out of the list, such as {plain(ours[0], READABLE)}"
         warnings.warn(message, ExplanationWarning, stacklevel=2)
@@ -124,10 +126,13 @@ def _unusable(path: Path) -> str:
     return "" if regular else f"{plain(path, READABLE)} is a folder, a pipe or a device"
 
 
-def _read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str = EXAMPLE) -> list[Item]:
+def read_lines(
+    path: Path, needed: tuple[str, ...] = ("image",), example: str = EXAMPLE, truth_of: Callable = task_of
+) -> list[Item]:
     """The items of a list, named by their photos' paths there, with an `error` where a line has a fault.
 
-    `needed` are the texts that a line must have. Raises ValueError for a list that cannot be read, or is empty.
+    `needed` are the texts that a line must have; `truth_of(record)` is the item's truth, or raises ValueError. Raises
+    ValueError for a list that cannot be read, or is empty.
     """
     items, number = [], 0
     if reason := _unusable(path):
@@ -143,7 +148,7 @@ def _read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str =
                 source = f"{path}, line {number}"
                 if line.removeprefix(BOM_UTF8).strip():
                     try:
-                        items.append(_read_line(line.removeprefix(BOM_UTF8), path.parent, source, needed))
+                        items.append(_read_line(line.removeprefix(BOM_UTF8), path.parent, source, needed, truth_of))
                     except (ValueError, RecursionError) as exc:
                         error = f"{source} {plain(exc, READABLE)}: give {example}"
                         items.append(Item("", Path(), source=source, error=error))
@@ -154,7 +159,7 @@ def _read_lines(path: Path, needed: tuple[str, ...] = ("image",), example: str =
     return items
 
 
-def _read_line(line: bytes, folder: Path, source: str, needed: tuple[str, ...]) -> Item:
+def _read_line(line: bytes, folder: Path, source: str, needed: tuple[str, ...], truth_of: Callable) -> Item:
     """The item of a line. Raises ValueError that continues "list.jsonl, line 3"."""
     if len(line) == MAX_LINE:
         raise ValueError(f"is not valid JSON (longer than {MAX_LINE} bytes)")
@@ -187,15 +192,7 @@ def _read_line(line: bytes, folder: Path, source: str, needed: tuple[str, ...]) 
             check_messages(messages, folder)
         except ValueError as exc:
             raise ValueError(f"has messages that cannot be read: {exc}") from exc
-    return Item(record["image"], image, *map(record.get, TEXTS), objects, messages, source)
-
-
-def read_answers(path: Path) -> list[Item]:
-    """The items of --answers. Raises ValueError that names the first line with a fault."""
-    items = _read_lines(path, ("image", "prompt", "answer"), ANSWER)
-    if errors := [item.error for item in items if item.error]:
-        raise ValueError(errors[0])
-    return items
+    return Item(record["image"], image, *map(record.get, TEXTS), objects, messages, truth_of(record), source)
 
 
 def named(items: list[Item]) -> list[Item]:
@@ -208,7 +205,7 @@ def named(items: list[Item]) -> list[Item]:
     for item in items:
         if not item.error:
             stem = item.image.stem
-            values = {name: str(v) for name, v in asdict(item).items() if name not in ("name", "source", "error")}
+            values = {name: str(v) for name, v in asdict(item).items() if name not in UNNAMED}
             mark = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
             alone = stems[stem.casefold()] == 1 and not stem.startswith(".") and Path(stem).suffix not in OWN_SUFFIXES
             if not alone or len(os.fsencode(stem)) > MAX_NAME:
@@ -434,6 +431,8 @@ def run_list(
     )  # fmt: skip
     if not processes.first:
         return {}, [], [], 0
+    tasks = {item.name: item.truth for item in items if item.name}
+    records = [record | tasks.get(record["name"], {}) for record in records]
     failed = [record for record in records if "error" in record]
     count, seconds = len(records) - len(failed) - before, time.monotonic() - start
     lines = [f"{len(items)} photos: {count} explained in {seconds:.0f} s, {before} skipped as complete"]

@@ -14,7 +14,8 @@ OUTSIDE |= {"--num_samples": "3", "--noise_std": "0.3", "--seed": "1", "--method
 OUTSIDE |= {"--rules": "plain", "--tap": "output", "--attention_maps": None, "--taps": None}
 OUTSIDE |= {"--colormap": "jet", "--opacity": "fixed:0.5", "--upsample": "cells", "--scale": "all"}
 OUTSIDE |= {"--head": "1", "--heatmaps": None, "--width": "column", "--prompt_words": None}
-OUTSIDE |= {"--window": "2", "--keep": "3", "--answers": "list.jsonl"}
+OUTSIDE |= {"--window": "2", "--keep": "3", "--answers": "list.jsonl", "--hide_from": "2", "--synonyms": "names.txt"}
+OUTSIDE |= {"--fastv": "2", "--removed": "50"}
 PAIRS = [(flag, mode) for flag in MODES_OF_FLAG for mode in FOLDERS]
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from studies.benchmark import basis, interval, summarise, to_latex, to_table
+from studies.benchmark import basis, summarise, to_latex, to_table
+from studies.tables import interval
 
 CENTRE = "centre", ""
 

@@ -33,7 +33,7 @@ import test_gradcam
 import visualization_utils
 from common.checkpoint import cap_pixels, load_processor
 from common.evidence import explain_with_evidence
-from common.flags import FOLDERS, MODES_OF_FLAG, parse_args
+from common.flags import FOLDERS, MODES_OF_FLAG, OF_ANSWERS, parse_args
 from smooth_gradcam import ExplanationError, compute_token_maps, get_model_layers
 from studies import faithfulness, knockout
 from test_gradcam import choose_layers, single_layer_visualization
@@ -627,7 +627,7 @@ ACTING = [(flag, mode) for flag, mode in PAIRS if mode in MODES_OF_FLAG[flag]]
 ACTING = [pair for pair in ACTING if pair[0] != "--recompute"]  # the same maps, for less memory: see above
 COLOURS = ("--colormap", "--opacity", "--upsample", "--scale")  # act on pictures: see below
 ACTING = [pair for pair in ACTING if pair[0] not in (*COLOURS, "--heatmaps", "--width")]
-ACTING.remove(("--answers", "knockout"))  # stands in the place of the others: see below
+ACTING = [pair for pair in ACTING if pair[0] not in ("--answers", *OF_ANSWERS)]  # of a list: see below
 
 
 @pytest.mark.parametrize(("flag", "mode"), ACTING)

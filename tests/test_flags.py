@@ -18,7 +18,7 @@ import common.page
 import smooth_gradcam as core
 import test_gradcam
 import visualization_utils
-from common.flags import CHOICES, EXAMPLES, LAYER_NAMES, MODES_OF_FLAG, make_parser, parse_args
+from common.flags import CHOICES, EXAMPLES, LAYER_NAMES, MODES_OF_FLAG, OF_ANSWERS, make_parser, parse_args
 from studies import faithfulness
 from visualization_utils import select_layers
 
@@ -55,6 +55,8 @@ def test_every_flag_of_some_modes_is_known_to_the_parser():
             value += ["--target", "cat"] if flag in ("--target_occurrence", "--contrast") else []
             value += ["--method", "attention"] if flag == "--head" else []
             value += ["--window", "2"] if (flag, mode) == ("--mask", "knockout") else []
+            value += ["--answers", "a.jsonl"] if flag in OF_ANSWERS else []
+            value += {"--fastv": ["--removed", "50"], "--removed": ["--fastv", "2"]}.get(flag, [])
             assert parse_args(["--mode", mode, flag, *value]).mode == mode
 
 

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from flow_by_hand import GROUPS, LAYERS, chosen, full_attention, names_by_hand
+from flow_by_hand import GROUPS, LAYERS, chosen, full_attention, names_by_hand, prompt_length
 from test_core import ANSWER, PROMPT, decoder, forced_by_hand
 
 from smooth_gradcam import ExplanationError, Settings, add_noise, read
@@ -19,6 +19,7 @@ from studies.flow import (
     flow_rows,
     gradient_flow,
     group_sums,
+    logit_lens,
     trace_photo,
 )
 
@@ -189,3 +190,21 @@ def test_share_of_the_gradient_that_is_zero_everywhere_is_told():
     zero = np.zeros(3)
     shares = {"system": zero + 0.5, "image": zero + 0.25, "user": zero + 0.25}
     assert "carries 0.00 of the score" in flow_findings(shares, dict.fromkeys(shares, 2), {"image": zero})[1]
+
+
+@pytest.mark.parametrize("word", ["cat", None])
+def test_probability_after_each_layer_is_by_the_final_norm_and_head(reading, word):
+    span, rows = chosen(reading, word)
+    model = reading.model
+    with torch.no_grad():
+        output = model(**forced_by_hand(reading.inputs, reading.tokens), output_hidden_states=True)
+    tokens = [reading.tokens[row - prompt_length(reading) + 1] for row in rows]
+    expected = []
+    for state in output.hidden_states[1:-1]:  # behind the first layer, and so on; the last is behind the norm already
+        logits = model.lm_head(model.model.language_model.norm(state[0, rows]))
+        expected.append(logits.softmax(-1)[range(len(rows)), tokens])
+    expected.append(output.logits[0, rows].softmax(-1)[range(len(rows)), tokens])
+    found = logit_lens(reading, span)
+    assert found.shape == (LAYERS, len(rows))
+    np.testing.assert_allclose(found, torch.stack(expected).detach().numpy(), rtol=1e-6)
+    assert not np.allclose(found[0], found[-1], rtol=0.1)

@@ -421,7 +421,8 @@ def test_windows_block_each_edge_in_the_layers_around(reading):
     names = np.array(names_by_hand(reading))
     places = {name: np.flatnonzero(names == name) for name in GROUPS}
     places |= {"object": places["image"][:2], "other patches": places["image"][2:]}
-    pairs = [(a, b) for a in ("image", "object", "other patches") for b in ("user", "answer")] + [("user", "answer")]
+    pairs = [(a, b) for a in ("image", "object", "other patches") for b in ("user", "answer")]
+    pairs += [("user", "answer"), ("answer", "answer")]  # of which a token sees itself and those before it
     assert set(found.windows) == {f"{a} → {b}" for a, b in pairs}
     for a, b in pairs:
         for layer in range(LAYERS):
@@ -433,7 +434,7 @@ def test_windows_block_each_edge_in_the_layers_around(reading):
 def test_each_run_of_a_sweep_lands_in_its_own_curve(reading, monkeypatch):
     """Runs that are told apart by their numbers: the image hidden, all but the kept ones, then windows."""
     count = len(reading.tokens)
-    right = np.array([True, False, False, True, False, True, True, False, *[True] * 9])  # of 4, 4 and 3 times 3 runs
+    right = np.array([True, False, False, True, False, True, True, False, *[True] * 12])  # of 4, 4 and 4 times 3 runs
     runs = np.arange(len(right))[:, None] + np.arange(count) / 100
     likeliest = np.repeat(right[:, None], count, 1)
     likeliest[~right, 1:] = True  # one token that is not the likeliest spoils the answer
@@ -465,7 +466,7 @@ def test_windows_are_so_many_layers_around_each(reading, monkeypatch, window, la
     monkeypatch.setattr("studies.knockout.knockout", note)
     sever_photo(reading, window=window)
     assert [list(edge.layers) for edge in asked[:4]] == [[0, 1, 2], [1, 2], [2], []]  # the truncation
-    assert [list(edge.layers) for edge in asked[4:]] == 3 * layers
+    assert [list(edge.layers) for edge in asked[4:]] == 4 * layers
 
 
 @pytest.mark.parametrize(

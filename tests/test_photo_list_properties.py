@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from common.photos import object_mask
 from common.processes import Processes
-from studies.photo_list import OBJECTS, TEXTS, read_answers, read_list, work_off
+from studies.photo_list import OBJECTS, TEXTS, read_list, work_off
+from studies.questions import read_questions
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GOOD = b'{"image": "photo.png"}'
@@ -78,10 +79,10 @@ def test_every_line_is_an_item_or_an_error_with_its_number(folder, found):
 def test_answers_are_read_or_refused_with_the_number_of_a_line(folder, found):
     path, numbers = write(folder, found)
     with pytest.raises(ValueError, match=f"{path}, line 1 has no text for 'prompt'"):
-        read_answers(path)
+        read_questions(path)
     path.write_bytes(b"\n".join(found))
     try:
-        items, error = read_answers(path), ""
+        items, error = read_questions(path), ""
     except ValueError as exc:
         items, error = [], str(exc)
     assert not error or error.startswith((f"{path}, line ", f"{path} is empty"))
