@@ -236,10 +236,10 @@ class _Table:
         lines = max(len(self.label(i, layer, across, text)) for i in range(count) for layer in self.layers)
         highest, found = max(sum(_heights(heads[i : i + columns])) for i in range(0, count, columns)), []
         side, apart, body = *self._margins(across), self._body(range(count), False)
-        for width in np.linspace(text, LEAST * pitch, 4):
+        for width in np.linspace(text, min(text, LEAST * (pitch + apart / across)), 4):
             height = width / self.aspect
             row = height + lines * TINY * LINE + GAP
-            if least <= width <= text and (highest + row <= body or not least):
+            if least <= width and (highest + row <= body or not least):
                 pages = self._paginate(heads, columns, across, row)
                 place = side, width, height, pitch, across * pitch + apart, row
                 found.append(_Layout(columns, across, *place, heads, pages))
