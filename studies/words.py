@@ -234,11 +234,11 @@ def create_word_maps(
 
     `words` is "content" (all but function words), "all", or the words, as a list or as "dog,apple"; `layer_range` is
     as in `create_layer_comparison_grid`, and so are the `settings`, but without target and contrast, and with the
-    method "auto" unless given. Writes words_by_layer.png (words across, layers down; further pages for long answers),
+    method "auto" unless given. Writes words_by_layer.png (maps under their words; further pages for long answers),
     index.html (a page that shows the map of the word under the pointer; it needs no network), words.json (tokens,
     spans, probabilities, evidence) and maps.npz; with `prompt_words` also what each word takes from those of the
-    prompt, prompt_words.png and on the page. The pictures of a word that is hardly said, or that does not come from
-    the photo, are faded.
+    prompt, in prompt_words.png (and further pages) and on the HTML page. The pictures of a word that is hardly said, or
+    that does not come from the photo, are faded.
 
     Returns {word: {layer: {"superimposed", "heatmap", "cam"}}}, the second "dog" as "dog (2)". Raises what
     `compute_word_maps` and `output_folder` raise.

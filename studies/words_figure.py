@@ -47,8 +47,8 @@ from visualization_utils import (
 
 __all__ = ["word_figures"]
 
-SMALLEST = {"page": 0.66, "column": 0.44}  # square root of the area of a picture
-LARGEST = 2.5
+SMALLEST = {"page": 0.66, "column": 0.44}  # square root of the area that a picture has at least
+LARGEST = 2.5  # and at most
 LEAST = 0.81  # share of its column that a picture takes at least
 LATER = 160  # columns of text of the answer on pages after the first
 BROKEN = 0.65  # width above which a word of a heading may be broken
@@ -148,10 +148,9 @@ class _Table:
             (bool(doubt_of(word)), any("weak" in label for label in own.values()), bool(word.blank))
             for word, own in zip(word_maps, self.labels, strict=True)
         ]
-        title = (
-            f"{_title(first)} ({len(names)}–{len(names)} of {len(names)}), layers {self.layers[-1]}–{self.layers[-1]}"
-        )
-        self.tops = [_masthead(page, photo, title, word_maps, range(len(names)), later) for later in (False, True)]
+        count, layer = len(names), self.layers[-1]
+        title = f"{_title(first)} ({count}–{count} of {count}), layers {layer}–{layer}"  # as long as any
+        self.tops = [_masthead(page, photo, title, word_maps, range(count), later) for later in (False, True)]
         self.bottoms, self.bottom = {}, functools.partial(self._bottom, photo, word_maps, look, paper)
         self.layout = self._best()
 
@@ -161,9 +160,12 @@ class _Table:
         if kinds not in self.bottoms:
             least = {layer: min(word.likeness.get(layer, 1) for word in word_maps) for layer in self.layers}
             alike = [replace(word, likeness=least) for word in word_maps]
-            page, cells = Page(WIDTHS[paper.width], ""), [(i, layer) for i in words for layer in self.layers]
-            below, settings = _caption(alike, self.labels, cells, 2, look), made_from(word_maps[0], photo)
-            self.bottoms[kinds] = footer(page, 0, word_maps[0].settings.method, below, settings, look)
+            first, cells = word_maps[0], [(i, layer) for i in words for layer in self.layers]
+            page, below = (
+                Page(WIDTHS[paper.width], first.prompt + first.answer),
+                _caption(alike, self.labels, cells, 2, look),
+            )
+            self.bottoms[kinds] = footer(page, 0, first.settings.method, below, made_from(first, photo), look)
         return self.bottoms[kinds]
 
     def _body(self, words: range, later: bool) -> float:
@@ -193,7 +195,7 @@ class _Table:
         """Of the layouts with the fewest pages, the one with the largest pictures and the fewest empty places."""
         words, layers = len(self.names), len(self.layers)
         under = [_tied(label) for labels in self.labels for label in labels.values()]
-        under = self._widest({*under, _tied(f"layer {max(self.layers)},")}, TINY)
+        under = self._widest({*under, *(_tied(f"layer {layer},") for layer in self.layers)}, TINY)
         over = max(self._widest(map(_tied, self.evidence), TINY), self._widest(self.names, TINY, "bold"))
         found = []
         for across in range(1, layers + 1):
@@ -224,11 +226,8 @@ class _Table:
         """From picture to picture, where so many words with so many layers side by side take the page's width."""
         side, apart = self._margins(across)
         whole = (self.inner - side + GAP - (columns - 1) * apart) / (columns * across)
-        return min(
-            whole,
-            LARGEST * self.aspect**0.5 + GAP,
-            self.aspect * (self._body(range(len(self.names)), False) - 0.8) + GAP,
-        )
+        highest = self._body(range(len(self.names)), False) - 0.8  # 0.8 for heads and labels
+        return min(whole, LARGEST * self.aspect**0.5 + GAP, self.aspect * highest + GAP)
 
     def _layouts(self, columns: int, across: int, pitch: float, least: float) -> list[_Layout]:
         """Those with pictures of several widths, at least `least`, if a row of them fits on a page, or `least` is 0."""
@@ -237,10 +236,10 @@ class _Table:
         lines = max(len(self.label(i, layer, across, text)) for i in range(count) for layer in self.layers)
         highest, found = max(sum(_heights(heads[i : i + columns])) for i in range(0, count, columns)), []
         side, apart, body = *self._margins(across), self._body(range(count), False)
-        for width in np.linspace(text, LEAST * pitch, 4):
+        for width in np.linspace(text, min(text, LEAST * (pitch + apart / across)), 4):
             height = width / self.aspect
             row = height + lines * TINY * LINE + GAP
-            if least <= width <= text and (highest + row <= body or not least):
+            if least <= width and (highest + row <= body or not least):
                 pages = self._paginate(heads, columns, across, row)
                 place = side, width, height, pitch, across * pitch + apart, row
                 found.append(_Layout(columns, across, *place, heads, pages))
@@ -330,11 +329,8 @@ def _masthead(
 def _words_figure(photo, word_maps: list[TokenMaps], table: _Table, blocks: list, look: Look, paper: Paper) -> Page:
     """One page: overlays of words and layers; blocks of words one below the other."""
     first, at = word_maps[0], table.layout
-    page, strongest, title = (
-        Page(WIDTHS[paper.width], first.prompt + first.answer),
-        strongest_of(word_maps),
-        _title(first),
-    )
+    page, strongest = Page(WIDTHS[paper.width], first.prompt + first.answer), strongest_of(word_maps)
+    title = _title(first)
     start, end, layers = blocks[0][0][0], blocks[-1][0][-1] + 1, blocks[0][1]
     later = start > 0 or layers[0] != table.layers[0]
     if end - start < len(word_maps):

@@ -126,11 +126,16 @@ def installed(monkeypatch, tmp_path):
             path = tmp_path / f"{family}{weight}.ttf"
             make_font(path, character, family, weight)
             font_manager.fontManager.addfont(path)
-        font_families.cache_clear()
+        clear_caches()
         return character
 
     yield install
+    clear_caches()
+
+
+def clear_caches():
     font_families.cache_clear()
+    common.page._lacks_bold.cache_clear()
 
 
 @pytest.mark.parametrize("weights", [(400,), (500,), (700,), (300, 600), (400, 700)])
@@ -153,6 +158,18 @@ def test_bold_text_is_bold_where_its_script_has_a_bold_face(installed):
     assert families == ["DejaVu Sans", "With Bold"]
     bold = font_manager.FontProperties(family=["With Bold"], weight="bold")
     assert str(font_manager.findfont(bold)).endswith("With Bold700.ttf")
+
+
+def test_bold_text_is_bold_where_its_script_has_no_bold_face(installed):
+    text, ink = 3 * installed(("Plain Only", 400)), {}
+    for weight in ("normal", "bold"):
+        page = Page(2, text)
+        page.text(0.2, 0.2, text, 20, weight=weight)
+        ink[weight] = (255 - np.asarray(page.finish(1)).astype(int)).sum()
+    assert ink["bold"] > 1.1 * ink["normal"] > 0
+    page = Page(2, "dog")
+    page.text(0.2, 0.2, "dog", 20, weight="bold")
+    assert not page.figure.texts[0].get_path_effects()
 
 
 def test_wrapped_lines_fit_and_hold_all_of_the_text():

@@ -1,13 +1,16 @@
 """What words take from the prompt: positions by their tokens, shares by plain autograd of a model by the book."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+from drawn_maps import laid_out, texts_of, worded
 from family_models import ANSWER, LAYERS, autograd, by_the_book, decoder, make_processor, make_random
 
+from common.page import Paper
 from smooth_gradcam import Settings, explain, find_target, read
-from studies.prompt_words import Relevances, prompt_words
+from studies.prompt_words import Asked, Relevances, Shares, prompt_words
 
 PROMPT = "What is the red cat, 猫?"
 CLEAN = Settings(use_smooth=False)
@@ -122,3 +125,46 @@ def test_flags_that_contradict_it_are_refused(drive, flags, message):
     code, _, err = drive("--mode", "words", "--prompt_words", *flags)
     assert code == 2
     assert message in err
+
+
+# pages
+
+
+def asked_of(count, prompt):
+    """Made-up shares of `count` words of an answer, and their maps."""
+    answer = ", ".join(f"w{i:02d}" for i in range(count)) + "."
+    maps = worded([f"w{i:02d}" for i in range(count)], answer, (2, 3), [1])
+    spans = [match.span() for match in re.finditer(r"\w+", prompt)]
+    shares = [
+        Shares(np.full((1, len(spans)), (-1) ** i / 100), np.array([0.3]), np.array([-0.1])) for i in range(count)
+    ]
+    return Asked(prompt, spans, [1], shares), maps
+
+
+@pytest.mark.parametrize("width", ["page", "column"])
+@pytest.mark.parametrize(("count", "prompt"), [(3, PROMPT), (60, 6 * PROMPT), (2, 150 * PROMPT)])
+def test_long_answers_and_prompts_take_several_pages_and_each_line_stands_once(count, prompt, width):
+    asked, maps = asked_of(count, prompt)
+    files = asked.figures(maps, Paper(width))
+    assert list(files) == ["prompt_words.png", *(f"prompt_words_{i}.png" for i in range(2, len(files) + 1))]
+    assert (len(files) > 1) == (count > 3 or len(prompt) > 1000)
+    found, heads = "", []
+    for draw in files.values():
+        figure = laid_out(draw(), width)
+        assert figure.get_size_inches()[1] <= 9
+        lines = [text for text in figure.texts if text.get_size() == 7 and text.get_color() != "0.3"]
+        own = [text.get_text() for text in lines if text.get_weight() == "bold"]
+        heads += own
+        found += "".join(text.get_text() for text in lines if text.get_weight() != "bold")
+        if len(files) > 1 and count > 3:
+            title = " ".join(text.get_text().strip() for text in figure.texts if text.get_size() == 11)
+            assert title.endswith(f" ({int(own[0][1:]) + 1}–{int(own[-1][1:]) + 1} of {count})")
+    assert list(dict.fromkeys(heads)) == [word.target for word in maps]
+    assert found.replace(" ", "") == count * prompt.replace(" ", "")
+
+
+def test_words_that_come_again_have_their_number():
+    asked, _ = asked_of(2, PROMPT)
+    maps = worded(["dog", "dog"], "A dog, a dog.", (2, 3), [1])
+    figure = asked.figures(maps, Paper())["prompt_words.png"]().figure
+    assert {"dog", "dog (2)"} <= set(texts_of(figure))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import unicodedata
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_image
-from drawn_maps import numbered_words
+from drawn_maps import make_maps, numbered_words
 from test_core import (
     ANSWER,
     CLEAN,
@@ -757,3 +758,34 @@ def test_model_is_as_before_when_the_other_pass_fails(make_model, processor, ima
         compute_token_maps(model, processor, image, PROMPT, [0, 2], **options)
     assert state_of(model, image) == before
     assert len(calls) == forwards
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    ("answer", "thinking", "names"),
+    [
+        ("left dog, left cat; left", 0, ["left", "dog", "left (2)", "cat", "left (3)"]),
+        ("a hot-dog, a dog", 0, ["a", "hot-dog", "a (2)", "dog (2)"]),  # the first stands inside "hot-dog"
+        ("the cat</think>the cat", 15, ["the", "cat"]),
+        ("Cat cat", 0, ["Cat", "cat"]),
+    ],
+)
+def test_number_in_a_name_is_the_target_occurrence(answer, thinking, names):
+    maps = []
+    for match in re.finditer(r"[\w-]+", answer[thinking:]):
+        start, end = (thinking + place for place in match.span())
+        word = make_maps({3: np.ones((2, 3), np.float32)}, answer=answer, target=match[0])
+        maps.append(replace(word, target_span=(start, end), thinking=thinking))
+    assert name_words(maps) == names
+    for word, name in zip(maps, names, strict=True):
+        number = int(name.split(" (")[1][:-1]) if " (" in name else 1
+        start, end = find_target(answer[thinking:], word.target, number)
+        assert (start + thinking, end + thinking) == word.target_span
+
+
+def test_words_that_no_target_occurrence_explains_have_names_of_their_own():
+    maps = [make_maps({3: np.ones((2, 3), np.float32)}, answer="cat_2 cat", target="cat") for _ in range(2)]
+    maps[1] = replace(maps[1], target_span=(6, 9))
+    assert name_words(maps) == ["cat (2)", "cat"]
