@@ -73,7 +73,7 @@ STYLES = {  # colour and marker of each method
     "paper": ("#777777", "x"),
     "needed": ("#000000", "D"),
 }
-CURVE_PLOT = 2.75, 1.75  # inches
+CURVE_PLOT = 2.75, 1.65  # inches
 TICKS = 0.24  # left of a row of small plots
 SAME = 0.01  # curves that are nowhere further apart cannot be told apart
 
