@@ -75,7 +75,7 @@ STYLES = {  # colour and marker of each method
     "parent": ("#e69f00", "P"),
     "attention": ("#cc79a7", "v"),
 }
-CURVE_PLOT = 2.75, 1.75  # inches
+CURVE_PLOT = 2.75, 1.65  # inches
 TICKS = 0.24  # left of a row of small plots
 SAME = 0.01  # curves that are nowhere further apart cannot be told apart
 

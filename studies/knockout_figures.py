@@ -98,7 +98,7 @@ def _window_rows(page: Page, severed: list[Severed], window: int) -> list[Part]:
     columns = -(-len(changes) // -(-len(changes) // most))
     pitch = (page.inner - TICKS + GAP) / columns
     finite = np.concatenate([values[np.isfinite(values)] for values in changes.values()])
-    low, high = min(-10, *finite), max(5, *finite)
+    low, high = min([-10, *finite]), max([5, *finite])
     limits = low - 0.08 * (high - low), high + 0.08 * (high - low)
     ticks = AutoLocator().tick_values(*limits)[:: 2 if high - low > 50 else 1]
     ticks = [tick for tick in ticks if limits[0] <= tick <= limits[1]]

@@ -54,6 +54,11 @@ def only(files):
     return content
 
 
+def colour_bars(figure):
+    """The axes of colour bars."""
+    return [axes for axes in figure.axes if axes.images and len(axes.images[0].get_array()) <= 2]
+
+
 def hot_spot(grid, cell):
     cam = np.zeros(grid, np.float32)
     cam[cell] = 3

@@ -9,7 +9,7 @@ from PIL import Image
 import common.bands
 import common.files
 import common.photos
-from common.encoding import is_ours
+from common.encoding import is_ours, with_minus
 from common.files import write_files
 from studies.video import animate
 
@@ -37,3 +37,17 @@ def test_large_pictures_are_written_as_small_ones_are(tmp_path, monkeypatch, siz
         with Image.open(path) as one, Image.open(other) as another:
             assert one.tobytes() == another.tobytes() == picture.tobytes()
             assert one.info["dpi"] == another.info["dpi"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("correlation -0.3 to 0.1", "correlation −0.3 to 0.1"),
+        ("-.5", "−.5"),
+        ("(-12 %)", "(−12 %)"),
+        ("layers 19-27, 2020-21, x-1, 0.70-1.00", "layers 19-27, 2020-21, x-1, 0.70-1.00"),
+        ("insertion - deletion, Obj-IoU", "insertion - deletion, Obj-IoU"),
+    ],
+)
+def test_numbers_below_zero_have_a_minus_sign_in_figures(text, expected):
+    assert with_minus(text) == expected

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from drawn_maps import (
     SIDES,
     box_of,
     bumps,
+    colour_bars,
     crops,
     drawn,
     found_under,
@@ -32,6 +34,7 @@ from matplotlib.colors import to_rgb
 import common.page
 from common.page import WIDTHS, Paper
 from common.parts import HIGHEST
+from smooth_gradcam import METHODS
 from studies.faithfulness import comparison_rows, score_rows, side_by_side
 from studies.faithfulness_figures import STYLES, draw_comparison, draw_faithfulness, draw_randomization
 from studies.randomization import randomization_rows
@@ -175,6 +178,104 @@ def test_figure_of_redrawn_weights_has_room_for_all(pages, layers, numbers, shap
         for line, layer in zip(lines, alive, strict=True):
             assert list(line.get_ydata()) == [row[name] for row in rows if row["layer"] == layer]
             assert axes.get_ylim()[0] < min(line.get_ydata())
+
+
+# colours, curves and names
+
+
+def test_colours_of_every_figure_have_a_bar_that_says_what_they_are(pages):
+    photo, maps = varied(SIDES["landscape"], [3, 9, 4])
+    result, staged = measured(maps, 5), {0: maps, 28: varied(SIDES["landscape"], [3, 9, 4], seed=1)[1]}
+    every, together, compared, rows = _compared([3, 9, 4])
+    for files, whose, bars in (
+        (draw_faithfulness(photo, maps, result, score_rows(maps, result, None)), "gradcam", 2),
+        (draw_randomization(photo, staged, randomization_rows(staged)), "gradcam", 1),
+        (draw_comparison(photo, together, compared, rows), "each method", 2),
+    ):
+        drawn(only(files))
+        (bar,) = colour_bars(pages[-1])
+        assert len(bar.images[0].get_array()) == bars
+        assert f"{whose}: share of the map's own maximum" in prose_of(pages[-1])
+        assert ("over grey" in prose_of(pages[-1])) == ("overlays" in prose_of(pages[-1])) == (bars == 2)
+
+
+def _compared(layers, grid=(4, 6), **options):
+    """(maps of each method, the same side by side, what was measured of them, rows): the curves of all coincide."""
+    every = {method: layered(grid, layers, seed=i, **options) for i, method in enumerate(STYLES)}
+    together = side_by_side(every)
+    compared = measured(together, 5)
+    insertion = {key: compared.shares ** (0.3 if key.endswith(" 9") else 1.9) for key in compared.insertion}
+    compared = dataclasses.replace(
+        compared, insertion=insertion, deletion={key: 1 - curve for key, curve in insertion.items()}
+    )
+    return every, together, compared, comparison_rows(every, together, compared, None)
+
+
+def test_compared_methods_have_a_plot_each_under_their_own_name(pages):
+    every, together, compared, rows = _compared([3, 9, 27])
+    drawn(only(draw_comparison(make_image(336, 224), together, compared, rows)))
+    (figure,) = pages
+    check_layout(figure)
+    names = [text for text in figure.texts if text.get_text() in METHODS]
+    assert [text.get_text() for text in names] == [method for method in METHODS if method != "auto"] == list(every)
+    plots = [axes for axes in figure.axes if axes.lines]
+    assert len(plots) == len(names)
+    for axes, name in zip(plots, names, strict=True):
+        method, front = name.get_text(), max(axes.lines, key=lambda line: line.get_zorder())
+        own = {row["layer"]: row["difference"] for row in rows if row["method"] == method}
+        assert (front.get_label(), front.get_color(), front.get_marker()) == (method, *STYLES[method])
+        assert dict(zip(front.get_xdata(), front.get_ydata(), strict=True)) == own
+        assert {line.get_color() for line in axes.lines if line is not front} == {"0.7"}
+        assert box_of(axes)[0] < box_of(name)[[0, 2]].mean() < box_of(axes)[2]
+        assert box_of(name)[3] < box_of(axes)[1]
+        assert max(own, key=own.get) == 9  # which is shown
+        numbers = [text.get_text() for text in figure.texts if text.get_text().startswith("layer 9: ")]
+        assert numbers == [f"layer 9: {own[9]:.2f}"] * len(names)
+
+
+def test_numbers_below_zero_have_the_axes_minus_sign(pages):
+    every, together, compared, rows = _compared([3, 4])
+    drawn(only(draw_comparison(make_image(336, 224), together, compared, rows)))
+    worst = rows[0]["difference"]
+    assert worst < 0
+    assert texts_of(pages[-1]).count(f"layer 3: −{-worst:.2f}") == len(every)
+    assert not re.search(r"(?<!\w)-\.?\d", prose_of(pages[-1]))
+
+
+def test_layers_whose_curves_coincide_are_told_apart(pages):
+    photo, maps = varied(SIDES["landscape"], [3, 9, 4, 5, 6])
+    result = measured(maps, 5)
+    insertion = dict.fromkeys([3, 9, 4, 5], result.insertion[3]) | {6: result.insertion[6]}
+    deletion = dict.fromkeys([3, 9, 4, 5], result.deletion[3]) | {6: result.deletion[6]}
+    result = dataclasses.replace(result, insertion=insertion, deletion=deletion)
+    drawn(only(draw_faithfulness(photo, maps, result, score_rows(maps, result, None))))
+    plots = [axes for axes in pages[0].axes if axes.get_xlabel()]
+    for axes in plots[:2]:
+        coloured = [line for line in axes.lines if line.get_label() in ("layer 3", "layer 9", "layer 4")]
+        coloured.sort(key=lambda line: line.get_zorder())
+        widths = [line.get_linewidth() for line in coloured]
+        assert len(widths) == 3
+        assert widths == sorted(set(widths), reverse=True)
+        assert len({line.get_linestyle() for line in coloured}) == 2
+    assert "The curves of 1 of the 2 other layers lie behind those in colour." in prose_of(pages[0])
+    insertion, deletion = (line for line in plots[2].lines if len(line.get_xdata()) == 5)
+    assert insertion.get_markersize() > deletion.get_markersize()
+    assert insertion.get_marker() != deletion.get_marker()
+
+
+def test_layers_of_redrawn_weights_stand_side_by_side_with_markers_in_turn(pages):
+    photo, maps = varied(SIDES["landscape"], [3, 9, 4])
+    staged = {number: maps for number in (0, 14, 28)}  # all likenesses are 1
+    drawn(only(draw_randomization(photo, staged, randomization_rows(staged))))
+    (figure,) = pages
+    for axes in [axes for axes in figure.axes if axes.get_xlabel()]:
+        lines = [line for line in axes.lines if line.get_marker() != "None"]
+        assert len({line.get_marker() for line in lines}) == 3
+        xs = np.array([line.get_xdata() for line in lines])
+        assert (np.diff(xs, axis=0) > 1).all()
+        assert np.abs(xs - [0, 14, 28]).max() < 7  # nearer to its own step than to the next
+    assert {"●", "■", "▲"} <= set(texts_of(figure))
+    assert "overlays" not in prose_of(figure)
 
 
 # what stands where in a figure

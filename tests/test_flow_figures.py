@@ -1,17 +1,22 @@
 """Figures of flow and knockout: what they keep of the arrays, and that everything has its place."""
 
+import re
+
 import numpy as np
 import pytest
 from conftest import check_layout, make_image
+from drawn_maps import colour_bars, prose_of, texts_of
 from flow_by_hand import LAYERS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from test_core import ANSWER, PROMPT
 
 from common.evidence import explain_with_evidence
 from common.page import WIDTHS, Paper
+from common.parts import HIGHEST
 from smooth_gradcam import Settings, find_target, read
 from studies.flow import attention_flow, gradient_flow
-from studies.flow_figures import trace
+from studies.flow_figures import COLOURS, _flow_lines, trace
 from studies.knockout_figures import sever
 
 
@@ -49,9 +54,101 @@ def test_figures_of_the_flow_fit_on_page_and_column(model, processor, size, widt
     files = trace(*given, range(LAYERS), settings, attention_map=True, taps=True, **options)[0]
     files |= sever(*given, window=1, keep=3, mask=mask, **options)[0]
     figures = {name: content for name, content in files.items() if name.endswith(".png")}
-    assert set(figures) == {"information_flow.png", "attention_maps.png", "taps.png", "knockout.png"}
+    kinds = {re.sub(r"(_\d+)?\.png", "", name) for name in figures}
+    assert kinds == {"information_flow", "attention_maps", "taps", "knockout"}
     for draw in figures.values():
         page = draw()
         assert page.figure.get_size_inches()[0] == WIDTHS[width]
+        assert page.figure.get_size_inches()[1] <= HIGHEST
         FigureCanvasAgg(page.figure)
         check_layout(page.figure)
+
+
+def figures_of(files, kind):
+    """The matplotlib figures of the pages of one kind."""
+    return [draw().figure for name, draw in files.items() if name.startswith(kind) and name.endswith(".png")]
+
+
+@pytest.fixture(scope="module")
+def traced(reading):
+    settings, span = Settings(use_smooth=False), find_target(reading.answer, "red")
+    options = {"attention_map": True, "taps": True, "quiet": True}
+    return trace([reading], ["photo"], [span], [0, 1, 2], settings, **options)[0]
+
+
+def test_colours_of_the_flow_have_a_bar_that_says_what_they_are(traced):
+    for kind, label in {
+        "information_flow": "gradcam: share of the map's own maximum; below: over grey",
+        "taps": "gradcam: share of the map's own maximum; below: over grey",
+        "attention_maps": "attention of a query to a key, logarithmic",
+    }.items():
+        for figure in figures_of(traced, kind):
+            shown = kind == "attention_maps" or any(text.startswith("max ") for text in texts_of(figure))
+            assert len(colour_bars(figure)) == texts_of(figure).count(label) == shown
+
+
+def test_groups_have_markers_in_turn_that_the_legend_shows(traced):
+    (figure,) = figures_of(traced, "information_flow")
+    plots = [axes for axes in figure.axes if axes.get_xlabel() == "layer"]
+    assert len(plots) == 3
+    for axes in plots:
+        lines = {line.get_label(): line for line in axes.lines}
+        assert set(lines) <= set(COLOURS)
+        assert len({(line.get_marker(), line.get_markevery()) for line in lines.values()}) == len(lines) >= 3
+    assert {"●", "■", "▲", "◆", *COLOURS} <= set(texts_of(figure))
+
+
+@pytest.mark.parametrize("token", [0, -1])
+def test_flow_lines_are_not_cut_at_the_edges_of_their_panel(token):
+    figure = Figure(figsize=(2, 3), dpi=200)
+    figure.add_axes((0, 0, 1, 1), xticks=[], yticks=[])
+    FigureCanvasAgg(figure)
+    attention = np.zeros(40)
+    attention[token] = 1  # all of it at an end: the broadest line
+    groups = {"system": slice(0, 5), "image": slice(5, 25), "user": slice(25, 35), "answer": slice(35, 40)}
+    (axes,) = figure.axes
+    _flow_lines(axes, attention, groups, 4, (2, 3))
+    (lines,) = axes.collections
+
+    def drawn_pixels():
+        figure.canvas.draw()
+        return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+    cut = drawn_pixels()
+    figure.set_size_inches(3, 4)  # the same panel in the middle of a larger page, with nothing cut
+    axes.set_position((1 / 6, 1 / 8, 2 / 3, 3 / 4))
+    for artist in (lines, *axes.lines):
+        artist.set_clip_on(False)
+    whole = drawn_pixels()
+    assert (whole[100:-100, 100:-100] == cut).mean() > 0.99
+    margins = np.ones(whole.shape[:2], bool)
+    margins[98:-98, 98:-98] = False
+    assert (whole[margins] == 255).all()
+
+
+def test_edges_blocked_in_windows_have_a_plot_each(reading):
+    span, mask = find_target(reading.answer, "red"), np.tri(*reading.photo.size[::-1], dtype=bool)
+    for given in (mask, None):
+        files = sever([reading], ["photo"], [span], window=1, mask=given, quiet=True)[0]
+        (figure,) = figures_of(files, "knockout")
+        edges = files["knockout.npz"]["edges"].tolist()
+        assert len(edges) == (3 if given is None else 7)
+        plots = [axes for axes in figure.axes if axes.lines and not axes.get_xlabel()]
+        fronts = [max(axes.lines, key=lambda line: line.get_zorder()) for axes in plots]
+        assert [line.get_label() for line in fronts] == edges
+        assert all(len(axes.lines) == len(edges) + 1 for axes in plots)  # with the line at zero
+        assert set(edges) <= set(texts_of(figure))
+        assert ("Where one part of the image" in prose_of(figure)) == (given is not None)
+
+
+def test_captions_of_knockout_and_taps_say_nothing_of_what_is_not_there(reading, traced):
+    span = find_target(reading.answer, "red")
+    files, lines, _ = sever([reading], ["photo"], [span], quiet=True)
+    (figure,) = figures_of(files, "knockout")
+    cliff = any(text.get_text().startswith("cliff") for axes in figure.axes for text in axes.texts)
+    assert ("Cliff:" in prose_of(figure)) == ("yellow" in prose_of(figure)) == cliff
+    assert "Blocked" not in prose_of(figure)
+    for taps in figures_of(traced, "taps"):
+        assert ("weak:" in prose_of(taps)) == any(text.endswith(", weak") for text in texts_of(taps))
+        assert ("grey: no gradient" in prose_of(taps)) == ("no gradient" in texts_of(taps))
+        assert ("merger:" in prose_of(taps)) == ("merger" in texts_of(taps))

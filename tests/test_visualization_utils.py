@@ -219,7 +219,7 @@ def test_panels_of_a_layer_are_the_written_pictures(pages, size):
         assert unlike(crop, expected[label]) < CLOSE
         for other in (crop[::-1], crop[:, ::-1], crop.transpose(1, 0, 2)):
             assert unlike(other, expected[label]) > FAR
-    assert "Smooth Grad-CAM, layer 7" in texts_of(pages[0])
+    assert "Smooth Grad-CAM (gradcam), layer 7" in texts_of(pages[0])
 
 
 OVERLAYS, PAIRS = ["superimposed"], ["heatmap", "superimposed"]
@@ -275,7 +275,7 @@ def test_thirds_are_rows_under_their_names(pages, monkeypatch, side, per_third):
         assert top < sides[name] < end
     for name, part in results.items():
         page = drawn(files[f"{name}/layer_comparison_grid.png"])
-        assert f"Smooth Grad-CAM, {name} layers" in texts_of(pages[-1])
+        assert f"Smooth Grad-CAM (gradcam), {name} layers" in texts_of(pages[-1])
         check_pictures(found_under(pages[-1], page, [f"layer {layer}" for layer in part]), part, ["superimposed"])
 
 
@@ -532,9 +532,7 @@ def test_every_figure_states_its_settings(pages, settings, title, stated):
         assert prose.endswith(made if heading in of_maps else (made, f"{made}; baseline blur"))
         assert prose.count("Settings:") == 1
         if heading in of_maps:
-            assert f"{title.removeprefix('Smooth ')}, share of the map's own maximum; below: over grey" in texts_of(
-                pages[-1]
-            )
+            assert f"{settings.method}: share of the map's own maximum; below: over grey" in texts_of(pages[-1])
             hot = "where the explained words come from"
             if settings.contrast is not None:
                 hot = "what speaks for the explained words rather than for the other text"

@@ -164,7 +164,7 @@ def test_pictures_of_words_stand_under_their_word_and_beside_their_layer(pages):
     for layer in (3, 27, 9):
         assert [word for word, own in cells if own == layer] == [word.target for word in maps]
     assert len(cells) == 3 * len(maps)
-    assert "Smooth Grad-CAM, word by word" in texts_of(pages[0])
+    assert "Smooth Grad-CAM (gradcam), word by word" in texts_of(pages[0])
     first, second = results["w00"][3]["superimposed"], results["w01"][3]["superimposed"]
     assert unlike(first, second) > FAR < unlike(first, results["w00"][27]["superimposed"])
 
@@ -182,7 +182,7 @@ def test_long_answers_take_several_pages_and_each_word_stands_once(pages, count,
         check_layout(pages[i])
         cells = check_words(pages[i], page, maps, results)
         words, rows = sorted({int(word[1:]) for word, _ in cells}), sorted({layer for _, layer in cells})
-        (title,) = (text for text in texts_of(pages[i]) if text.startswith("Smooth Grad-CAM, word by word"))
+        (title,) = (text for text in texts_of(pages[i]) if text.startswith("Smooth Grad-CAM (gradcam), word by word"))
         assert f" ({words[0] + 1}–{words[-1] + 1} of {count})" in title
         assert f", layers {rows[0]}–{rows[-1]}" in prose_of(pages[i]) or len(rows) == len(layers)
         found += cells
