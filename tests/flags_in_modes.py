@@ -13,7 +13,7 @@ OUTSIDE |= {"--baseline": "mean", "--steps": "3", "--compare": None, "--recomput
 OUTSIDE |= {"--num_samples": "3", "--noise_std": "0.3", "--seed": "1", "--method": "hirescam", "--score": "logprob"}
 OUTSIDE |= {"--rules": "plain", "--tap": "output", "--attention_maps": None, "--taps": None}
 OUTSIDE |= {"--colormap": "jet", "--opacity": "fixed:0.5", "--upsample": "cells", "--scale": "all"}
-OUTSIDE |= {"--head": "1", "--heatmaps": None, "--width": "column", "--prompt_words": None}
+OUTSIDE |= {"--head": "1", "--heads": None, "--heatmaps": None, "--width": "column", "--prompt_words": None}
 OUTSIDE |= {"--window": "2", "--keep": "3", "--answers": "list.jsonl"}
 PAIRS = [(flag, mode) for flag in MODES_OF_FLAG for mode in FOLDERS]
 

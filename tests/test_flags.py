@@ -55,6 +55,7 @@ def test_every_flag_of_some_modes_is_known_to_the_parser():
             value += ["--target", "cat"] if flag in ("--target_occurrence", "--contrast") else []
             value += ["--method", "attention"] if flag == "--head" else []
             value += ["--window", "2"] if (flag, mode) == ("--mask", "knockout") else []
+            value += ["--heads"] if (flag, mode) == ("--mask", "flow") else []
             assert parse_args(["--mode", mode, flag, *value]).mode == mode
 
 
