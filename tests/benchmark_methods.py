@@ -95,7 +95,7 @@ def absent_row(bed: beds.Bed, reading: core.Reading, names: list[str], number: i
     absent = [name for name in things if name not in names]
     answer = f"There is a {absent[number % len(absent)]}."
     other = core.answered(
-        bed.model, bed.processor, reading.photos, reading.prompt, reading.inputs, "image", answer, max_new_tokens=1
+        bed.model, bed.processor, reading.photos, reading.chat, reading.inputs, "image", answer, max_new_tokens=1
     )
     nothing = np.zeros(len(other.positions), bool)
     with image_hiding(other) as hide:
