@@ -436,7 +436,15 @@ def trace_photos(request: Request, readings: list[Reading], names, layers, mask)
 
     args, spans = request.args, find_targets(request.args, readings, names)
     options = {"attention_map": args.attention_maps, "taps": args.taps, "quiet": args.quiet}
-    return trace(readings, names, spans, layers, request.settings, **options, **request.copies, **request.drawing)
+    files, lines, evidence = trace(
+        readings, names, spans, layers, request.settings, **options, **request.copies, **request.drawing
+    )
+    if args.heads:
+        from studies.heads_figures import heads
+
+        drawn, found = heads(readings, names, spans, evidence[0], mask, **request.drawing)
+        files, lines = files | drawn, lines + found
+    return files, lines, evidence
 
 
 def sever_photos(request: Request, readings: list[Reading], names, layers, mask, tasks=None) -> Explained:
@@ -573,7 +581,7 @@ def explain_list(request: Request) -> Done:
         own = request._replace(args=asked, settings=replace(request.settings, contrast=asked.contrast))
         with vision_kept(model):
             reading = read(model, processor, photo, prompt_of(asked), asked.answer, asked.max_new_tokens)
-            wanted = args.mode == "evaluate" or (args.mode == "knockout" and args.window is not None)
+            wanted = args.mode == "evaluate" or args.window is not None or args.heads
             mask = object_mask(item.object, photo.size) if item.object and wanted else None
             names = [readable(item.image.name)]
             if args.mode == "evaluate":

@@ -298,8 +298,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--format", nargs="+", default=[], help="of figures, written beside the PNG")
     pixels = "cap on the photo's pixels; never raises the model's own"
     add("--max_pixels", type=_count, default=1_000_000, help=pixels)
-    mask = "image of the photo's size, white where the explained object is (knockout: with --window)"
-    add("--mask", "evaluate", "knockout", type=_path, help=mask)
+    mask = "image of the photo's size, white where the explained object is (flow: for --heads; knockout: --window)"
+    add("--mask", "evaluate", "flow", "knockout", type=_path, help=mask)
     add("--baseline", "evaluate", default="blur", help="what removed image tokens show")
     add("--steps", "evaluate", type=_count, default=64, help="of insertion and deletion")
     batch = "noisy copies that go through the model at once (default: 1); in evaluate and knockout mode, runs too (8)"
@@ -309,6 +309,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--randomize", "evaluate", action="store_true", help="also re-draw the weights of a copy, and compare maps")
     add("--compare", "evaluate", action="store_true", help="measure the maps of all methods beside each other")
     add("--attention_maps", "flow", action="store_true", help="also draw attention between all positions")
+    add("--heads", "flow", action="store_true", help="also draw where every head looks: layers x heads")
     add("--taps", "flow", action="store_true", help="also draw the maps at every module where a layer can be read")
     window = "also block image, question and answer in so many layers around each"
     add("--window", "knockout", type=_count, help=window)
@@ -410,9 +411,11 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
         raise ValueError("--overwrite acts on a list of photos only: what one photo writes is always replaced")
     if len(set(args.image_path)) < len(args.image_path):
         raise ValueError(f"--image_path has a photo twice: {max(args.image_path, key=args.image_path.count)}")
-    if args.mask is not None and args.mode == "knockout":
-        if args.window is None:
+    if args.mask is not None and args.mode in OF_PHOTOS:
+        if args.mode == "knockout" and args.window is None:
             raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")
+        if args.mode == "flow" and not args.heads:
+            raise ValueError("--mask needs --heads in flow mode: it tells which heads look at the object")
         if len(args.image_path) > 1:
             raise ValueError("--mask is of one photo: give one --image_path")
     if args.head is not None and args.method not in OF_HEADS:

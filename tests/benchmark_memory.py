@@ -16,8 +16,11 @@ the method "needed", the default for a word, hides image tokens depends on the v
 
 import argparse
 import importlib.metadata
+import itertools
+import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,7 +45,7 @@ class Row(NamedTuple):
 
     mode: str
     layers: str
-    megapixels: float
+    photo: float | str  # megapixels, or a name of MANY
     flags: list[str]
 
 
@@ -60,9 +63,15 @@ ROWS = {
 for size in SIZES:
     for name, layers in {"1": "0", "6": "auto", "36": "all"}.items():
         ROWS[f"{name}@{size}"] = Row("grid", name, size, [*TARGET, *CLEAN, "--layers", layers])
-    for name, flags in {"recompute": ["--recompute"], "gradcam": ["--method", "gradcam"]}.items():
+    for name in ("recompute", "gradcam", "attention"):
+        flags = ["--recompute"] if name == "recompute" else ["--method", name]
         shown = f"36, `{' '.join(flags)}`"
         ROWS[f"{name}@{size}"] = Row("grid", shown, size, [*TARGET, *CLEAN, "--layers", "all", *flags])
+MANY = {"4k": (64, 64), "16k": (128, 128)}  # image tokens, of a photo that a copy of the checkpoint lets through
+for size, name in itertools.product(MANY, ("gradcam", "attention")):
+    ROWS[f"{name}@{size}"] = Row(
+        "grid", f"all, `--method {name}`", size, [*TARGET, *CLEAN, "--layers", "all", "--method", name]
+    )
 
 
 class Cost(NamedTuple):
@@ -109,6 +118,16 @@ def command_of(row: Row, model_path: str, dtype: str, photo: Path, folder: Path)
     return [*command, "--quiet", *row.flags]
 
 
+def without_cap(model_path: str, folder: Path) -> str:
+    """A copy of a small checkpoint whose processor lets photos of any size through."""
+    shutil.copytree(model_path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "list", "objects"))
+    path = folder / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    config |= {"max_pixels": 10**8, "size": config["size"] | {"longest_edge": 10**8}}
+    path.write_text(json.dumps(config))
+    return str(folder)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -128,11 +147,14 @@ def main():
         for name in options.rows:
             row, place = ROWS[name], folder / name
             place.mkdir(parents=True, exist_ok=True)
-            across, down = SIZES.get(row.megapixels, (0, 0))
-            photo = Path(temporary, f"{row.megapixels}.png")
+            across, down = (SIZES | MANY).get(row.photo, (0, 0))
+            photo, model_path = Path(temporary, f"{row.photo}.png"), options.model_path
             if across:
                 Image.open(ROOT / "demo.jpeg").resize((across * SIDE, down * SIDE)).save(photo)
-            command = command_of(row, options.model_path, options.dtype, photo, place)
+            if row.photo in MANY:
+                model_path = without_cap(model_path, Path(temporary, "model"))
+            command = command_of(row, model_path, options.dtype, photo, place)
+            command += ["--max_pixels", str(10**8)] * (row.photo in MANY)
             cost = cost_of(command, place / "report.txt")
             numbers = f"{cost.processor:.0f} | {cost.wall:.0f} | {cost.resident:.1f} | {cost.own:.1f}"
             print(f"| {name} | {row.mode} | {row.layers} | {across * down} | {numbers} |", flush=True)

@@ -14,7 +14,7 @@ Behind the tables:
                not
     twins      what is left of a mention's probability without its own object, and without the other one
 
-What each bed gave is kept in --work: beds that are there already are not measured again.
+What each bed gave is kept in --work: beds that are there already, with the same methods, are not measured again.
 """
 
 import argparse
@@ -34,9 +34,10 @@ from tqdm import tqdm
 import smooth_gradcam as core
 from common.evidence import ALIKE, DOUBTED, PHOTOLESS, image_hiding, spearman, weighed
 from studies.faithfulness import auc, insertion_deletion
-from studies.words import FUNCTION_WORDS, split_words
+from studies.word_choice import FUNCTION_WORDS, split_words
 
-DRAWN = ("needed", "gradcam", "product", "hirescam", "paper")
+OTHERS = ("paper", "parent", "attention")  # of passes of their own
+DRAWN = ("needed", "gradcam", "product", "hirescam", *OTHERS)
 CLEAN = core.Settings(use_smooth=False)
 KINDS = ("used", "unused", "other", "function", "absent")  # words for an object that is used, for one that is not,
 # for something else (a place, a colour), for nothing, and for an object that is not there
@@ -64,7 +65,8 @@ def maps_of(reading: core.Reading, spans: list, layers: list[int]) -> tuple[dict
 
     whole = core.explain(reading, spans, range(len(core.get_model_layers(reading.model)[0])), CLEAN, passes=collecting)
     gradcam = [replace(maps, maps={layer: maps.maps[layer] for layer in layers}) for maps in whole]
-    found = {"gradcam": gradcam, "paper": core.explain(reading, spans, layers, replace(CLEAN, method="paper"))}
+    found = {name: core.explain(reading, spans, layers, replace(CLEAN, method=name)) for name in OTHERS}
+    found["gradcam"] = gradcam
     for name in ("product", "hirescam"):
         own = [{layer: kept[name, part, layer] for layer in layers} for part in range(len(spans))]
         found[name] = [replace(maps, maps=cams) for maps, cams in zip(gradcam, own, strict=True)]
@@ -93,7 +95,7 @@ def absent_row(bed: beds.Bed, reading: core.Reading, names: list[str], number: i
     absent = [name for name in things if name not in names]
     answer = f"There is a {absent[number % len(absent)]}."
     other = core.answered(
-        bed.model, bed.processor, reading.photos, reading.prompt, reading.inputs, "image", answer, max_new_tokens=1
+        bed.model, bed.processor, reading.photos, reading.chat, reading.inputs, "image", answer, max_new_tokens=1
     )
     nothing = np.zeros(len(other.positions), bool)
     with image_hiding(other) as hide:
@@ -148,6 +150,7 @@ def run_bed(bed: beds.Bed, count: int, quiet: bool) -> dict[str, np.ndarray]:
                 said = beds.probability(reading, word.span)
                 twins.append((int(word.name[-2]), said, left[word.name], left[other]))
     return {
+        "methods": np.array(DRAWN),
         "found": np.array(found, np.float32),  # (words, methods, layers, 3)
         "picture": np.array(group),
         "tried": np.array(tried),
@@ -243,6 +246,7 @@ def parse(arguments=None):
     parser.add_argument("--decoder", help="folder that graft.py wrote, of Qwen2.5-0.5B-Instruct")
     parser.add_argument("--coder", help="folder that graft.py wrote, of Qwen2.5-Coder-1.5B-Instruct")
     parser.add_argument("--beds", nargs="*", help="only these of the table")
+    parser.add_argument("--pictures", type=int, help="at most so many of a bed; in a folder of their own")
     parser.add_argument("--quick", action="store_true", help="a look: a tenth of the pictures")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--work", type=Path, default=beds.ROOT / "build" / "benchmark_methods")
@@ -256,12 +260,14 @@ def main(arguments=None) -> None:
     given = {"demo": True, "eyes": options.decoder, "coder": options.coder}
     names = [name for name in names if given[beds.source(name)]]
     work = options.work / "quick" if options.quick else options.work
+    work = work / f"{options.pictures} pictures" if options.pictures else work
     work.mkdir(parents=True, exist_ok=True)
     found = {}
     for name in names:
         path = work / f"{name}.npz"
-        if not path.exists():
+        if not (path.exists() and tuple(np.load(path).get("methods", ())) == DRAWN):
             count = max(2, PICTURES[name] // 10) if options.quick else PICTURES[name]
+            count = min(count, options.pictures or count)
             np.savez_compressed(path, **run_bed(beds.load(name, options.decoder, options.coder), count, options.quiet))
         data = dict(np.load(path))
         if len(data["found"]):

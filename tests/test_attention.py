@@ -3,19 +3,24 @@
 import contextlib
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_image
-from family_models import ANSWER, PROMPT, make_processor, make_random
+from conftest import check_layout, make_image
+from family_models import ANSWER, OF_FAMILY, PROMPT, make_processor, make_random
+from PIL import Image
 
 import smooth_gradcam as core
 from common import attention
 from common.evidence import explain_by_methods, explain_with_evidence
+from common.page import DPI, Paper
 from common.parent import parent
 from common.passes import watched_passes
 from smooth_gradcam import Settings, SmoothQwenGradCAM, compute_token_maps, explain, find_target, read
+from studies.heads import head_attention, head_findings, head_rows
+from studies.heads_figures import draw_heads
 
 CLEAN = Settings(use_smooth=False, method="attention")
 HEADS = 4  # of the tiny models
@@ -54,8 +59,6 @@ def map_of(weights, reading, tokens, head=slice(None)):
 @pytest.fixture(scope="module")
 def windowed(tokenizer):
     """A tiny Qwen2.5-VL whose last layers see 9 positions back, and whose queries share keys."""
-    from family_models import OF_FAMILY
-
     text = OF_FAMILY["qwen2_5_vl"][0]
     before = dict(text)
     text |= {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
@@ -64,6 +67,15 @@ def windowed(tokenizer):
     finally:
         text.clear()
         text |= before
+
+
+@pytest.fixture(scope="module")
+def mask_path(tmp_path_factory, image):
+    """The right half is the object."""
+    mask = Image.new("1", image.size)
+    mask.paste(1, (image.width // 2, 0, *image.size))
+    mask.save(path := tmp_path_factory.mktemp("mask") / "mask.png")
+    return path
 
 
 def reading_of(model, processor, answer=ANSWER):
@@ -278,6 +290,79 @@ def test_head_acts(drive, tmp_path):
         )
         maps.append(np.load(tmp_path / "out/single/maps.npz")["maps"])
     assert not np.allclose(*maps)
+
+
+# every head
+
+
+def test_heads_are_the_model_s_own(windowed):
+    reading = reading_of(*windowed)
+    span = find_target(reading, "red cat")
+    found = head_attention(reading, span)
+    rows = [reading.inputs["input_ids"].shape[1] - 1 + i for i in reading.tokens_of(span)]
+    expected = eager_attention(reading)[:, :, rows].mean(2)[..., reading.positions.numpy()]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+    (maps,) = explain(reading, [span], range(5), CLEAN)
+    mean = found.mean(1).reshape(5, *reading.grid)
+    np.testing.assert_allclose(np.stack(list(maps.maps.values())), mean, rtol=1e-5, atol=1e-9)
+
+
+def test_rows_of_heads_know_their_share_and_where_they_point():
+    grid = (3, 4)
+    attention, mask = np.zeros((2, 2, 12), np.float32), np.zeros((30, 40), bool)
+    mask[:10, :10] = True  # the first image token
+    attention[0, 0, 0], attention[0, 1, 11], attention[1, 1, 0] = 0.5, 0.25, 0.125
+    rows = head_rows(attention, SimpleNamespace(grid=grid), mask)
+    known = {(row["layer"], row["head"]): (row["image"], row["pointing"], row["energy"] > 0.5) for row in rows}
+    assert known == {(0, 0): (0.5, 1, True), (0, 1): (0.25, 0, False), (1, 0): (0, 0, False), (1, 1): (0.125, 1, True)}
+    assert "energy" not in head_rows(attention, SimpleNamespace(grid=grid), None)[0]
+    said = head_findings(rows)
+    assert "0.00 (layer 1, head 0) to 0.50 (layer 0, head 0)" in said[0]
+    assert "2 of 4 have their maximum on the object" in said[1]
+    assert "(layer 0, head 0, with" in said[1]
+
+
+@pytest.mark.parametrize(("width", "layers", "heads"), [("column", 28, 28), ("column", 36, 16), ("page", 28, 6)])
+@pytest.mark.parametrize("grid", [(12, 16), (16, 9), (4, 30)])
+def test_figures_of_heads_are_at_most_nine_inches_high_and_have_every_head_once(pages, width, layers, heads, grid):
+    attention = np.random.default_rng(0).random((layers, heads, grid[0] * grid[1]), np.float32)
+    photo = Image.new("RGB", (28 * grid[1], 28 * grid[0]))
+    maps = core.TokenMaps({0: attention[0, 0].reshape(grid)}, grid, "What is it?", "a cat", [1, 2], "cat", (2, 5), [1],
+                          frozenset(), Settings(method="attention"))  # fmt: skip
+    reading = SimpleNamespace(photo=photo, grid=grid)
+    drawn = draw_heads(reading, maps, attention, head_rows(attention, reading, None), paper=Paper(width))
+    named = 0
+    for draw in drawn.values():
+        page = np.asarray(draw())
+        assert page.shape[0] <= 9 * DPI
+        check_layout(pages[-1])
+        words = [text.get_text() for text in pages[-1].texts]
+        named += sum(word.startswith("layer ") for word in words) * sum(word.isdigit() for word in words)
+    blocks = sum("head" in [t.get_text()] for t in pages[0].texts)
+    assert named == layers * heads * blocks
+
+
+def test_flow_draws_every_head_and_writes_a_table(drive, tmp_path, mask_path):
+    flags = ("--mode", "flow", "--heads", "--answer", ANSWER, "--target", "cat", "--noise_std", 0)
+    code, out, err = drive(*flags)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "out/flow/heads.png").is_file()
+    with (tmp_path / "out/flow/heads.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["layer"], row["head"]) for row in rows] == [(str(k), str(h)) for k in range(4) for h in range(4)]
+    assert "energy" not in rows[0]
+    code, out, err = drive(*flags, "--mask", mask_path)
+    assert (code, err) == (0, "")
+    assert "have their maximum on the object" in out
+    with (tmp_path / "out/flow/heads.csv").open() as file:
+        masked = list(csv.DictReader(file))
+    assert [row["image"] for row in masked] == [row["image"] for row in rows]
+    assert {row["pointing"] for row in masked} <= {"0", "1"}
+
+
+def test_mask_in_flow_mode_needs_heads(drive, mask_path):
+    code, _, err = drive("--mode", "flow", "--mask", mask_path)
+    assert (code, "--mask needs --heads in flow mode" in err) == (2, True)
 
 
 # the parent's pictures

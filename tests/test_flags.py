@@ -57,6 +57,7 @@ def test_every_flag_of_some_modes_is_known_to_the_parser():
             value += ["--window", "2"] if (flag, mode) == ("--mask", "knockout") else []
             value += ["--answers", "a.jsonl"] if flag in OF_ANSWERS else []
             value += {"--fastv": ["--removed", "50"], "--removed": ["--fastv", "2"]}.get(flag, [])
+            value += ["--heads"] if (flag, mode) == ("--mask", "flow") else []
             assert parse_args(["--mode", mode, flag, *value]).mode == mode
 
 
