@@ -50,8 +50,8 @@ __all__ = ["word_figures"]
 SMALLEST = {"page": 0.66, "column": 0.44}  # square root of the area that a picture has at least
 LARGEST = 2.5  # and at most
 LEAST = 0.81  # share of its column that a picture takes at least
-LATER = 160  # columns of text of the answer on pages after the first
-BROKEN = 0.65  # width above which a word of a heading may be broken
+NARROW, LATER = 240, 160  # columns of text of the answer in a narrow figure, and on pages after the first
+BROKEN = 0.65  # width above which a word may be broken
 TIE = "\N{NO-BREAK SPACE}"
 DOUBT = "#b3261e"  # of the evidence of a word that is not to be believed
 
@@ -173,8 +173,9 @@ class _Table:
         return HEIGHT - self.tops[later] - self.bottom(words) - TEXT * LINE - 4 * GAP  # with a line in reserve
 
     def _widest(self, texts, size: float, weight: str = "normal") -> float:
-        """The width of the widest part of the texts between blanks."""
-        return max(_width(part, size, self.families, weight) for text in texts for part in text.split(" "))
+        """The width of the widest part of the texts between blanks, but for those that may be broken."""
+        widths = (_width(part, size, self.families, weight) for text in texts for part in text.split(" "))
+        return max((width for width in widths if width <= BROKEN), default=0.0)
 
     def _head(self, i: int, width: float) -> _Head:
         """What stands over word i, in lines of that width."""
@@ -200,7 +201,7 @@ class _Table:
         found = []
         for across in range(1, layers + 1):
             room = max(under, over) if across == 1 else under
-            least = max(self.smallest, min(room, BROKEN))
+            least = max(self.smallest, room)
             for columns in range(1, words + 1):
                 pitch = self._pitch(columns, across)
                 if pitch - GAP < least:
@@ -322,6 +323,8 @@ def _masthead(
         answer, span = excerpt(word_maps[0].answer, span, LATER)
         return page.lines(MARGIN, y, page.inner, answer, TEXT, span)
     prompt, answer = text_rows(replace(word_maps[0], target_span=span))[:2]
+    if page.width < WIDTHS["page"]:
+        answer = (answer[0], *excerpt(word_maps[0].answer, span, NARROW))
     rows = [prompt, answer if len(words) < len(word_maps) else (*answer[:2], (0, 0))]
     return masthead(page, photo, title, rows, (2.3, 1.4))
 
