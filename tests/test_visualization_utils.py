@@ -197,14 +197,14 @@ def test_maps_of_any_number_of_layers_of_any_photo_fit_on_page_and_column(aspect
     files |= draw_grid(photo, maps, paper=paper)[1]
     if 1 < count <= 28:
         files |= draw_comparative(photo, maps, {"early": [0], "late": list(range(1, count))}, paper=paper)[1]
+    shown = {}
     for name, content in files.items():
         if callable(content) and "layer_comparison" in name or name.startswith(("visual", "all", "compar")):
             figure = laid_out(content(), width)
-            assert (
-                name.startswith("visual")
-                or {f"layer {layer}" for layer in maps.maps} <= set(texts_of(figure))
-                or ("/" in name)
-            )
+            assert figure.get_size_inches()[1] <= HIGHEST
+            shown.setdefault(re.sub(r"(_\d+)?\.png", "", name), set()).update(texts_of(figure))
+    for name, texts in shown.items():
+        assert name == "visualization" or {f"layer {layer}" for layer in maps.maps} <= texts or "/" in name
 
 
 # what stands where in a figure
