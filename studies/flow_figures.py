@@ -313,7 +313,7 @@ def _draw_taps(
     }
     columns = min(max(map(len, cells.values())), _strip_columns(photo) - 1, int(page.inner / (NARROW + GAP)))
     pitch = (page.inner + GAP) / columns
-    width, height = fit_box(photo.width / photo.height, pitch - GAP, 0.8)
+    width, height = fit_box(photo.width / photo.height, pitch - GAP, 0.7)
     small, parts = shrink(photo, width, height), []
     strengths = {}
 

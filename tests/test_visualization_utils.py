@@ -6,6 +6,7 @@ import dataclasses
 import io
 import operator
 import pickle
+import re
 import types
 
 import numpy as np
@@ -16,8 +17,10 @@ from drawn_maps import (
     CLOSE,
     FAR,
     FORMATS,
+    LONG,
     SIDES,
     box_of,
+    colour_bars,
     crops,
     drawn,
     found_under,
@@ -48,6 +51,7 @@ import test_gradcam
 import visualization_utils
 from common.files import write_files
 from common.page import Paper
+from common.parts import HIGHEST
 from smooth_gradcam import Look, Settings, render_cam
 from studies.faithfulness import score_rows
 from studies.faithfulness_figures import draw_faithfulness, draw_randomization
@@ -193,14 +197,14 @@ def test_maps_of_any_number_of_layers_of_any_photo_fit_on_page_and_column(aspect
     files |= draw_grid(photo, maps, paper=paper)[1]
     if 1 < count <= 28:
         files |= draw_comparative(photo, maps, {"early": [0], "late": list(range(1, count))}, paper=paper)[1]
+    shown = {}
     for name, content in files.items():
         if callable(content) and "layer_comparison" in name or name.startswith(("visual", "all", "compar")):
             figure = laid_out(content(), width)
-            assert (
-                name.startswith("visual")
-                or {f"layer {layer}" for layer in maps.maps} <= set(texts_of(figure))
-                or ("/" in name)
-            )
+            assert figure.get_size_inches()[1] <= HIGHEST
+            shown.setdefault(re.sub(r"(_\d+)?\.png", "", name), set()).update(texts_of(figure))
+    for name, texts in shown.items():
+        assert name == "visualization" or {f"layer {layer}" for layer in maps.maps} <= texts or "/" in name
 
 
 # what stands where in a figure
@@ -587,3 +591,36 @@ def test_what_is_no_look_or_paper_is_refused_before_anything_is_computed(tmp_pat
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="heatmaps='all' must be True or False"):
         Paper(heatmaps="all")
+
+
+# the height of a paper's page
+
+
+@pytest.mark.parametrize(("size", "width"), [((336, 224), "column"), ((224, 336), "column"), ((224, 336), "page")])
+def test_figures_of_many_layers_and_long_texts_are_nine_inches_high_at_most_and_have_every_layer_once(size, width):
+    photo, maps = varied(size, range(28), answer=LONG, prompt=LONG)
+    alone, paper = dataclasses.replace(maps, maps={7: maps.maps[7]}), Paper(width)
+    files = draw_single(photo, alone, paper=paper)[1]
+    for written in (draw_grid(photo, maps, paper=paper)[1], draw_multilayer(photo, maps, paper=paper)[1]):
+        files |= written
+    files |= draw_comparative(photo, maps, split_thirds(28), paper=paper)[1]
+    shown = {}
+    for name, draw in files.items():
+        kind = re.sub(r"(_\d+)?\.png$", "", name)
+        if kind.endswith(("visualization", "grid", "comparison", "analysis")):
+            figure = draw().figure
+            assert figure.get_size_inches()[1] <= HIGHEST
+            assert len(colour_bars(figure)) == 1
+            shown.setdefault(kind, []).extend(text for text in texts_of(figure) if re.fullmatch(r"layer \d+", text))
+    every = [f"layer {layer}" for layer in range(28)]
+    for kind in ("layer_comparison_grid", "all_layers_comparison", "comparative_analysis"):
+        assert shown[kind] == every
+    assert sum((shown[f"{name}/layer_comparison_grid"] for name in ("early", "middle", "late")), []) == every
+
+
+def test_of_one_map_nothing_is_said_about_comparing_maps(pages):
+    photo, maps = varied(SIDES["landscape"], [1, 2])
+    drawn(draw_single(photo, dataclasses.replace(maps, maps={1: maps.maps[1]}))[1]["visualization.png"])
+    assert "Colours: shares of the map's own maximum; overlays" in prose_of(pages[-1])
+    drawn(draw_grid(photo, maps)[1]["layer_comparison_grid.png"])
+    assert "which do not compare the strength of two maps" in prose_of(pages[-1])
