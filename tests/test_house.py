@@ -21,7 +21,8 @@ CORE_LINES = 1375
 MOST_LINES = {"smooth_gradcam": CORE_LINES, "common": 450, "studies": 450}
 ANY_FILE = 850
 PUBLIC_NAMES = 60
-MEASURES = ("coco", "decoder", "faithfulness", "flow", "heads", "knockout", "localization", "randomization")
+MEASURES = ("answers", "chair", "coco", "decoder", "faithfulness", "fastv", "flow", "heads", "knockout", "localization")
+MEASURES += ("questions", "randomization", "tables")
 
 
 def modules_of(place):
