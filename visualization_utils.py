@@ -309,6 +309,8 @@ def caption(token_maps: TokenMaps, layers: Iterable[int], arrangement: str, look
         evidence = "what speaks for the explained words rather than for the other text"
     if token_maps.settings.method == "needed":
         evidence += ", on the image tokens alone that they need"
+    if token_maps.settings.method == "rollout":
+        evidence = "what their positions stem from, if attention were all that mixes positions"
     if token_maps.settings.method == "attention":
         evidence = "what the positions that predict the explained words attend to (which is not what comes of it)"
     hot = "" if doubt_of(token_maps) else f"Hot: {evidence}, as read at {arrangement}. "

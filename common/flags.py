@@ -35,7 +35,7 @@ OF_PHOTOS = ("flow", "knockout")  # modes of one or several photos
 LAYER_NAMES = ("auto", "early", "middle", "late", "all")
 CHOICES = {  # as the modules have them, whose import takes too long for --help
     "score": ("logit", "logprob"),
-    "method": ("auto", "needed", "gradcam", "hirescam", "product", "paper", "parent", "attention"),
+    "method": ("auto", "needed", "gradcam", "hirescam", "product", "paper", "parent", "attention", "rollout", "chefer"),
     "rules": ("attnlrp", "detached", "plain"),
     "tap": ("input", "output", "post_attention_layernorm"),
     "part": ("answer", "thinking", "all"),
@@ -65,6 +65,7 @@ CANNOT = {  # mode: {flag: what to do in its place}
 OF_A_LIST = ("--image_path", "--prompt", "--messages", "--answer", "--target", "--target_occurrence", "--mask")
 OF_ANSWERS = ("--hide_from", "--synonyms", "--fastv", "--removed")  # flags that need --answers
 NO_GRADIENT = ("--tap", "--rules", "--score", "--recompute", "--prompt_words", "--taps")
+LOOKS = ("attention", "rollout")  # methods without a gradient
 OF_HEADS = ("attention",)  # methods that --head acts on
 
 
@@ -81,8 +82,10 @@ TOGETHER = [  # flags that cannot be combined with another: (that one, whether i
         "all methods are measured",
     ),
     *(_without(name, ("--prompt_words",), "its gradients follow no rules") for name in ("paper", "parent")),
-    _without("attention", NO_GRADIENT, "attention takes no gradient, and is read in the layer itself"),
-    _without("attention", ("--contrast",), "attention is the same whichever word follows"),
+    *(_without(name, NO_GRADIENT, "attention takes no gradient, and is read in the layer itself") for name in LOOKS),
+    *(_without(name, ("--contrast",), "attention is the same whichever word follows") for name in LOOKS),
+    _without("chefer", [flag for flag in NO_GRADIENT if flag != "--score"], "it has gradients of attention alone"),
+    _without("chefer", ("--contrast",), "relevance that is cut at zero has no difference"),
     ("--answers", lambda args: args.answers is not None, OF_A_LIST, "the list has the photos, prompts and answers"),
     ("a list of photos", lambda args: args.listed, ("--mask", "--answers", "--randomize"), "they are of one photo"),
     ("--answer", lambda args: args.answer is not None, ("--max_new_tokens",), "nothing is generated"),
@@ -263,8 +266,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
         "gradients pooled (gradcam), the same on the image tokens alone that the words need (needed), each token's own "
         "(hirescam), the product of the first and the last, Grad-CAM exactly as published (paper), or as the paper's "
         "code draws it (parent); auto: needed for a word or phrase, gradcam for a whole answer and in flow mode. "
-        "attention: where the words' positions look, weaker "
-        "evidence than the others"
+        "attention: where the words' positions look, rollout: through all layers, weaker "
+        "evidence than the others; chefer: relevance x attention"
     )
     add("--method", *MAPS, default="auto", help=method)
     head = "of --method attention: one head of each layer, in the place of their mean"

@@ -73,6 +73,8 @@ STYLES = {  # colour and marker of each method
     "paper": ("#777777", "x"),
     "needed": ("#000000", "D"),
     "parent": ("#e69f00", "P"),
+    "rollout": ("#56b4e9", "<"),
+    "chefer": ("#8c564b", ">"),
     "attention": ("#cc79a7", "v"),
 }
 CURVE_PLOT = 2.75, 1.65  # inches

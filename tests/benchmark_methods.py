@@ -36,7 +36,7 @@ from common.evidence import ALIKE, DOUBTED, PHOTOLESS, image_hiding, spearman, w
 from studies.faithfulness import auc, insertion_deletion
 from studies.word_choice import FUNCTION_WORDS, split_words
 
-OTHERS = ("paper", "parent", "attention")  # of passes of their own
+OTHERS = ("paper", "parent", "attention", "rollout", "chefer")  # of passes of their own
 DRAWN = ("needed", "gradcam", "product", "hirescam", *OTHERS)
 CLEAN = core.Settings(use_smooth=False)
 KINDS = ("used", "unused", "other", "function", "absent")  # words for an object that is used, for one that is not,

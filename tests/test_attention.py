@@ -422,3 +422,64 @@ def test_the_parent_s_method_acts_in_modes(drive, mode):
 def test_the_parent_s_gradients_share_no_relevance_out(drive):
     code, _, err = drive("--mode", "words", "--method", "parent", "--prompt_words", "--answer", ANSWER)
     assert (code, "--prompt_words cannot be combined with --method parent" in err) == (2, True)
+
+
+# rollout, relevance x attention
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "windowed"])
+def test_rollout_is_a_row_of_the_product_of_all_layers(family, tokenizer, windowed, monkeypatch):
+    monkeypatch.setattr(attention, "ROWS", 7)
+    given = windowed if family == "windowed" else (make_random(family, tokenizer), make_processor(family, tokenizer))
+    reading = reading_of(*given)
+    spans = [find_target(reading, word) for word in ("red cat", "the")]
+    weights = eager_attention(reading).mean(1)
+    maps = explain(reading, spans, range(5), Settings(use_smooth=False, method="rollout"))
+    for span, found in zip(spans, maps, strict=True):
+        rows = [reading.inputs["input_ids"].shape[1] - 1 + i for i in reading.tokens_of(span)]
+        product = np.eye(weights.shape[-1])
+        for layer in reversed(range(5)):  # A_4 ... A_layer, as published
+            product = product @ (weights[layer] + np.eye(weights.shape[-1])) / 2
+            expected = product[rows].mean(0)[reading.positions.numpy()].reshape(reading.grid)
+            np.testing.assert_allclose(found.maps[layer], expected, rtol=1e-4, atol=1e-9)
+            assert product[rows].sum(1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("score", ["logit", "logprob"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "windowed"])
+def test_relevance_is_that_of_the_whole_matrices(family, score, tokenizer, windowed, monkeypatch):
+    """The equations on eager attention, its weights and their gradients by autograd."""
+    monkeypatch.setattr(attention, "ROWS", 7)
+    given = windowed if family == "windowed" else (make_random(family, tokenizer), make_processor(family, tokenizer))
+    reading = reading_of(*given)
+    span = find_target(reading, "red cat")
+    forced, (target,) = core.score_parts(reading.inputs, reading.tokens, [reading.tokens_of(span)])
+    with eager(reading.model):
+        # weights take part in the graph from the first layer on
+        embedded = reading.model.get_input_embeddings()
+        handle = embedded.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+        output = reading.model(**forced, use_cache=False, output_attentions=True)
+        handle.remove()
+    logits = output.logits[0, target.predicting]
+    gradients = torch.autograd.grad(core.SCORES[score](logits, torch.tensor(target.expected)), output.attentions)
+    settings = Settings(use_smooth=False, method="chefer", score=score)
+    (found,) = explain(reading, [span], range(5), settings)
+    for layer in range(5):  # from this layer up, as published
+        relevance = torch.eye(output.attentions[0].shape[-1], dtype=torch.float64)
+        for weights, gradient in list(zip(output.attentions, gradients, strict=True))[layer:]:
+            mean = (weights[0].detach() * gradient[0]).relu().mean(0).double()
+            relevance = relevance + mean @ relevance
+        expected = relevance[target.predicting].mean(0)[reading.positions].reshape(reading.grid).numpy()
+        np.testing.assert_allclose(found.maps[layer], expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["rollout", "chefer"])
+def test_both_are_methods_of_the_command_line(drive, tmp_path, method):
+    base = ("--method", method, "--answer", ANSWER, "--noise_std", 0)
+    assert drive("--mode", "words", "--words", "cat", "--layers", 1, *base)[0] == 0
+    assert drive("--mode", "flow", "--target", "cat", *base)[0] == 0
+    words, flow = np.load(tmp_path / "out/words/maps.npz"), np.load(tmp_path / "out/flow/information_flow.npz")
+    np.testing.assert_allclose(words["maps"][0, 0], flow["maps_0"][1], rtol=1e-4)
+    assert drive(*base, "--head", 1)[0] == 2
+    assert drive(*base, "--recompute")[0] == 2
+    assert drive(*base, "--target", "cat", "--contrast", "dog")[0] == 2

@@ -838,8 +838,16 @@ WHOLE, STD = "must be a whole number, {} or more, and below 2^63", "must be 0 to
         ("seed", 2**63, "must be a whole number, 0 or more, and below 2^63"),
         ("tap", "both", "must be one of input, output, post_attention_layernorm"),
         ("score", "loss", "must be one of logit, logprob"),
-        ("method", "cam", "must be one of gradcam, hirescam, product, paper, attention, parent, needed, auto"),
-        ("method", ["product"], "must be one of gradcam, hirescam, product, paper, attention, parent, needed, auto"),
+        (
+            "method",
+            "cam",
+            "must be one of gradcam, hirescam, product, paper, attention, rollout, chefer, parent, needed, auto",
+        ),
+        (
+            "method",
+            ["product"],
+            "must be one of gradcam, hirescam, product, paper, attention, rollout, chefer, parent, needed, auto",
+        ),
         ("rules", "melted", "must be one of attnlrp, detached, plain"),
         ("contrast", "", "must be a non-empty string without lone surrogates"),
         ("contrast", " \n", "must be a non-empty string without lone surrogates"),

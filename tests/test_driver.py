@@ -225,15 +225,7 @@ def test_no_function_of_the_driver_looks_like_a_test():
 EVALUATE = ["--mode", "evaluate", "--layers", "0", "2", "--steps", "4", "--answer", ANSWER, "--target", "cat"]
 SCORES = ["layer", "insertion", "deletion", "difference", "p", "without_hottest_10_percent", "baseline_picture"]
 FITS = ["pointing", "near", "energy", "obj_iou"]
-METHODS_COMPARED = [
-    "gradcam",
-    "hirescam",
-    "product",
-    "paper",
-    "attention",
-    "parent",
-    "needed",
-]
+METHODS_COMPARED = ["gradcam", "hirescam", "product", "paper", "attention", "rollout", "chefer", "parent", "needed"]
 
 
 @pytest.fixture

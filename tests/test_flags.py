@@ -42,7 +42,7 @@ def test_defaults_stand_in_the_help():
     text = " ".join(make_parser()[0].format_help().split())
     for default in ("grid", "the middle layer", "auto", "10", "0.15", "cam_results", "128", "1000000", "logit"):
         assert f"(default: {default})" in text
-    assert "weaker evidence than the others (default: auto)" in text
+    assert "chefer: relevance x attention (default: auto)" in text
 
 
 # which flag acts in which mode
