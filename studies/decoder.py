@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from common.evidence import positions_of
 from smooth_gradcam import Reading, get_model_layers, hooked, score_parts
 
 __all__ = [
@@ -32,7 +33,7 @@ def token_groups(reading: Reading) -> dict[str, slice]:
 
     Raises ValueError for several pictures in one prompt.
     """
-    first, last = (int(reading.positions[i]) for i in (0, -1))
+    first, last = int(reading.positions.min()), int(reading.positions.max())
     prompt = reading.inputs["input_ids"].shape[1]
     if last - first + 1 != len(reading.positions):
         raise ValueError("the image tokens are not contiguous: several pictures in one prompt are not supported")
@@ -41,7 +42,7 @@ def token_groups(reading: Reading) -> dict[str, slice]:
 
 
 def embed(reading: Reading) -> tuple[Tensor, Tensor]:
-    """The decoder's input for prompt and answer without its last token: (1, L - 1, C), and positions (3, 1, L - 1).
+    """The decoder's input for prompt and answer without its last token: (1, L - 1, C), and positions (..., 1, L - 1).
 
     Raises ValueError for models that feed image features to further layers of the decoder (Qwen3-VL).
     """
@@ -54,7 +55,7 @@ def embed(reading: Reading) -> tuple[Tensor, Tensor]:
         model.model(**forced, use_cache=False)
     if inputs.get("deepstack_visual_embeds") is not None:
         raise ValueError(f"{type(model).__name__} feeds image features to several layers, which is not supported here")
-    return inputs["inputs_embeds"], inputs["position_ids"]
+    return inputs["inputs_embeds"], positions_of(inputs)
 
 
 def run_decoder(model, embeddings: Tensor, positions: Tensor, cache) -> Tensor:

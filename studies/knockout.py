@@ -92,7 +92,7 @@ def knockout(
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(count)
             with _blocked(model, _hidden_in(batch, start, shape, total)):
-                inputs = embeddings.expand(count, -1, -1), positions.expand(-1, count, -1)
+                inputs = embeddings.expand(count, -1, -1), positions.expand(*positions.shape[:-2], count, -1)
                 states = run_decoder(model, *inputs, cache)[:, before - start :]  # (B, A, C)
             states = states.flatten(0, 1)  # (B * A, C): with a batch of slices, the head's weights would be copied
             logits = at_least_float32(model.get_output_embeddings()(states)).unflatten(0, (count, -1))  # (B, A, V)
