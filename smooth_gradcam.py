@@ -481,6 +481,8 @@ def answered(
     """The reading of inputs whose `kind` ("image" or "video") is explained, with the given or the generated answer."""
     check_whole("max_new_tokens", max_new_tokens, 1)
     positions, grids = check_family(model).grids(model, inputs, kind)
+    if kind == "image" and len(grids) != len(photos):
+        raise ValueError(f"the processor makes {len(grids)} pictures of {len(photos)} photos: it must be one of each")
     if min(map(math.prod, grids)) < 9:
         sizes = " and ".join(f"{width} x {height}" for height, width in grids)
         warn(f"the photo is seen as {sizes} image tokens: too few to tell places apart")
@@ -501,10 +503,7 @@ def answered(
 
 
 def thinking_end(tokenizer, tokens: list[int], spans: list[tuple[int, int]], text: str) -> int:
-    """The characters of an answer up to the end of </think>, a text or a special token; all if that never comes.
-
-    0 for an answer without thinking.
-    """
+    """The characters of an answer up to the end of </think>, be it a special token; all if that never comes."""
     marks = {name: span[1] for name, span in zip(tokenizer.convert_ids_to_tokens(tokens), spans, strict=True)}
     end = marks.get("</think>", text.find("</think>") + len("</think>") if "</think>" in text else 0)
     if not end and ("<think>" in marks or "<think>" in text):
@@ -536,8 +535,9 @@ def prepare_inputs(model, processor, photos, prompt, **video) -> dict[str, Tenso
     count, expected = sum(map(text.count, filter(None, marks))), 1 if video else len(photos)
     if count != expected:
         raise ValueError(f"the chat template shows {count} pictures where {expected} are given")
+    plain = {"add_special_tokens": False} if text.startswith(processor.tokenizer.bos_token or "\0") else {}  # has it
     given = video or {"images": [check_family(model).reduced(photo, processor.image_processor) for photo in photos]}
-    inputs = dict(processor(text=[text], **given, return_tensors="pt"))
+    inputs = dict(processor(text=[text], **given, **plain, return_tensors="pt"))
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         ids = inputs["input_ids"]  # without their types transformers >= 5.3 uses 1-D positions, with no error
         types = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
@@ -593,9 +593,6 @@ def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -
     return tokens[:end], end is None
 
 
-GROUNDING = r"object|box|quad|think"  # in the names of special tokens that texts may have
-
-
 def tokenise(tokenizer, text: str, name: str = "answer") -> list[int]:
     """The text's token ids. Raises ValueError for special tokens in it, other than those of grounding and thinking."""
     check_text(name, text)
@@ -641,6 +638,7 @@ def token_spans(tokenizer, tokens: list[int]) -> list[tuple[int, int]]:
     return spans
 
 
+GROUNDING = r"object|box|quad|think"  # in the names of special tokens that texts may have
 OF_A_WORD = r"[\p{L}\p{N}\p{M}_]"  # letters, digits, and the marks above and below them, such as Hindi vowel signs
 
 
@@ -763,9 +761,8 @@ class Tap(NamedTuple):
 def find_taps(model, layers, tap: str) -> list[Tap]:
     """Decoder layers are tapped as `tap` says, all other modules at their output.
 
-    Qwen3-VL adds features of the photo to the hidden states behind its first layers (deepstack). Read at the input of
-    one of those or at its output, they are as they are there: what is added behind is held constant, and left out.
-    Keys are the index of a decoder layer, whichever the tap, and the name in the model of any other module.
+    What Qwen3-VL adds of the photo behind its first layers (deepstack) is held constant there, and left out. Keys are
+    the index of a decoder layer, whichever the tap, and the name in the model of any other module.
     """
     decoder, total = get_model_layers(model)
     names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # of torch.compile
@@ -776,7 +773,8 @@ def find_taps(model, layers, tap: str) -> list[Tap]:
         if module not in names:
             raise ValueError(f"the layer {type(module).__name__} does not belong to the model")
         key = index.get(module, names[module])
-        place = module.post_attention_layernorm if module in index and tap == "post_attention_layernorm" else module
+        before_mlp = module in index and tap == "post_attention_layernorm"
+        place = getattr(module, check_family(model).mlp_norm) if before_mlp else module
         taps[key] = Tap(key, place, at_input=module in index and tap == "input")
     return list(taps.values()) or resolve_layers([], total)
 
@@ -1143,6 +1141,7 @@ class Family:
     rows: Callable = image_rows  # (key, tensor, positions, own) -> (k * N, C)
     grid: Callable = to_grid  # (key, heat (k * N,), (H, W), vision config) -> (H, W)
     norms: tuple[str, ...] = NORMS  # of a decoder layer
+    mlp_norm: str = "post_attention_layernorm"  # the one before the MLP
     products: dict[str, Callable] = field(default_factory=lambda: PRODUCTS)  # {module of a decoder layer: rule}
 
 

@@ -128,7 +128,7 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
     expected = torch.tensor(scored.expected)[:, None]
     decoder, given = model.model.language_model, {}
     name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"  # since 5.23
-    cache = DynamicCache(config=decoder.config)
+    cache = DynamicCache()  # of all positions, in layers with a sliding window as well
     with borrowed(model), memory_explained(len(places)), torch.no_grad():
         with hooked([decoder.register_forward_pre_hook(lambda *args: given.update(args[2]), with_kwargs=True)]):
             model.model(**forced, **{name: cache}, use_cache=True)

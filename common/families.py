@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from smooth_gradcam import FAMILIES, LARGE, Family, image_rows, unwrapped
+from smooth_gradcam import FAMILIES, LARGE, NORMS, Family, image_rows, unwrapped
 
 __all__ = ["FAMILIES", "Known", "cap_pixels", "known", "seen"]
 
@@ -61,6 +61,7 @@ class Known(Family):
     pictures: Callable = lambda patches, like, model: patches  # back from there, in the shape of `like`
     cap: Callable = cap_pixels  # (image processor, max_pixels): heeds --max_pixels
     settings: Callable = _qwen_settings  # (processor, config.json) -> {setting of the processor: (its, the model's)}
+    sees_ahead: bool = False  # whether the image tokens of a picture also see those behind them
     classes: str = ""  # those that its files may name beside Qwen-VL's, a regular expression
 
 
@@ -115,6 +116,27 @@ def _filled(model, inputs: dict[str, Tensor], grids: tuple[tuple[int, int], ...]
     return positions, grids
 
 
+def _reduced(photo: Image.Image, images) -> Image.Image:
+    """A photo of up to LARGE pixels as it is; a larger one with a short side twice as long as needed, or more."""
+    needed = max(edge for edge in dict(images.size).values() if edge)
+    factor = min(photo.size) // (2 * needed) if photo.width * photo.height > LARGE else 1
+    return photo.reduce(factor) if factor > 1 else photo
+
+
+def _projected_rows(key, tensor: Tensor, positions: Tensor, own: Tensor) -> Tensor:
+    """`image_rows` of the decoder and of the projector (n, M / n, C); ValueError for modules of the vision tower."""
+    if "vision_tower" in str(key):
+        raise ValueError(f"layer {key} is in the vision tower, which is not explained here: take the projector")
+    return image_rows(key, tensor.flatten(0, 1) if "projector" in str(key) else tensor, positions, own)
+
+
+def _check_one_size(height: int, width: int, max_pixels: int) -> None:
+    """Raises ValueError if the model's one size of a photo has more pixels than these."""
+    if max_pixels < height * width:
+        needed = f"{width} x {height} pixels, which this model takes of any photo: give {height * width} or more"
+        raise ValueError(f"--max_pixels {max_pixels} is less than {needed}")
+
+
 # LLaVA-1.5
 
 
@@ -150,26 +172,8 @@ def _llava_seen(photo: Image.Image, images) -> Image.Image:
     return photo.crop((left, top, left + shown[0], top + shown[1]))  # black beyond the photo, as there
 
 
-def _llava_reduced(photo: Image.Image, images) -> Image.Image:
-    """A photo of up to LARGE pixels as it is; a larger one with a short side twice as long as needed, or more."""
-    needed = max(edge for edge in dict(images.size).values() if edge)
-    factor = min(photo.size) // (2 * needed) if photo.width * photo.height > LARGE else 1
-    return photo.reduce(factor) if factor > 1 else photo
-
-
-def _projected_rows(key, tensor: Tensor, positions: Tensor, own: Tensor) -> Tensor:
-    """`image_rows` of the decoder and of the projector (n, M / n, C); ValueError for modules of the vision tower."""
-    if "vision_tower" in str(key):
-        raise ValueError(f"layer {key} is in the vision tower, which is not explained here: take the projector")
-    return image_rows(key, tensor.flatten(0, 1) if "projector" in str(key) else tensor, positions, own)
-
-
 def _llava_cap(images, max_pixels: int) -> None:
-    """Raises ValueError if the model's one size has more pixels than these."""
-    height, width = images.crop_size["height"], images.crop_size["width"]
-    if max_pixels < height * width:
-        needed = f"{width} x {height} pixels, which this model takes of any photo: give {height * width} or more"
-        raise ValueError(f"--max_pixels {max_pixels} is less than {needed}")
+    _check_one_size(images.crop_size["height"], images.crop_size["width"], max_pixels)
 
 
 def _llava_settings(processor, config: dict) -> dict[str, tuple]:
@@ -193,7 +197,7 @@ FAMILIES["llava"] = Known(
     "LLaVA-1.5",
     grids=_llava_grids,
     seen=_llava_seen,
-    reduced=_llava_reduced,
+    reduced=_reduced,
     rows=_projected_rows,
     tower=("vision_tower", "multi_modal_projector"),
     merger="multi_modal_projector",
@@ -202,4 +206,78 @@ FAMILIES["llava"] = Known(
     cap=_llava_cap,
     settings=_llava_settings,
     classes=r"(Llava|CLIP)(Image)?Processor(Fast|Pil)?|LlamaTokenizer(Fast)?",
+)
+
+
+# InternVL3 and Gemma 3: a photo is one square of as many image tokens as the config says, whatever its shape
+
+
+def _squares(per_picture: str) -> dict:
+    """What such families have in common; `per_picture` is the name of that number."""
+
+    def side(model) -> int:
+        return math.isqrt(getattr(model.config, per_picture))
+
+    def grids(model, inputs, kind="image"):
+        if kind != "image":
+            raise ValueError(f"{type(model).__name__}: a video is not supported")
+        return _filled(model, inputs, ((side(model),) * 2,) * len(inputs["pixel_values"]))
+
+    return {
+        "grids": grids,
+        "reduced": _reduced,
+        "rows": _projected_rows,
+        "tower": ("vision_tower", "multi_modal_projector"),
+        "merger": "multi_modal_projector",
+        "patches": lambda pixels, model: _cut(pixels, pixels.shape[-1] // side(model)),
+        "pictures": lambda patches, like, model: _joined(patches, like, like.shape[-1] // side(model)),
+    }
+
+
+def _size_of(processor, config: dict, usual: int) -> dict[str, tuple]:
+    """The size of the processor's pictures, and the model's."""
+    size, sides = dict(processor.image_processor.size), (config.get("vision_config") or {}).get("image_size", usual)
+    sides = list(sides) if isinstance(sides, (list, tuple)) else [sides, sides]
+    crops = bool(getattr(processor.image_processor, "do_center_crop", False))
+    return {"size": ([size.get("height"), size.get("width")], sides), "do_center_crop": (crops, False)}
+
+
+def _internvl_cap(images, max_pixels: int) -> None:
+    """One tile for a photo. Raises ValueError if it has more pixels than these."""
+    _check_one_size(images.size["height"], images.size["width"], max_pixels)
+    images.min_patches = images.max_patches = 1
+
+
+FAMILIES["internvl"] = Known(
+    "InternVL3",
+    **_squares("image_seq_length"),
+    cap=_internvl_cap,
+    settings=lambda processor, config: (
+        {
+            "image token": (processor.image_token, config.get("image_token_id", 151667)),
+            "image_seq_length": (processor.image_seq_length, config.get("image_seq_length", 256)),
+        }
+        | _size_of(processor, config, 448)
+    ),
+    classes=r"(InternVL|InternVLVideo|GotOcr2Image)Processor(Fast|Pil)?",
+)
+
+FAMILIES["gemma3"] = Known(
+    "Gemma 3",
+    **_squares("mm_tokens_per_image"),
+    norms=(*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    mlp_norm="pre_feedforward_layernorm",
+    sees_ahead=True,
+    cap=lambda images, max_pixels: _check_one_size(images.size["height"], images.size["width"], max_pixels),
+    settings=lambda processor, config: (
+        {
+            "image token": (
+                getattr(processor.tokenizer, "image_token", None),
+                config.get("image_token_index", config.get("image_token_id", 262144)),
+            ),
+            "image_seq_length": (processor.image_seq_length, config.get("mm_tokens_per_image", 256)),
+        }
+        | _size_of(processor, config, 896)
+    ),
+    classes=r"Gemma3(Image)?Processor(Fast|Pil)?|GemmaTokenizer(Fast)?",
 )

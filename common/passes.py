@@ -166,16 +166,16 @@ def vision_kept(model):
         yield
 
 
-def _run_once(tower, run: Callable, stored: dict, pixels: Tensor, *args, **kwargs):
-    modules = tower.modules()
+def _run_once(tower, run: Callable, stored: dict, *args, **kwargs):
+    pixels, modules = args[0] if args else kwargs["pixel_values"], tower.modules()
     registries = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
     hooked = {hook for hooks in registries for hook in hooks.values()} - {identity_rule, layer_norm_rule}
     if not all(hook.__module__.startswith("transformers.") for hook in hooked):  # those of the rules change no value
-        return run(pixels, *args, **kwargs)
+        return run(*args, **kwargs)
     state = id(tower), [parameter._version for parameter in tower.parameters()]
     if stored and stored["state"] == state and torch.equal(stored["pixels"], pixels):
         return copy(stored["output"])  # as the model may write into it
-    output = run(pixels, *args, **kwargs)
+    output = run(*args, **kwargs)
     if not stored:
         stored.update(state=state, pixels=pixels, output=copy(output))
     return output

@@ -72,8 +72,8 @@ def wrong_with(key: str, value, classes: str = CLASSES) -> str | None:
     elif key == "device":
         return f"wants its photos on the device {value!r}: take that out, --device says where the model is"
     elif re.fullmatch(SIZES, key):
-        most = LIMITS.get(key, 2**24)
-        if type(value) is not int or not 1 <= value <= most:
+        most, listed = LIMITS.get(key, 2**24), isinstance(value, list) and key == "patch_size"  # as InternVL's
+        if not all(type(one) is int and 1 <= one <= most for one in (value if listed else [value])):
             return f"has {key} {value!r}: it must be a whole number, 1 to {most}"
     return None
 

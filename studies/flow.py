@@ -35,8 +35,8 @@ from smooth_gradcam import (
 from studies.decoder import (
     CHUNK,
     attention_hooked,
+    cache_before,
     embed,
-    empty_cache,
     predicting,
     run_decoder,
     sequence_length,
@@ -82,9 +82,7 @@ def _attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tens
 
     with borrowed(model), memory_explained(len(reading.positions)):
         embeddings, positions = embed(reading)
-        cache = empty_cache(model)
-        if first:
-            run_decoder(model, embeddings[:, :first], positions[..., :first], cache)
+        cache = cache_before(reading, embeddings, positions, first)
         with attention_hooked(model, register):
             for start in range(first, embeddings.shape[1], CHUNK):  # noqa: B007  (the hook reads it)
                 rows = slice(start, start + CHUNK)

@@ -30,7 +30,7 @@ from smooth_gradcam import (
     memory_explained,
     unwrapped,
 )
-from studies.decoder import attention_hooked, covered_tokens, embed, empty_cache, run_decoder, token_groups
+from studies.decoder import attention_hooked, cache_before, covered_tokens, embed, run_decoder, token_groups
 from studies.flow import attention_flow
 
 __all__ = [
@@ -81,9 +81,7 @@ def knockout(
     results = []
     with borrowed(model), memory_explained(len(reading.positions)):
         embeddings, positions = embed(reading)
-        prefix = empty_cache(model)
-        if start:
-            run_decoder(model, embeddings[:, :start], positions[..., :start], prefix)
+        prefix = cache_before(reading, embeddings, positions, start)
         embeddings, positions = embeddings[:, start:], positions[..., start:]
         shape = embeddings.shape[1], start + embeddings.shape[1]  # (S, T)
         for i in (progress or iter)(range(0, len(edges), batch_size)):

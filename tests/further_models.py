@@ -4,8 +4,9 @@ import json
 
 import torch
 import transformers
-from conftest import _keep_float64, quick
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from conftest import quick
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -65,7 +66,124 @@ def llava_config(tokenizer):
     )
 
 
-MAKERS = {"llava": (llama_tokenizer, llava_processor, llava_config, transformers.LlavaForConditionalGeneration)}
+MERGES = ["c a", "ca t", "Ġ cat", "r e", "re d", "Ġ red", "Ġ t", "h e", "t he", "d o", "do g", "Ġ dog"]
+INTERN_TEMPLATE = (  # as in OpenGVLab/InternVL3-1B-hf
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{{'<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer(folder, special, **more):
+    """A tokenizer of Qwen2's class with these special tokens, the first of which ends an answer."""
+    words = sorted(ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES] + special
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    config = {"eos_token": special[0], "pad_token": special[1], "unk_token": None, "bos_token": None}
+    config |= {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": special[1:]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | more))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def intern_tokenizer(folder):
+    extra = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    extra |= {"video_token": "<video>"}
+    special = ["<|im_end|>", "<|endoftext|>", "<|im_start|>", *extra.values()]
+    return byte_tokenizer(folder, special, extra_special_tokens=extra)
+
+
+def intern_processor(tokenizer, **tiles):
+    """One tile of 6 x 6 image tokens, of 84 pixels, where the published one has 16 x 16 on 448."""
+    size = {"height": 84, "width": 84}
+    images = transformers.GotOcr2ImageProcessor(size=size, **(tiles or {"max_patches": 1}))
+    videos = transformers.InternVLVideoProcessor(size=size)
+    make = transformers.InternVLProcessor
+    return make(images, tokenizer, videos, image_seq_length=36, chat_template=INTERN_TEMPLATE)
+
+
+def intern_config(tokenizer):
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.InternVLConfig(
+        text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokenizer)},
+        vision_config=vision | {"image_size": [84, 84], "patch_size": [7, 7]},
+        image_seq_length=36,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        tie_word_embeddings=False,
+    )
+
+
+GEMMA_TEMPLATE = (  # as in google/gemma-3-4b-it
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' }}"
+    "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def gemma_tokenizer(folder):
+    """Steps as in google/gemma-3-4b-it: blanks as U+2581, none before a text, bytes as a fallback."""
+    merges = [("c", "a"), ("ca", "t"), ("▁", "cat"), ("r", "e"), ("re", "d"), ("▁", "red"), ("h", "e"), ("t", "he")]
+    merges += [("d", "o"), ("do", "g"), ("▁", "dog")]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    words = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    words += [chr(code) for code in range(33, 127)] + ["".join(pair) for pair in merges]
+    model = models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    extra = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    special += [*extra.values(), "<start_of_turn>", "<end_of_turn>"]
+    tokenizer.add_special_tokens([AddedToken(word, normalized=False) for word in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    config |= {"pad_token": "<pad>", "extra_special_tokens": extra, "add_bos_token": True, **extra}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def gemma_processor(tokenizer):
+    """6 x 6 image tokens, each of 2 x 2 patches, on 84 pixels, where the published one has 16 x 16 on 896."""
+    images = transformers.Gemma3ImageProcessor(
+        size={"height": 84, "width": 84}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return transformers.Gemma3Processor(images, tokenizer, chat_template=GEMMA_TEMPLATE, image_seq_length=36)
+
+
+def gemma_config(tokenizer):
+    """Two layers with a sliding window that is shorter than the prompt, and two without."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 84, "patch_size": 7, "model_type": "siglip_vision_model"}
+    text = {"vocab_size": len(tokenizer), "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 48}
+    text |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "pad_token_id": 0}
+    return transformers.Gemma3Config(
+        text_config=TEXT | text,
+        vision_config=vision,
+        mm_tokens_per_image=36,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+        boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
+    )
+
+
+MAKERS = {
+    "gemma3": (gemma_tokenizer, gemma_processor, gemma_config, transformers.Gemma3ForConditionalGeneration),
+    "llava": (llama_tokenizer, llava_processor, llava_config, transformers.LlavaForConditionalGeneration),
+    "internvl": (intern_tokenizer, intern_processor, intern_config, transformers.InternVLForConditionalGeneration),
+}
+
+
+def keep_float64(model):
+    """PyTorch's norms in the place of those of transformers, which compute in float32."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                eps = child.variance_epsilon if hasattr(child, "variance_epsilon") else child.eps
+                setattr(module, name, nn.RMSNorm(child.weight.shape, eps=eps))
 
 
 def make_model(family, tokenizer, dtype=torch.float64):
@@ -75,7 +193,7 @@ def make_model(family, tokenizer, dtype=torch.float64):
         torch.manual_seed(1)
         model = model(config(tokenizer))
         if dtype == torch.float64:
-            _keep_float64(model)
+            keep_float64(model)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

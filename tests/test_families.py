@@ -431,7 +431,10 @@ def others():
 @pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
 def test_other_families_are_refused_by_name_with_what_is_supported(processor, image):
     supported = "which is not supported: supported are "
-    supported += "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl), Qwen3-VL (qwen3_vl), LLaVA-1.5 (llava)"
+    supported += (
+        "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl), Qwen3-VL (qwen3_vl), LLaVA-1.5 (llava), InternVL3 (internvl), "
+    )
+    supported += "Gemma 3 (gemma3)"
     assert supported.endswith(core.supported())
     for message, other in others():
         with pytest.raises(ValueError, match=re.escape(f"{message} {supported}") + "$"):

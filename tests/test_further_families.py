@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 import transformers
 from conftest import make_image
 from family_models import autograd, by_the_book, decoder, map_by_hand
-from further_models import LAYERS, MAKERS, llava_processor, make_model
+from further_models import LAYERS, MAKERS, intern_processor, llava_processor, make_model
 from PIL import Image
 from torch import nn
 
@@ -118,10 +120,9 @@ def test_the_rules_share_the_whole_score_out(family, tokenizer, processor, image
     with core.borrowed(model), core.attnlrp(model), core.captured(taps) as found:
         score = model(**inputs, use_cache=False).logits[0, known(model).grids(model, inputs)[0][7], 5]
         gradients = torch.autograd.grad(score, list(found.values()))
-    score = score.detach()
-    assert abs(score) > 1e-3
+    assert abs(score := float(score.detach())) > 1e-3
     for features, gradient in zip(found.values(), gradients, strict=True):
-        assert float((features * gradient).sum()) == pytest.approx(float(score), rel=1e-6)
+        assert float((features.detach() * gradient).sum()) == pytest.approx(score, rel=1e-6)
 
 
 def test_a_decoder_without_a_module_that_has_a_rule_is_refused(family, tokenizer, processor, image):
@@ -303,23 +304,37 @@ def test_vision_tower_runs_once_for_the_answer_and_the_map_without_noise(model, 
 # what the answer rests on: attention by a mask that is made by hand
 
 
+@contextmanager
+def eager(model):
+    config = model.model.language_model.config
+    before, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def with_mask(reading, block) -> np.ndarray:
     """(A,) probabilities of the answer if the queries do not see the keys where `block` (L, L) says so."""
     model, given = reading.model, {}
     forced, (scored,) = core.score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
     language_model = model.model.language_model
-    with torch.no_grad(), core.hooked([language_model.register_forward_pre_hook(
-        lambda *args: given.update(args[2]), with_kwargs=True)]):  # fmt: skip
-        model.model(**forced, use_cache=False)
-    length = forced["input_ids"].shape[1]
-    mask = torch.full((length, length), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
-    mask[block[:length, :length]] = torch.finfo(torch.float64).min
-    more = {} if given.get("position_ids") is None else {"position_ids": given["position_ids"]}
-    with torch.no_grad():
+    with torch.no_grad(), eager(model):
+        with core.hooked([language_model.register_forward_pre_hook(
+            lambda *args: given.update(args[2]), with_kwargs=True)]):  # fmt: skip
+            model.model(**forced, use_cache=False)
+        length = forced["input_ids"].shape[1]
+        block, lowest = block[:length, :length], torch.finfo(torch.float64).min
+        if isinstance(masks := given["attention_mask"], dict):  # Gemma 3's own, where image tokens see each other
+            assert all(mask[0, 0, reading.positions[0], reading.positions[-1]] == 0 for mask in masks.values())
+            masks = {name: mask.masked_fill(block, lowest) for name, mask in masks.items()}
+        else:
+            masks = torch.full((1, 1, length, length), lowest, dtype=torch.float64).triu(1).masked_fill(block, lowest)
+        more = {} if given.get("position_ids") is None else {"position_ids": given["position_ids"]}
         states = language_model(
-            inputs_embeds=given["inputs_embeds"], attention_mask=mask[None, None], use_cache=False, **more
-        )
-        logits = model.lm_head(states.last_hidden_state[0, scored.predicting])
+            inputs_embeds=given["inputs_embeds"], attention_mask=masks, use_cache=False, **more
+        ).last_hidden_state
+        logits = model.lm_head(states[0, scored.predicting])
     return logits.softmax(-1)[range(len(scored.expected)), scored.expected].numpy()
 
 
@@ -353,14 +368,11 @@ def test_attention_flow_is_the_models_attention(reading):
     found = attention_flow(reading)
     model, seen_weights = reading.model, []
     forced, (scored,) = core.score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
-    config = model.model.language_model.config
-    before, config._attn_implementation = config._attn_implementation, "eager"
     hooks = [
         layer.self_attn.register_forward_hook(lambda *args: seen_weights.append(args[2][1])) for layer in decoder(model)
     ]
-    with torch.no_grad(), core.hooked(hooks):
+    with torch.no_grad(), eager(model), core.hooked(hooks):
         model(**forced, use_cache=False)
-    config._attn_implementation = before
     for layer, weights in enumerate(seen_weights):
         expected = weights[0][:, scored.predicting].mean((0, 1)).numpy()
         np.testing.assert_allclose(found[layer][: len(expected)], expected, rtol=1e-4, atol=1e-7)
@@ -413,7 +425,7 @@ def test_checkpoint_is_loaded_with_its_processor(folder, family, image, processo
         "--mode words --layers 0 -1 --prompt_words",
         "--mode evaluate --layers 1 --steps 4 --randomize --mask MASK",
         "--mode evaluate --layers 1 --steps 4 --compare",
-        "--mode flow --taps --attention_maps",
+        "--mode flow --taps",
         "--mode knockout --window 2 --keep 5 --mask MASK",
     ],
 )
@@ -421,6 +433,13 @@ def test_every_mode_runs(drive, tmp_path, flags):
     code, out, err = drive(*flags.replace("MASK", str(tmp_path / "mask.png")).split())
     assert code == 0, err
     assert any((tmp_path / "out").rglob("*.png"))
+
+
+def test_attention_maps_are_drawn_where_the_decoder_can_be_run_in_parts(drive, family):
+    code, _, err = drive("--mode", "flow", "--attention_maps")
+    assert (code, "its image tokens see each other, so attention is read behind them only" in err) == (
+        (2, True) if family == "gemma3" else (0, False)
+    )
 
 
 # LLaVA-1.5
@@ -549,6 +568,71 @@ def test_a_tokenizer_that_makes_texts_longer_is_refused(folder, drive, tmp_path)
 def test_videos_are_refused(model, reading):
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration: a video is not supported"):
         known(model).grids(model, reading.inputs, "video")
+
+
+# InternVL3
+
+of_internvl = pytest.mark.parametrize("family", ["internvl"], indirect=True)
+
+
+@of_internvl
+def test_internvls_tiles_are_refused_with_what_to_do(model, tokenizer, image):
+    processor = intern_processor(tokenizer, max_patches=4)
+    message = r"^the processor makes \d pictures of 1 photos: it must be one of each$"
+    with pytest.raises(ValueError, match=message):
+        read(model, processor, image, PROMPT, ANSWER)
+    processor.image_processor.max_patches = 1
+    assert read(model, processor, image, PROMPT, ANSWER).grid == (6, 6)
+
+
+@of_internvl
+def test_internvl_is_loaded_with_one_tile_a_photo(folder, model, tokenizer, image, tmp_path):
+    other = tmp_path / "tiles"
+    shutil.copytree(folder, other)
+    intern_processor(tokenizer, max_patches=12).save_pretrained(other)
+    loaded = load_processor(str(other), 10**6)
+    assert read(model, loaded, make_image(300, 100), PROMPT, ANSWER).inputs["pixel_values"].shape == (1, 3, 84, 84)
+    with pytest.raises(
+        ValueError, match="--max_pixels 7055 is less than 84 x 84 pixels, which this model takes of any"
+    ):
+        load_processor(str(other), 7055)
+
+
+# Gemma 3
+
+of_gemma = pytest.mark.parametrize("family", ["gemma3"], indirect=True)
+
+
+@of_gemma
+def test_gemmas_prompt_begins_once(reading, tokenizer):
+    """Its template writes the token of the beginning, and its tokenizer would add another."""
+    assert reading.inputs["input_ids"][0].tolist().count(tokenizer.bos_token_id) == 1
+    assert reading.inputs["input_ids"][0, 0] == tokenizer.bos_token_id
+
+
+@of_gemma
+def test_gemma_is_read_before_its_mlp_where_the_paper_is(model, reading):
+    layer = decoder(model)[1]
+    pair, tap = {}, "post_attention_layernorm"
+    pair["paper"] = found_by_core(reading, [1], rules="plain", tap=tap)[1]
+    pair["norm"] = found_by_core(reading, [layer.pre_feedforward_layernorm], rules="plain")[
+        "model.language_model.layers.1.pre_feedforward_layernorm"
+    ]
+    for one, other in zip(pair["paper"], pair["norm"], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@of_gemma
+def test_gemmas_own_norms_pass_gradients_by_the_rule(tokenizer):
+    """Of transformers' own class, which multiplies with 1 + w: what comes back is all that the output contributes."""
+    norm = decoder(make_model("gemma3", tokenizer, torch.float32))[0].post_feedforward_layernorm
+    assert type(norm).__name__ == "Gemma3RMSNorm"
+    x = torch.randn(1, 5, 32, requires_grad=True)
+    with core.hooked([norm.register_forward_hook(core.identity_rule)]):
+        y = norm(x)
+    weights = torch.randn(y.shape)
+    (gradient,) = torch.autograd.grad((y * weights).sum(), x)
+    torch.testing.assert_close((gradient * x).sum(-1), (y * weights).sum(-1), rtol=1e-4, atol=1e-5)
 
 
 def test_every_family_is_an_entry_with_all_that_is_needed():
