@@ -17,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from smooth_gradcam import FAMILIES, LARGE, NORMS, Family, image_rows, unwrapped
+from smooth_gradcam import FAMILIES, LARGE, NORMS, PRODUCTS, Family, activation_rule, half, image_rows, unwrapped
 
 __all__ = ["FAMILIES", "Known", "cap_pixels", "known", "seen"]
 
@@ -280,4 +281,22 @@ FAMILIES["gemma3"] = Known(
         | _size_of(processor, config, 896)
     ),
     classes=r"Gemma3(Image)?Processor(Fast|Pil)?|GemmaTokenizer(Fast)?",
+)
+
+
+# GLM-4V: pictures as Qwen2-VL's, and one projection for both factors of the MLP
+
+
+def _second_half(module, args, output: Tensor) -> Tensor:
+    """Hook of a projection to gate and up: the uniform rule for the latter."""
+    gate, up = output.chunk(2, dim=-1)
+    return torch.cat([gate, half(module, args, up)], dim=-1)
+
+
+FAMILIES["glm4v"] = Known(
+    "GLM-4V",
+    norms=(*NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"),
+    products={place: rule for place, rule in PRODUCTS.items() if place.startswith("self_attn.")}
+    | {"mlp.gate_up_proj": _second_half, "mlp.activation_fn": activation_rule},
+    classes=r"Glm4v(Image|Video)?Processor(Fast|Pil)?",
 )

@@ -110,8 +110,11 @@ def half(x, part=0.5):
 
 def mlp_by_the_rules(mlp):
     def forward(x):
-        gate = mlp.gate_proj(x)
-        return mlp.down_proj(half(gate * (mlp.act_fn(gate) / gate).detach()) * half(mlp.up_proj(x)))
+        if hasattr(mlp, "gate_up_proj"):  # GLM-4V
+            (gate, up), act = mlp.gate_up_proj(x).chunk(2, dim=-1), mlp.activation_fn
+        else:
+            gate, up, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn
+        return mlp.down_proj(half(gate * (act(gate) / gate).detach()) * half(up))
 
     return forward
 

@@ -170,7 +170,45 @@ def gemma_config(tokenizer):
     )
 
 
+GLM_TEMPLATE = (  # as in zai-org/GLM-4.1V-9B-Thinking
+    "[gMASK]<sop>\n{% for message in messages %}<|{{ message['role'] }}|>\n{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}<|begin_of_image|><|image|><|end_of_image|>"
+    "{% elif item['type'] == 'video' %}<|begin_of_video|><|video|><|end_of_video|>"
+    "{% else %}{{ item['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def glm_tokenizer(folder):
+    special = ["<|user|>", "<|endoftext|>", "[gMASK]", "<sop>", "<|assistant|>"]
+    for kind in ("image", "video"):
+        special += [f"<|begin_of_{kind}|>", f"<|{kind}|>", f"<|end_of_{kind}|>"]
+    return byte_tokenizer(folder, special)
+
+
+def glm_processor(tokenizer):
+    size = {"shortest_edge": 2 * 84 * 84, "longest_edge": 2 * 200 * 28 * 28}  # of two frames
+    images, videos = transformers.Glm4vImageProcessor(size=size), transformers.Glm4vVideoProcessor()
+    return transformers.Glm4vProcessor(images, tokenizer, videos, chat_template=GLM_TEMPLATE)
+
+
+def glm_config(tokenizer):
+    ids = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}|>") for kind in ("image", "video")}
+    for kind in ("image", "video"):
+        ids[f"{kind}_start_token_id"] = tokenizer.convert_tokens_to_ids(f"<|begin_of_{kind}|>")
+        ids[f"{kind}_end_token_id"] = tokenizer.convert_tokens_to_ids(f"<|end_of_{kind}|>")
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0, "rope_theta": 10000.0}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+    return transformers.Glm4vConfig(
+        text_config=TEXT | {"vocab_size": len(tokenizer), "rope_scaling": rope, "pad_token_id": None},
+        vision_config=vision | {"image_size": 84, "patch_size": 14},
+        tie_word_embeddings=False,
+        **ids,
+    )
+
+
 MAKERS = {
+    "glm4v": (glm_tokenizer, glm_processor, glm_config, transformers.Glm4vForConditionalGeneration),
     "gemma3": (gemma_tokenizer, gemma_processor, gemma_config, transformers.Gemma3ForConditionalGeneration),
     "llava": (llama_tokenizer, llava_processor, llava_config, transformers.LlavaForConditionalGeneration),
     "internvl": (intern_tokenizer, intern_processor, intern_config, transformers.InternVLForConditionalGeneration),
