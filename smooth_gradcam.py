@@ -43,9 +43,6 @@ __all__ = [
 ]
 
 
-# the mathematics
-
-
 def standardised(features: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """Features as the next norm sees them, centred, and the gradients with respect to them: (N, C), (N, C).
 
@@ -61,8 +58,7 @@ def standardised(features: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 def paper(features: Tensor, gradients: Tensor) -> Tensor:
     """Grad-CAM exactly as published, ReLU(sum_k alpha_k A_k), alpha_k the mean gradient: (N, C), (N, C) -> (N,).
 
-    Selvaraju et al., ICCV 2017, eq. 1 and 2, with image tokens in place of pixels, as in "From Redundancy to
-    Relevance".
+    Selvaraju et al., ICCV 2017, eq. 1 and 2, image tokens being the pixels, as in "From Redundancy to Relevance".
     """
     return (features @ gradients.mean(0)).relu()
 
@@ -125,9 +121,6 @@ SCORES = {"logit": logit_score, "logprob": logprob_score}
 TAPS = ("input", "output", "post_attention_layernorm")
 
 
-# settings and results
-
-
 class ExplanationError(RuntimeError):
     """The model gave nothing that can be explained: no answer, no gradient, or values that are not finite."""
 
@@ -152,8 +145,8 @@ class Settings:
     method       "gradcam" (gradients pooled over the image tokens), "hirescam" (each token's own), "product" (of the
                  two), or "paper" (exactly as published; for a whole answer, its end of turn is scored as well)
     rules        how gradients pass the decoder: by AttnLRP's rules for norms, gates and attention ("attnlrp"), with
-                 only the denominators of the norms held constant ("detached"), or unchanged ("plain"). A tap or rules
-                 of None are the method's own, see `METHODS`
+                 only the denominators of the norms held constant ("detached"), or unchanged ("plain"); None, as for
+                 the tap, is the method's own, see `METHODS`
     head         of method "attention" (see `common/attention.py`): one head, in the place of their mean
     """
 
@@ -248,9 +241,6 @@ class TokenMaps:
         return zero | dict.fromkeys(sorted(self.no_gradient, key=str), "no gradient")
 
 
-# photo
-
-
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # not EPS: Pillow would start Ghostscript
 LARGE = 25_000_000  # pixels from which on a photo is made smaller before the processor gets it
 
@@ -306,34 +296,34 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def add_noise(pixel_values: Tensor, noise_std: float, image_processor, generator, still: bool = True) -> Tensor:
-    """One SmoothGrad copy of the processor's pixels, (patches, channels * temporal copies * P * P).
+    """One SmoothGrad copy of the processor's pixels, (patches, channels * temporal copies * P * P) or (..., 3, P, P).
 
     `noise_std` is in units of pixel values in [0, 1] (Smilkov et al., 2017: sigma / (max - min)). A still image is
     stored twice along time: both copies of a pixel get the same draw; the frames of a video get one each. Drawn on the
     CPU, so that a seed means the same noise on every device.
     """
     std = torch.tensor(image_processor.image_std if image_processor.do_normalize else 1.0).expand(3)
-    copies = image_processor.temporal_patch_size
-    pixels = pixel_values.unflatten(1, (len(std), copies, -1))  # (patches, channels, copies, P * P)
-    drawn = pixels[:, :, :1] if still else pixels
+    copies, whole = getattr(image_processor, "temporal_patch_size", 1), pixel_values.dim() > 2  # pictures, not patches
+    rows = pixel_values.flatten(-3) if whole else pixel_values
+    pixels = rows.unflatten(-1, (len(std), copies, -1))  # (patches, channels, copies, P * P)
+    drawn = pixels[..., :1, :] if still else pixels
     noise = torch.randn(drawn.shape, generator=generator) * (noise_std / std[:, None, None])
-    return (pixels + noise.to(pixels)).flatten(1)
+    return (pixels + noise.to(pixels)).reshape(pixel_values.shape)
 
 
-# reading: photo, prompt and answer as the model has them
+def supported() -> str:
+    """The families there are, in words; `import common.families` adds those beside Qwen-VL."""
+    return "supported are " + ", ".join(f"{family.name} ({kind})" for kind, family in FAMILIES.items())
 
 
-FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}  # by model_type
-SUPPORTED = "supported are " + ", ".join(f"{name} ({kind})" for kind, name in FAMILIES.items())
-
-
-def check_family(model) -> None:
-    """Raises ValueError, with the list of what is supported, for a model of another family, or one that is no model."""
+def check_family(model) -> "Family":
+    """The model's. Raises ValueError, with what is supported, for that of none of them, or one that is no model."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
-        raise ValueError(f"{type(model).__name__} is of type {kind}, which is not supported: {SUPPORTED}")
+        raise ValueError(f"{type(model).__name__} is of type {kind}, which is not supported: {supported()}")
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} cannot answer: load it with AutoModelForImageTextToText")
+    return FAMILIES[kind]
 
 
 def check_processor(processor, pictures: str) -> None:
@@ -349,10 +339,10 @@ class Reading:
 
     model: nn.Module
     processor: object
-    photos: tuple[Image.Image, ...]  # those that are explained, RGB, in the order of the prompt
+    photos: tuple[Image.Image, ...]  # those that are explained, as the model sees them, in the prompt's order
     prompt: str  # of a conversation all its texts
     inputs: dict[str, Tensor]  # what the processor makes of pictures and prompt
-    positions: Tensor  # (N,) of the image tokens in the sequence, those of all photos
+    positions: Tensor  # (N,) of the image tokens in the sequence, those of all photos, each in raster order
     grids: tuple[tuple[int, int], ...]  # (H, W) of each photo
     tokens: list[int]  # A token ids of the answer
     spans: list[tuple[int, int]]  # A: the characters of `answer` that each token has a part in
@@ -369,7 +359,8 @@ class Reading:
 
         Raises ValueError for a picture that is not there.
         """
-        positions, grids = image_grids(self.model, self.inputs, "image" if self.pixels == "pixel_values" else "video")
+        kind = "image" if self.pixels == "pixel_values" else "video"
+        positions, grids = check_family(self.model).grids(self.model, self.inputs, kind)
         if not numbers or not set(numbers) <= set(range(len(grids))):
             raise ValueError(f"pictures {numbers} must be some of 0 to {len(grids) - 1}")
         parts = positions.split([math.prod(grid) for grid in grids])
@@ -434,15 +425,16 @@ def read(model, processor, image, prompt, answer: str | None = None, max_new_tok
     Raises ValueError for bad arguments, ExplanationError if the model's answer is empty.
     """
     model = unwrapped(model)
-    check_family(model)
+    family = check_family(model)
     check_processor(processor, "image_processor")
     images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
     chat, pictures, given = conversation(images, prompt)
     if not pictures:
         raise ValueError(f"image={image!r} has no photo: give one or more")
     photos = tuple(map(load_rgb, pictures))
-    reading = answered(model, processor, photos, chat, prepare_inputs(model, processor, photos, chat), "image", answer,
-                       max_new_tokens)  # fmt: skip
+    inputs = prepare_inputs(model, processor, photos, chat)
+    photos = tuple(family.seen(photo, processor.image_processor) for photo in photos)
+    reading = answered(model, processor, photos, chat, inputs, "image", answer, max_new_tokens)
     return reading.of(*given) if len(given) < len(photos) else reading
 
 
@@ -495,7 +487,9 @@ def answered(
 ) -> Reading:  # fmt: skip
     """The reading of inputs whose `kind` ("image" or "video") is explained, with the given or the generated answer."""
     check_whole("max_new_tokens", max_new_tokens, 1)
-    positions, grids = image_grids(model, inputs, kind)
+    positions, grids = check_family(model).grids(model, inputs, kind)
+    if kind == "image" and len(grids) != len(photos):
+        raise ValueError(f"the processor makes {len(grids)} pictures of {len(photos)} photos: it must be one of each")
     if min(map(math.prod, grids)) < 9:
         sizes = " and ".join(f"{width} x {height}" for height, width in grids)
         warn(f"the photo is seen as {sizes} image tokens: too few to tell places apart")
@@ -516,10 +510,7 @@ def answered(
 
 
 def thinking_end(tokenizer, tokens: list[int], spans: list[tuple[int, int]], text: str) -> int:
-    """The characters of an answer up to the end of </think>, a text or a special token; all if that never comes.
-
-    0 for an answer without thinking.
-    """
+    """The characters of an answer up to the end of </think>, be it a special token; all if that never comes."""
     marks = {name: span[1] for name, span in zip(tokenizer.convert_ids_to_tokens(tokens), spans, strict=True)}
     end = marks.get("</think>", text.find("</think>") + len("</think>") if "</think>" in text else 0)
     if not end and ("<think>" in marks or "<think>" in text):
@@ -533,10 +524,9 @@ def warn(message: str) -> None:
 
 
 def prepare_inputs(model, processor, photos, prompt, **video) -> dict[str, Tensor]:
-    """What the processor makes of photos and a prompt behind them, or of `conversation`'s messages.
+    """What the processor makes of photos and a prompt behind them, or of messages, on the device of the embeddings.
 
-    `video`, the processor's arguments for one, takes the place of the photos. The tensors are where the model's
-    embeddings are.
+    `video`, the processor's arguments for one, takes the place of the photos.
     """
     kind = "video" if video else "image"
     chat = conversation([None] if video else list(photos), prompt, kind)[0] if isinstance(prompt, str) else prompt
@@ -548,11 +538,13 @@ def prepare_inputs(model, processor, photos, prompt, **video) -> dict[str, Tenso
                 raise ValueError(f"prompt={said[:80]!r} contains {marker}, which marks a picture or a turn of the chat")
         if said.strip() not in text and role != "assistant":  # of whose earlier thoughts some templates drop
             raise ValueError(f"the chat template drops the prompt {said!r}: the question was never asked")
-    count, expected = text.count(processor.image_token) + text.count(processor.video_token), 1 if video else len(photos)
+    marks = [getattr(processor, mark, None) for mark in ("image_token", "video_token")]
+    count, expected = sum(map(text.count, filter(None, marks))), 1 if video else len(photos)
     if count != expected:
         raise ValueError(f"the chat template shows {count} pictures where {expected} are given")
-    given = video or {"images": [reduced(photo, processor.image_processor) for photo in photos]}
-    inputs = dict(processor(text=[text], **given, return_tensors="pt"))
+    plain = {"add_special_tokens": False} if text.startswith(processor.tokenizer.bos_token or "\0") else {}  # has it
+    given = video or {"images": [check_family(model).reduced(photo, processor.image_processor) for photo in photos]}
+    inputs = dict(processor(text=[text], **given, **plain, return_tensors="pt"))
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         ids = inputs["input_ids"]  # without their types transformers >= 5.3 uses 1-D positions, with no error
         types = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
@@ -608,9 +600,6 @@ def generate(model, tokenizer, inputs: dict[str, Tensor], max_new_tokens: int) -
     return tokens[:end], end is None
 
 
-GROUNDING = r"object|box|quad|think"  # in the names of special tokens that texts may have
-
-
 def tokenise(tokenizer, text: str, name: str = "answer") -> list[int]:
     """The text's token ids. Raises ValueError for special tokens in it, other than those of grounding and thinking."""
     check_text(name, text)
@@ -632,26 +621,31 @@ def token_spans(tokenizer, tokens: list[int]) -> list[tuple[int, int]]:
     A byte-level token may carry only some bytes of a character: then all tokens of that character span it. Special
     tokens are left out of the decoded answer and span nothing.
     """
-    said = [token for token in tokens if decode(tokenizer, [token])]
+    said = [token for token in tokens if decode(tokenizer, [token] * 2)]
+    lead = tokenizer("a", add_special_tokens=False)["input_ids"]
+
+    def text_of(start, end):  # LLaMA's tokenizer drops a blank at the beginning of all that it decodes
+        return decode(tokenizer, lead + said[start:end])[1:] if start else decode(tokenizer, said[:end])
+
     spans, start, i = [], 0, 0
     first, before = 0, 0  # the token that begins with a character of its own, and the characters before it
     for token in tokens:
-        if not decode(tokenizer, [token]):
+        if not decode(tokenizer, [token] * 2):
             spans.append((start, start))
             continue
         i += 1
-        text = decode(tokenizer, said[first:i])
-        end = before + len(text)
-        spans.append((start, end))
+        text = text_of(first, i)
         # A cut inside a character shows where both sides are decoded alone; three more tokens hold its last byte.
-        both = decode(tokenizer, said[first : i + 3])
-        inside = text.endswith("\ufffd") and text + decode(tokenizer, said[i : i + 3]) != both
+        inside = text.endswith("\ufffd") and any(text + text_of(i, i + n) != text_of(first, i + n) for n in (1, 2, 3))
+        end = before + (1 if inside and not text.strip("\ufffd") else len(text))
+        spans.append((start, end))
         start = end - inside
         if not inside:
             first, before = i, end
     return spans
 
 
+GROUNDING = r"object|box|quad|think"  # in the names of special tokens that texts may have
 OF_A_WORD = r"[\p{L}\p{N}\p{M}_]"  # letters, digits, and the marks above and below them, such as Hindi vowel signs
 
 
@@ -678,8 +672,7 @@ def find_target(answer, target: str | None, occurrence: int = 1, part: str = "an
     """(start, end) in characters of `target` in the answer, the first or the given occurrence; None is all of it.
 
     `answer` is a text, or a `Reading`, in whose `part` the target is sought. Where the target stands as a whole word,
-    only whole words count: "cat" is not sought in "cattle". Raises ValueError, with the answer, if it is not there, or
-    not as often.
+    only whole words count: not "cat" in "cattle". Raises ValueError, with the answer, if it is not there as often.
     """
     check_whole("target_occurrence", occurrence, 1)
     start, end = answer.part(part) if isinstance(answer, Reading) else (0, len(answer))
@@ -702,8 +695,7 @@ class Scored(NamedTuple):
 def score_parts(inputs, tokens: list[int], parts: list[Iterable[int]]) -> tuple[dict[str, Tensor], list[Scored]]:
     """The inputs, extended by the answer as far as its parts need it, and what of each part is scored there.
 
-    `parts` are indices into the answer's `tokens`. What is per token is extended to match, or else the mask and the
-    positions would be wrong.
+    `parts` are indices into the answer's `tokens`. What is per token is extended, or mask and positions would be wrong.
     """
     ids = inputs["input_ids"]
     before = ids.shape[1] - 1  # the position that predicts the answer's first token
@@ -716,9 +708,6 @@ def score_parts(inputs, tokens: list[int], parts: list[Iterable[int]]) -> tuple[
         if value.shape == ids.shape
     }  # (1, P) -> (1, L)
     return inputs | forced, scored
-
-
-# features and gradients
 
 
 def unwrapped(model):
@@ -779,9 +768,8 @@ class Tap(NamedTuple):
 def find_taps(model, layers, tap: str) -> list[Tap]:
     """Decoder layers are tapped as `tap` says, all other modules at their output.
 
-    Qwen3-VL adds features of the photo to the hidden states behind its first layers (deepstack). Read at the input of
-    one of those or at its output, they are as they are there: what is added behind is held constant, and left out.
-    Keys are the index of a decoder layer, whichever the tap, and the name in the model of any other module.
+    What Qwen3-VL adds of the photo behind its first layers (deepstack) is held constant there, and left out. Keys are
+    the index of a decoder layer, whichever the tap, and the name in the model of any other module.
     """
     decoder, total = get_model_layers(model)
     names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}  # of torch.compile
@@ -792,7 +780,8 @@ def find_taps(model, layers, tap: str) -> list[Tap]:
         if module not in names:
             raise ValueError(f"the layer {type(module).__name__} does not belong to the model")
         key = index.get(module, names[module])
-        place = module.post_attention_layernorm if module in index and tap == "post_attention_layernorm" else module
+        before_mlp = module in index and tap == "post_attention_layernorm"
+        place = getattr(module, check_family(model).mlp_norm) if before_mlp else module
         taps[key] = Tap(key, place, at_input=module in index and tap == "input")
     return list(taps.values()) or resolve_layers([], total)
 
@@ -880,7 +869,7 @@ def activation_rule(module, args, output):
 
 
 half, quarter = uniform_rule(0.5), uniform_rule(0.25)
-NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")  # the latter: Qwen3-VL
+NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")  # the latter if any
 PRODUCTS = {"self_attn.q_proj": quarter, "self_attn.k_proj": quarter, "self_attn.v_proj": half}
 PRODUCTS |= {"mlp.up_proj": half, "mlp.act_fn": activation_rule}
 
@@ -895,19 +884,19 @@ def ruled(model, products: bool):
     the weights come from a product, towards queries and keys. Raises ExplanationError if the decoder runs without one
     of the modules that have a rule, as with fused kernels.
     """
-    layers = get_model_layers(model)[0]
+    layers, family = get_model_layers(model)[0], check_family(model)
     decoder = next(module for module in model.modules() if getattr(module, "layers", None) is layers)
     places = {"norm": (decoder, "norm")} | {
         f"layers.{i}.{place}": (layer, place)
         for i, layer in enumerate(layers)
-        for place in (*NORMS, *(PRODUCTS if products else ()))
+        for place in (*family.norms, *(family.products if products else ()))
         if not re.search("[qk]_norm", place) or hasattr(layer.self_attn, "q_norm")
     }
     rules, called = norm_rules(model), set()
     for name, (parent, place) in places.items():
         with suppress(AttributeError):
             module = places[name] = operator.attrgetter(place)(parent)
-            rule = PRODUCTS.get(place, None if getattr(module, "bias", None) is not None else identity_rule)
+            rule = family.products.get(place, None if getattr(module, "bias", None) is not None else identity_rule)
             rules |= {module: rule} if rule and module not in rules else {}
     names = {module: name for name, module in places.items()}  # layers may have an activation in common
     missing = {name for name, module in places.items() if module not in rules}
@@ -1098,9 +1087,6 @@ def noisy_passes(
         raise ValueError(f"progress={progress!r} {what}")
 
 
-# token maps
-
-
 def image_rows(key, tensor: Tensor, positions: Tensor, own: Tensor) -> Tensor:
     """The rows of the image tokens: (N, C) of a sequence (1, L, ...), (k * N, C) of the vision tower (k * M, C).
 
@@ -1132,8 +1118,8 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
     """(N,) of one copy, image after image, None if no path leads from the image tokens at this layer to the answer."""
     if gradient is None:
         return None
-    places = reading.positions, reading.own
-    features, gradient = (image_rows(key, tensor, *places) for tensor in (features, gradient))  # (k * N, C)
+    places, family = (reading.positions, reading.own), check_family(reading.model)
+    features, gradient = (family.rows(key, tensor, *places) for tensor in (features, gradient))  # (k * N, C)
     if not gradient.isfinite().all():
         raise not_finite(f"the gradient at layer {key} is not finite", reading.model)
     if not gradient.any():
@@ -1141,7 +1127,26 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
     heat = METHODS[method].formula(features, gradient).float().cpu().numpy()
     counts = np.multiply([math.prod(grid) for grid in reading.grids], len(heat) // len(reading.positions))
     parts = zip(np.split(heat, np.cumsum(counts)[:-1]), reading.grids, strict=True)  # the vision tower's, too
-    return np.concatenate([to_grid(key, *part, reading.model.config.vision_config).ravel() for part in parts])
+    config = reading.model.config.vision_config
+    return np.concatenate([family.grid(key, part, grid, config).ravel() for part, grid in parts])
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families of models: the defaults are Qwen-VL's, `common/families.py` has others."""
+
+    name: str
+    grids: Callable = image_grids  # (model, inputs, kind) -> positions (N,) of the image tokens, (H, W) of each picture
+    seen: Callable = lambda photo, image_processor: photo  # what the processor shows the model of a photo
+    reduced: Callable = reduced  # (photo, image processor) -> a photo not much larger than what that makes of it
+    rows: Callable = image_rows  # (key, tensor, positions, own) -> (k * N, C)
+    grid: Callable = to_grid  # (key, heat (k * N,), (H, W), vision config) -> (H, W)
+    norms: tuple[str, ...] = NORMS  # of a decoder layer
+    mlp_norm: str = "post_attention_layernorm"  # the one before the MLP
+    products: dict[str, Callable] = field(default_factory=lambda: PRODUCTS)  # {module of a decoder layer: rule}
+
+
+FAMILIES = {"qwen2_vl": Family("Qwen2-VL"), "qwen2_5_vl": Family("Qwen2.5-VL"), "qwen3_vl": Family("Qwen3-VL")}
 
 
 def explain(
@@ -1150,9 +1155,8 @@ def explain(
 ) -> list[TokenMaps]:  # fmt: skip
     """The raw maps of parts of the answer at any set of layers: one forward per noisy copy serves all of them.
 
-    One TokenMaps for each part; of several photos, or of a video's temporal patches, one for each of them in turn.
-    Their tokens are pooled and centred together, as the image tokens they all are, so that the maps of one part
-    compare: a photo that contributes less is darker.
+    One TokenMaps for each part; of several photos, or of a video's temporal patches, one for each of them in turn, with
+    their tokens pooled and centred together: the maps of one part compare, and a photo that contributes less is darker.
 
     `spans` are the parts, (start, end) in characters of `reading.answer`, one or more; see `find_target`. `passes`
     takes the place of `noisy_passes`: see `common/passes.py`. `layers`, `progress`, `batch_size` and errors are
@@ -1232,9 +1236,6 @@ def compute_token_maps(
     reading = read(model, processor, image, prompt, answer, max_new_tokens)
     span = find_target(reading, target, target_occurrence, part)
     return by(reading, [span], layers, settings, progress, batch_size=batch_size, passes=passes)[0]
-
-
-# pictures
 
 
 COLORMAPS = ("plasma", "inferno", "magma", "viridis", "cividis", "turbo", "jet")  # the first five: perceptually uniform
@@ -1356,11 +1357,10 @@ class SmoothQwenGradCAM:
             raise ValueError(f"device={device!r} must be the model's, {self.device}: move the model, and inputs follow")
 
     def generate_cam(self, image, prompt, use_smooth=True):
-        """(superimposed, heatmap): uint8 RGB arrays (height, width, 3) of the photo's own size.
+        """(superimposed, heatmap): uint8 RGB arrays (height, width, 3) of the photo's own size, or what the model sees.
 
         `use_smooth=False` is plain Grad-CAM, without noise. Afterwards `self.result` has the raw map and the answer.
-        Raises ExplanationError if the layer has no map (no gradient reaches it, or the map is zero everywhere), beside
-        what `compute_token_maps` raises.
+        Raises what `compute_token_maps` does, and ExplanationError if the layer has no map (no gradient, or all zero).
         """
         settings = {"num_samples": self.num_samples, "noise_std": self.noise_std, "use_smooth": use_smooth}
         given = self.model, self.processor, image, prompt, [self.target_layer]
@@ -1369,4 +1369,5 @@ class SmoothQwenGradCAM:
         if layer in self.result.blank:
             advice = 'choose an earlier layer, or tap="input" with a decoder layer'
             raise ExplanationError(f"layer {layer} has no map ({self.result.blank[layer]}): {advice}")
-        return render_cam(image, cam, self.look)
+        photo = check_family(unwrapped(self.model)).seen(load_rgb(image), self.processor.image_processor)
+        return render_cam(photo, cam, self.look)

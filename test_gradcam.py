@@ -65,6 +65,7 @@ from common.evidence import (
     warnings_of,
     with_method,
 )
+from common.families import seen
 from common.files import other_files, output_folder
 from common.messages import load_messages, paths_of, prompt_of, take_last
 from common.notebook import Shown
@@ -142,7 +143,7 @@ def single_layer_visualization(
     with output_folder(save_dir, inputs=[image]) as write:
         given = None if image is None else photo
         token_maps = compute_token_maps(model, processor, given, prompt, [layer], **settings)
-        result, files = draw_single(photo, token_maps, look, paper)
+        result, files = draw_single(seen(model, processor, photo), token_maps, look, paper)
         write(files)
     about = {"layer": layer, "answer": token_maps.answer, "target": token_maps.target}
     return Shown(dict(result) | about, files["visualization.png"])
@@ -230,6 +231,14 @@ def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
     """The object's pixels. Raises ValueError naming the flag."""
     try:
         return load_mask(path, size)
+    except ValueError as exc:
+        raise ValueError(f"--mask {path}: {exc}") from exc
+
+
+def seen_mask(path: str, model, processor, mask: np.ndarray) -> np.ndarray:
+    """The object's pixels in what the model sees of the photo. Raises ValueError naming the flag."""
+    try:
+        return seen(model, processor, mask)
     except ValueError as exc:
         raise ValueError(f"--mask {path}: {exc}") from exc
 
@@ -532,11 +541,13 @@ def run(args: argparse.Namespace) -> Done:
             model = load_model(args.model_path, device, args.dtype)
             with vision_kept(model):
                 readings = [read_question(one, model, processor, args) for one in asked]
+                mask = mask if mask is None else seen_mask(args.mask, model, processor, mask)
                 if args.answers is None:
                     files, lines, _ = explain_mode(request, readings, [one.name for one in asked], layers, mask)
                 else:
                     files, lines, _ = score_answers(request, readings, asked)
-        lines = cut_off_lines(readings, [one.name for one in asked]) + lines
+        sizes = {one.name: one.photo.size for one in asked}
+        lines = cut_off_lines(readings, [one.name for one in asked]) + seen_lines(readings, sizes) + lines
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)
 
@@ -557,6 +568,17 @@ def cut_off_lines(readings: list[Reading], names: list[str]) -> list[str]:
     cut_off = {name: len(one.tokens) for name, one in zip(names, readings, strict=True) if one.cut_off}
     said = {name: f"the answer was cut off after {count} tokens: --max_new_tokens" for name, count in cut_off.items()}
     return warnings_of(said)
+
+
+def seen_lines(readings: list[Reading], sizes: dict[str, tuple[int, int]]) -> list[str]:
+    """A line for each photo, of these (width, height), that the model's processor crops or pads."""
+    said = {}
+    for reading, (name, size) in zip(readings, sizes.items(), strict=True):
+        shown = reading.photos[0].size
+        how = "pads it to" if shown[0] > size[0] or shown[1] > size[1] else "shows the model only its middle,"
+        what = f"the processor {how} {shown[0]} x {shown[1]} of {size[0]} x {size[1]} pixels: that is what is explained"
+        said[name] = what if shown != size else ""
+    return [line.replace("warning: ", "seen: ", 1) for line in warnings_of(said)]
 
 
 def explain_list(request: Request) -> Done:
@@ -582,13 +604,14 @@ def explain_list(request: Request) -> Done:
         with vision_kept(model):
             reading = read(model, processor, photo, prompt_of(asked), asked.answer, asked.max_new_tokens)
             wanted = args.mode == "evaluate" or args.window is not None or args.heads
-            mask = object_mask(item.object, photo.size) if item.object and wanted else None
+            mask = seen(model, processor, object_mask(item.object, photo.size)) if item.object and wanted else None
             names = [readable(item.image.name)]
             if args.mode == "evaluate":
                 files, lines, evidence = measure_photo(own, reading, layers, mask)
             else:
                 files, lines, evidence = explain_mode(own, [reading], names, layers, mask)
-            return reading, files, cut_off_lines([reading], names) + lines, evidence
+            said = cut_off_lines([reading], names) + seen_lines([reading], {names[0]: photo.size})
+            return reading, files, said + lines, evidence
 
     by_task = functools.partial(task_tables, args.mode, request.paper) if args.mode in OF_PHOTOS else None
     done = run_list(

@@ -23,6 +23,7 @@ from PIL import Image
 
 from common.bands import render_heatmap, render_overlay
 from common.evidence import FADED, departures, doubt_of, explain_with_evidence
+from common.families import seen
 from common.files import output_folder
 from common.lazy import LazyDict
 from common.notebook import Shown, show_in_notebook
@@ -535,7 +536,7 @@ def _create(
     with output_folder(save_dir, subfolders, inputs=[image]) as write:
         given = None if image is None else photo
         token_maps = compute_token_maps(model, processor, given, prompt, layers, **settings)
-        pictures, files = draw(photo, token_maps, look=look, paper=paper)
+        pictures, files = draw(seen(model, processor, photo), token_maps, look=look, paper=paper)
         write(files)
     return pictures
 

@@ -19,21 +19,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.processing_utils import TextKwargs
 
 from common.adapter import adapter_of, merged
+from common.families import known
 from common.refusals import MAX_BYTES, check_tokenizer, checkpoint_folder, fetch_weights, read_record
 from common.template import render
-from smooth_gradcam import FAMILIES, SUPPORTED, ExplanationWarning, get_model_layers, is_out_of_memory
+from smooth_gradcam import FAMILIES, ExplanationWarning, get_model_layers, is_out_of_memory, supported
 
 __all__ = [
-    *(
-        "cap_pixels",
-        "count_heads",
-        "count_layers",
-        "load_model",
-        "load_processor",
-        "model_identity",
-        "model_named",
-        "resolve_device",
-    ),
+    *("count_heads", "count_layers", "load_model", "load_processor", "model_identity", "model_named"),
+    "resolve_device",
 ]
 
 
@@ -82,8 +75,10 @@ def _count_of(model_path: str, setting: str) -> int:
         raise ValueError(f"{name} is unreadable: its config.json holds no object where one is expected")
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"{name} is of type {family}, which is not supported: {SUPPORTED}")
+        raise ValueError(f"{name} is of type {family}, which is not supported: {supported()}")
     count = decoder.get(setting)
+    if count is None and (kind := decoder.get("model_type")) in transformers.CONFIG_MAPPING:  # as in LLaVA's
+        count = getattr(transformers.CONFIG_MAPPING[kind](), setting, None)
     if type(count) is not int or not 1 <= count < 10_000:
         raise ValueError(f"{name} has a config.json with {setting} {count!r}: it must be 1 or more")
     return count
@@ -93,21 +88,6 @@ def _decoder_settings(config: dict) -> dict:
     """The decoder's settings, which older checkpoints keep among the others."""
     decoder = config.get("text_config", {})
     return {**config, **decoder} if isinstance(decoder, dict) else config
-
-
-def cap_pixels(image_processor, max_pixels: int) -> None:
-    """Lower the processor's cap on a photo's pixels, never raise it. Raises ValueError below one image token's."""
-    side = image_processor.patch_size * image_processor.merge_size
-    if max_pixels < side * side:
-        raise ValueError(f"--max_pixels {max_pixels} is less than one image token: give {side * side} or more")
-    size = dict(image_processor.size)
-    if not all(type(size[edge]) is int and 1 <= size[edge] < 2**63 for edge in ("longest_edge", "shortest_edge")):
-        raise TypeError(f"{size}")
-    longest = min(size["longest_edge"], max_pixels)  # in pixels, whatever the names say
-    shortest = min(size["shortest_edge"], longest)
-    image_processor.size = type(image_processor.size)(shortest_edge=shortest, longest_edge=longest)
-    if hasattr(image_processor, "max_pixels"):  # transformers 4 keeps them twice
-        image_processor.min_pixels, image_processor.max_pixels = shortest, longest
 
 
 def load_processor(model_path: str, max_pixels: int):
@@ -135,13 +115,14 @@ def load_processor(model_path: str, max_pixels: int):
     if processor.image_token not in processor.tokenizer.get_vocab():  # transformers 5 falls back to an empty one
         raise ValueError(f"{name} lacks its tokenizer: it has no {processor.image_token}")
     settings = checkpoint_folder(adapter.base if adapter else model_path) / "config.json"
-    _check_fit(processor, read_record(settings, name), name)
+    config = read_record(settings, name)
+    _check_fit(processor, config, name)
     for key in TextKwargs.__annotations__:  # such as padding: transformers would apply them to every prompt
         processor.tokenizer.init_kwargs.pop(key, None)
     with model_named(model_path):
         _bound_template(processor)
     try:
-        cap_pixels(processor.image_processor, max_pixels)
+        FAMILIES[config["model_type"]].cap(processor.image_processor, max_pixels)
     except (TypeError, KeyError) as exc:
         raise ValueError(f"{name} has a preprocessor_config.json without a valid size, in whole pixels: {exc}") from exc
     return processor
@@ -149,13 +130,10 @@ def load_processor(model_path: str, max_pixels: int):
 
 def _check_fit(processor, config: dict, name: str) -> None:
     """Raises ValueError if processor and model, each of which may be sound, are not made for each other."""
-    images, vision, decoder = processor.image_processor, config.get("vision_config") or {}, _decoder_settings(config)
-    tokens = processor.tokenizer.get_vocab()
-    pairs = {"image token": (tokens[processor.image_token], config.get("image_token_id", 151655))}  # the class' default
+    images, decoder, tokens = processor.image_processor, _decoder_settings(config), processor.tokenizer.get_vocab()
+    pairs = FAMILIES[config["model_type"]].settings(processor, config)
+    pairs["image token"] = tokens[pairs["image token"][0]], pairs["image token"][1]
     pairs["do_resize"] = getattr(images, "do_resize", True), True  # or --max_pixels would have no effect
-    for own, models in (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
-        pairs[own] = getattr(images, own, None), vision.get(models)
-    pairs["do_center_crop"] = bool(getattr(images, "do_center_crop", False)), False
     for setting, (value, expected) in pairs.items():
         if expected is not None and value != expected:
             raise ValueError(f"{name} has a processor with {setting} {value!r}: this model takes {expected!r}")
@@ -247,7 +225,8 @@ def load_model(model_path: str, device: str, dtype: str):
 def _check_weights(model, name: str) -> None:
     """Raises ValueError if all weights of a component are one number, of a file that was never filled; samples them."""
     components = {"embeddings": [model.get_input_embeddings()], "output": [model.get_output_embeddings()]}
-    components |= {"decoder": get_model_layers(model)[0], "vision tower": [model.model.visual]}
+    components |= {"decoder": get_model_layers(model)[0]}
+    components |= {"vision tower": [model.model.get_submodule(part) for part in known(model).tower]}
     for component, modules in components.items():
         matrices = [weight for module in modules for weight in module.parameters() if weight.dim() > 1]
         samples = (weight.flatten()[:: max(1, weight.numel() // 256)] for weight in matrices if not weight.is_meta)

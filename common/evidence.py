@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 import common.attention  # their methods are there with these
@@ -42,8 +43,8 @@ from smooth_gradcam import (
 
 __all__ = [
     *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
-    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "passed", "probability_text"),
-    *("settled_for", "share_text", "spearman", "warnings_of", "weighed", "with_method", "FADED"),
+    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "passed", "positions_of"),
+    *("probability_text", "settled_for", "share_text", "spearman", "warnings_of", "weighed", "with_method", "FADED"),
 ]
 
 DOUBTED = 0.1  # probability below which the model hardly says a word
@@ -125,16 +126,16 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
     model = reading.model
     forced, (scored,) = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
     places, length = reading.positions.cpu(), forced["input_ids"].shape[1]
-    first, start = int(places[0]), int(places[-1]) + 1
+    first, start = int(places.min()), int(places.max()) + 1
     expected = torch.tensor(scored.expected)[:, None]
     decoder, given = model.model.language_model, {}
     name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"  # since 5.23
-    cache = DynamicCache(config=decoder.config)
+    cache = DynamicCache()  # of all positions, in layers with a sliding window as well
     with borrowed(model), memory_explained(len(places)), torch.no_grad():
         with hooked([decoder.register_forward_pre_hook(lambda *args: given.update(args[2]), with_kwargs=True)]):
             model.model(**forced, **{name: cache}, use_cache=True)
         cache.crop(start - length)
-        embeddings, positions = given["inputs_embeds"][:, start:], given["position_ids"][..., start:]
+        embeddings, positions = given["inputs_embeds"][:, start:], positions_of(given)[..., start:]
         pictures = given.get("visual_pos_masks")  # of Qwen3-VL, whose first layers add to them; some may come later
         later = 0 if pictures is None else int(pictures[:, start:].sum())
 
@@ -158,6 +159,13 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
             return np.stack(results)
 
         yield hide
+
+
+def positions_of(inputs: dict) -> Tensor:
+    """The positions in what a decoder is given, (..., 1, L); where there are none, it counts: (1, L)."""
+    if (positions := inputs.get("position_ids")) is not None:
+        return positions
+    return torch.arange(inputs["inputs_embeds"].shape[1], device=inputs["inputs_embeds"].device)[None]
 
 
 # the image tokens that the words need

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from common.families import known
 from smooth_gradcam import (
     ExplanationWarning,
     Reading,
@@ -27,18 +28,18 @@ from smooth_gradcam import (
     at_least_float32,
     batch_of,
     compute_logits,
+    decode,
     get_model_layers,
     identity_rule,
     layer_norm_rule,
     noisy_passes,
-    reduced,
     tokenise,
     unwrapped,
 )
 
 __all__ = [
-    *("SENSITIVE", "UNLIKELY", "contrasted_passes", "own_patches", "passes_of", "recomputed", "repainted"),
-    *("token_probabilities", "vision_kept", "watched_passes", "with_contrast"),
+    *("SENSITIVE", "UNLIKELY", "contrasted_passes", "own_patches", "passes_of", "patches_of", "recomputed"),
+    *("repainted", "token_probabilities", "vision_kept", "watched_passes", "with_contrast"),
 ]
 
 
@@ -78,11 +79,20 @@ def with_contrast(reading: Reading, span: tuple[int, int], contrast: str) -> tup
     indices = reading.tokens_of(span)
     first, last = reading.spans[indices[0]][0], reading.spans[indices[-1]][1]  # of whole tokens: all their text is kept
     text = reading.answer[first : span[0]] + contrast + reading.answer[span[1] : last]
-    tokens = tokenise(reading.processor.tokenizer, text, "contrast")
+    tokens = _continued(reading.processor.tokenizer, text)
     spans = [*reading.spans[: indices[0]], *[(first, first + len(text))] * len(tokens)]
     answer = reading.answer[:first] + text
     other = replace(reading, tokens=reading.tokens[: indices[0]] + tokens, spans=spans, answer=answer)
     return other, (first, first + len(text))
+
+
+def _continued(tokenizer, text: str) -> list[int]:
+    """The tokens of a contrast, which stands behind other text: without the blank that LLaMA's tokenizer adds."""
+    tokens = tokenise(tokenizer, text, "contrast")
+    if decode(tokenizer, 2 * tokens) == 2 * text:
+        return tokens
+    line = tokenise(tokenizer, "a\n")
+    return tokenise(tokenizer, f"a\n{text}", "contrast")[len(line) :]
 
 
 def _difference(pairs: dict, others: dict) -> dict:
@@ -148,23 +158,24 @@ def vision_kept(model):
 
     It runs again for other pictures, with other weights, and where hooks read or change what happens in it.
     """
-    tower = unwrapped(model).model.visual
+    model = unwrapped(model)
+    tower = model.model.get_submodule(known(model).tower[0])
     with _forwards_restored([tower]):
         # a partial and no closure: a deep copy of the model then has its own tower, and its own store
         tower.forward = functools.partial(_run_once, tower, tower.forward, {})
         yield
 
 
-def _run_once(tower, run: Callable, stored: dict, pixels: Tensor, *args, **kwargs):
-    modules = tower.modules()
+def _run_once(tower, run: Callable, stored: dict, *args, **kwargs):
+    pixels, modules = args[0] if args else kwargs["pixel_values"], tower.modules()
     registries = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
-    rules = {identity_rule, layer_norm_rule}  # which change no value
-    if not {hook for hooks in registries for hook in hooks.values()} <= rules:
-        return run(pixels, *args, **kwargs)
+    hooked = {hook for hooks in registries for hook in hooks.values()} - {identity_rule, layer_norm_rule}
+    if not all(hook.__module__.startswith("transformers.") for hook in hooked):  # those of the rules change no value
+        return run(*args, **kwargs)
     state = id(tower), [parameter._version for parameter in tower.parameters()]
     if stored and stored["state"] == state and torch.equal(stored["pixels"], pixels):
         return copy(stored["output"])  # as the model may write into it
-    output = run(pixels, *args, **kwargs)
+    output = run(*args, **kwargs)
     if not stored:
         stored.update(state=state, pixels=pixels, output=copy(output))
     return output
@@ -176,25 +187,30 @@ UNLIKELY = 0.01  # probability below which the model would hardly give an answer
 SENSITIVE = 0.2  # fall in probability without the photo from which on a token needs it (EAGLE, 2025: sensitive tokens)
 
 
+def patches_of(reading: Reading) -> Tensor:
+    """The pixels of all pictures, (patches, ...), image token after image token."""
+    return known(reading.model).patches(reading.inputs["pixel_values"], reading.model)
+
+
 def own_patches(reading: Reading) -> Tensor:
-    """(patches,) bool: which rows of the pixels are those of the explained photos."""
-    return reading.own.repeat_interleave(len(reading.inputs[reading.pixels]) // len(reading.own))
+    """(patches,) bool: which of `patches_of` are those of the explained photos."""
+    return reading.own.repeat_interleave(len(patches_of(reading)) // len(reading.own))
 
 
 def repainted(reading: Reading, photo) -> Tensor:
-    """The pixels of all pictures, (patches, ...), with another picture of its size in the place of the only photo."""
-    pixels, processor = reading.inputs["pixel_values"].clone(), reading.processor.image_processor
-    other = processor(images=[reduced(photo, processor)], return_tensors="pt")["pixel_values"]
-    pixels[own_patches(reading)] = other.to(pixels)
-    return pixels
+    """`patches_of`, with another picture of its size in the place of the only photo."""
+    patches, processor, family = patches_of(reading).clone(), reading.processor.image_processor, known(reading.model)
+    other = processor(images=[family.reduced(photo, processor)], return_tensors="pt")["pixel_values"]
+    patches[own_patches(reading)] = family.patches(other.to(patches), reading.model)
+    return patches
 
 
-def token_probabilities(model, forced: dict[str, Tensor], pixels: Tensor, scored: Scored) -> np.ndarray:
-    """Probability of each of T scored tokens for each of B pictures: pixels (B, patches, ...) -> (B, T)."""
-    length = forced["input_ids"].shape[1]
+def token_probabilities(model, forced: dict[str, Tensor], patches: Tensor, scored: Scored) -> np.ndarray:
+    """Probability of each of T scored tokens for each of B pictures: `patches_of` (B, patches, ...) -> (B, T)."""
+    length, pictures = forced["input_ids"].shape[1], known(model).pictures
     with torch.no_grad():
-        batch = batch_of(forced, [{"pixel_values": picture} for picture in pixels])
-        logits = compute_logits(model, batch, min(scored.predicting))  # (B, L or less, V)
+        copies = [{"pixel_values": pictures(own, forced["pixel_values"], model)} for own in patches]
+        logits = compute_logits(model, batch_of(forced, copies), min(scored.predicting))  # (B, L or less, V)
     logits = at_least_float32(logits[:, [position - length for position in scored.predicting]])  # (B, T, V)
-    expected = torch.tensor(scored.expected, device=logits.device).expand(len(pixels), -1)[..., None]
+    expected = torch.tensor(scored.expected, device=logits.device).expand(len(patches), -1)[..., None]
     return logits.softmax(-1).gather(2, expected)[..., 0].cpu().numpy()

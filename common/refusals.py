@@ -13,6 +13,8 @@ from pathlib import Path
 from transformers import dynamic_module_utils
 from transformers.utils import cached_file
 
+from common.families import FAMILIES
+
 __all__ = [
     *("MAX_BYTES", "PICKLES", "check_files", "check_tokenizer", "checkpoint_folder", "fetch_weights", "hub_folder"),
     *("read_record", "settings", "wrong_with"),
@@ -28,7 +30,7 @@ OPENED = r".*config.*\.json|tekken\.json|.*\.(jinja|model|safetensors|safetensor
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json")  # no settings
 FOREIGN_MODELS = {"adapter_config.json": "an adapter", "audio_tokenizer_config.json": "an audio tokenizer"}
 TOKENIZER_STEPS = ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Split", "ByteLevel", "ByteFallback", "Fuse")
-TOKENIZER_STEPS += ("TemplateProcessing",)
+TOKENIZER_STEPS += ("TemplateProcessing", "Prepend", "Metaspace", "Strip")
 MAX_SETTINGS, MAX_BYTES = 2**22, 2**26  # bytes of a file of settings, and of any other than the weights
 
 CODE = "wants to run code of its own ({key}), which this tool never does: use a checkpoint of transformers' own classes"
@@ -41,8 +43,11 @@ LIMITS |= dict.fromkeys(("temporal_patch_size", "merge_size", "spatial_merge_siz
 QUANTISED = (None, "bitsandbytes", "awq", "gptq", "compressed-tensors")  # run by packages, without kernels from a hub
 
 
-def wrong_with(key: str, value) -> str | None:
-    """Why a setting of this name and value is refused, at any depth of any file; None if it is not."""
+def wrong_with(key: str, value, classes: str = CLASSES) -> str | None:
+    """Why a setting of this name and value is refused, at any depth of any file; None if it is not.
+
+    `classes` are those that may be named, a regular expression.
+    """
     if key in ("auto_map", "custom_generate"):
         return CODE.format(key=key)
     if key.startswith("audio_tokenizer"):
@@ -55,8 +60,8 @@ def wrong_with(key: str, value) -> str | None:
         return f"names files to be read ({key}): only those of its own folder are, by their usual names"
     names = list(value.values()) if isinstance(value, dict) else [value]
     if re.fullmatch("tokenizer_class|(.*_)?(processor|extractor)_(class|type)", key):
-        if not all(isinstance(name, str) and re.fullmatch(CLASSES, name) for name in names):
-            return f"wants the class {value!r} ({key}), which is not one of a Qwen-VL's"
+        if not all(isinstance(name, str) and re.fullmatch(classes, name) for name in names):
+            return f"wants the class {value!r} ({key}), which is not one of this family's"
     elif re.search("(attn|experts)_implementation$", key):
         if any(name not in (None, "eager", "sdpa") for name in names):
             return f"wants attention code {value!r}: this tool runs eager and sdpa, and none from a hub: take that out"
@@ -67,19 +72,25 @@ def wrong_with(key: str, value) -> str | None:
     elif key == "device":
         return f"wants its photos on the device {value!r}: take that out, --device says where the model is"
     elif re.fullmatch(SIZES, key):
-        most = LIMITS.get(key, 2**24)
-        if type(value) is not int or not 1 <= value <= most:
+        most, listed = LIMITS.get(key, 2**24), isinstance(value, list) and key == "patch_size"  # as InternVL's
+        if not all(type(one) is int and 1 <= one <= most for one in (value if listed else [value])):
             return f"has {key} {value!r}: it must be a whole number, 1 to {most}"
     return None
 
 
 def settings(record) -> Iterator[tuple[str, object]]:
     """Every key and its value at any depth."""
+    for node in _objects(record):
+        yield from node.items()
+
+
+def _objects(record) -> Iterator[dict]:
+    """Every object at any depth."""
     nodes = [record]
     while nodes:
         node = nodes.pop()
         if isinstance(node, dict):
-            yield from node.items()
+            yield node
             nodes.extend(node.values())
         elif isinstance(node, list):
             nodes.extend(node)
@@ -129,10 +140,21 @@ def check_tokenizer(folder: Path, name: str) -> None:
     path = folder / "tokenizer.json"
     record = read_record(path, name) if path.is_file() else {}
     stages = [record.get(stage) for stage in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
-    for key, value in settings(stages):
-        if key == "type" and value not in TOKENIZER_STEPS:
+    for step in _objects(stages):
+        if "type" in step and step["type"] not in TOKENIZER_STEPS and not _replaces_in_place(step):
             steps = ", ".join(TOKENIZER_STEPS)
-            raise ValueError(f"{name} has a {path.name} with a step {value!r}: a Qwen-VL's are among {steps}")
+            raise ValueError(
+                f"{name} has a {path.name} with a step {step['type']!r}: those are run that cannot make a text longer "
+                f"each time, {steps}, and Replace of as many characters"
+            )
+
+
+def _replaces_in_place(step: dict) -> bool:
+    """Whether a step replaces a text by one that is not longer, as LLaMA's does with blanks."""
+    pattern, content = step.get("pattern"), step.get("content")
+    old = pattern.get("String") if isinstance(pattern, dict) and list(pattern) == ["String"] else None
+    texts = isinstance(old, str) and isinstance(content, str) and bool(old)
+    return step["type"] == "Replace" and texts and len(content) <= len(old)
 
 
 @functools.lru_cache
@@ -183,6 +205,9 @@ def check_files(folder: Path, name: str, foreign: dict[str, str] = FOREIGN_MODEL
         raise ValueError(f"{name} cannot be read: {exc.strerror}") from exc
     except OSError as exc:
         raise ValueError(f"{name} is unreadable: {exc}") from exc
+    kind = read_record(folder / "config.json", name).get("model_type") if folder / "config.json" in files else None
+    known = [FAMILIES[kind]] if isinstance(kind, str) and kind in FAMILIES else FAMILIES.values()
+    classes = "|".join([CLASSES, *(family.classes for family in known if family.classes)])
     for path in files:
         if path.suffix == ".json" and path.name not in VOCABULARIES:
             record = read_record(path, name)
@@ -190,7 +215,7 @@ def check_files(folder: Path, name: str, foreign: dict[str, str] = FOREIGN_MODEL
                 _check_index(record, path, name)
                 continue
             for key, value in settings(record):
-                if reason := wrong_with(key, value):
+                if reason := wrong_with(key, value, classes):
                     raise ValueError(f"{name} {reason} (in its {path.name})")
 
 

@@ -13,7 +13,7 @@ import torch
 from common.encoding import decimal, to_csv
 from common.evidence import Evidence, evidence_lines, explain_by_methods, settled_for
 from common.page import Paper
-from common.passes import SENSITIVE, repainted, token_probabilities
+from common.passes import SENSITIVE, patches_of, repainted, token_probabilities
 from smooth_gradcam import (
     Look,
     Reading,
@@ -120,7 +120,7 @@ def _sensitive_tokens(reading: Reading, tokens: list[int], baseline: str) -> lis
     blank = baseline_image(reading.photo, baseline)
     with borrowed(reading.model):
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [tokens])
-        pixels = torch.stack([reading.inputs["pixel_values"], repainted(reading, blank)])
+        pixels = torch.stack([patches_of(reading), repainted(reading, blank)])
         full, empty = token_probabilities(reading.model, forced, pixels, scored)
     return [token for token, fall in zip(tokens, full - empty, strict=True) if fall > SENSITIVE]
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from common.evidence import positions_of
+from common.families import known
 from smooth_gradcam import Reading, get_model_layers, hooked, score_parts
 
 __all__ = [
-    *("CHUNK", "attention_hooked", "covered_tokens", "eager_attention", "embed", "empty_cache"),
-    *("predicting", "run_decoder", "sequence_length", "token_groups"),
+    *("CHUNK", "attention_hooked", "cache_before", "covered_tokens", "eager_attention", "embed", "predicting"),
+    *("run_decoder", "sequence_length", "token_groups"),
 ]
 
 CHUNK = 64  # query rows whose attention is in memory at once
@@ -32,7 +34,7 @@ def token_groups(reading: Reading) -> dict[str, slice]:
 
     Raises ValueError for several pictures in one prompt.
     """
-    first, last = (int(reading.positions[i]) for i in (0, -1))
+    first, last = int(reading.positions.min()), int(reading.positions.max())
     prompt = reading.inputs["input_ids"].shape[1]
     if last - first + 1 != len(reading.positions):
         raise ValueError("the image tokens are not contiguous: several pictures in one prompt are not supported")
@@ -41,7 +43,7 @@ def token_groups(reading: Reading) -> dict[str, slice]:
 
 
 def embed(reading: Reading) -> tuple[Tensor, Tensor]:
-    """The decoder's input for prompt and answer without its last token: (1, L - 1, C), and positions (3, 1, L - 1).
+    """The decoder's input for prompt and answer without its last token: (1, L - 1, C), and positions (..., 1, L - 1).
 
     Raises ValueError for models that feed image features to further layers of the decoder (Qwen3-VL).
     """
@@ -54,21 +56,43 @@ def embed(reading: Reading) -> tuple[Tensor, Tensor]:
         model.model(**forced, use_cache=False)
     if inputs.get("deepstack_visual_embeds") is not None:
         raise ValueError(f"{type(model).__name__} feeds image features to several layers, which is not supported here")
-    return inputs["inputs_embeds"], inputs["position_ids"]
+    return inputs["inputs_embeds"], positions_of(inputs)
 
 
 def run_decoder(model, embeddings: Tensor, positions: Tensor, cache) -> Tensor:
     """Hidden states (B, S, C) of the S positions that follow those in the cache, which is extended by them."""
     decoder = model.model.language_model
-    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"  # since 5.23
     with torch.no_grad():
-        inputs = {"inputs_embeds": embeddings, "position_ids": positions, name: cache}
+        inputs = {"inputs_embeds": embeddings, "position_ids": positions, cache_name(model): cache}
         return decoder(**inputs, use_cache=True).last_hidden_state
 
 
-def empty_cache(model) -> DynamicCache:
-    """A cache of keys and values for `run_decoder`."""
-    return DynamicCache(config=model.model.language_model.config)
+def cache_before(reading: Reading, embeddings: Tensor, positions: Tensor, first: int) -> DynamicCache:
+    """The keys and values of all before position `first`; the others are those of `embed`.
+
+    Raises ValueError if `first` is not behind image tokens that also see those behind them (Gemma 3): the decoder
+    alone, run in parts, would hide these.
+    """
+    model, cache = reading.model, DynamicCache()  # of all positions, in layers with a sliding window as well
+    if not known(model).sees_ahead:
+        if first:
+            run_decoder(model, embeddings[:, :first], positions[..., :first], cache)
+        return cache
+    if first <= int(reading.positions.max()):
+        raise ValueError(
+            f"{type(model).__name__}: its image tokens see each other, so attention is read behind them only"
+        )
+    forced, _ = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
+    with torch.no_grad():
+        model.model(**forced, **{cache_name(model): cache}, use_cache=True)
+    cache.crop(first - embeddings.shape[1])
+    return cache
+
+
+def cache_name(model) -> str:
+    """What the decoder calls its cache of keys and values, which changed in transformers 5.23."""
+    parameters = inspect.signature(model.model.language_model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from common.encoding import decimal
-from common.passes import own_patches, repainted, token_probabilities
+from common.passes import own_patches, patches_of, repainted, token_probabilities
 from common.progress import show_progress
 from common.terminal import say
 from smooth_gradcam import (
@@ -120,7 +120,7 @@ def insertion_deletion(
     model, count, rng = reading.model, len(reading.positions), np.random.default_rng(seed)
     blank = baseline_image(reading.photo, baseline)
     with borrowed(model):
-        own, whole = own_patches(reading), reading.inputs["pixel_values"]
+        own, whole = own_patches(reading), patches_of(reading)
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [token_maps.target_tokens])
         ends = [
             pixels[own].unflatten(0, (count, -1)) for pixels in (repainted(reading, blank), whole)
@@ -335,7 +335,7 @@ def _forecast_pictures(reading: Reading, token_maps: TokenMaps, orders: int, ste
     """A sentence on how long insertion and deletion will take, measured on one batch."""
     with borrowed(reading.model), memory_explained(len(reading.positions)):
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [token_maps.target_tokens])
-        pixels = reading.inputs["pixel_values"][None].repeat(batch_size, 1, 1)
+        pixels = patches_of(reading)[None].repeat(batch_size, 1, 1)
         start = time.monotonic()
         token_probabilities(reading.model, forced, pixels, scored)
     each = (time.monotonic() - start) / batch_size

@@ -20,11 +20,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from common.families import known
 from smooth_gradcam import Reading, at_least_float32, borrowed, get_model_layers, hooked, memory_explained
 from studies.answer_tables import said_by, score_files
 from studies.answers import LABELS, MEASURES, Scored, score
-from studies.decoder import eager_attention, embed, empty_cache, run_decoder, token_groups
+from studies.decoder import eager_attention, embed, run_decoder, token_groups
 from studies.flow import attention_flow
 from studies.knockout import Edge, knockout
 
@@ -67,6 +69,10 @@ def image_pruned(reading: Reading, layer: int, removed: float):
     values, as `generate` does. Yields a `Kept`. Raises ValueError for a layer that has none before it, or a share.
     """
     model, (layers, total) = reading.model, get_model_layers(reading.model)
+    if known(model).sees_ahead:
+        raise ValueError(
+            f"{type(model).__name__}: its image tokens see each other, so removing some changes all others"
+        )
     if not 1 <= layer < total:
         raise ValueError(f"layer {layer} cannot be the first with fewer tokens: give 1 to {total - 1}")
     if not 0 < removed < 100:
@@ -140,7 +146,7 @@ def pruned_answer(reading: Reading, layer: int, removed: float) -> tuple[np.ndar
     model, prompt = reading.model, reading.inputs["input_ids"].shape[1]
     with borrowed(model), memory_explained(len(reading.positions)):
         embeddings, positions = embed(reading)
-        cache, states = empty_cache(model), []
+        cache, states = DynamicCache(), []
         with image_pruned(reading, layer, removed) as kept:
             for part in (slice(0, prompt), slice(prompt, None)):
                 if embeddings[:, part].shape[1]:
@@ -182,7 +188,7 @@ def seconds(reading: Reading, settings: Iterable[tuple[int, float] | None]) -> l
                 with nullcontext() if setting is None else image_pruned(reading, *setting):
                     _wait(embeddings)
                     start = time.perf_counter()
-                    _wait(run_decoder(model, embeddings, positions, empty_cache(model)))
+                    _wait(run_decoder(model, embeddings, positions, DynamicCache()))
                     least[i] = min(least[i], time.perf_counter() - start)
     return least
 

@@ -33,12 +33,13 @@ from smooth_gradcam import (
     memory_explained,
     noisy_passes,
     resolve_layers,
+    score_parts,
 )
 from studies.decoder import (
     CHUNK,
     attention_hooked,
+    cache_before,
     embed,
-    empty_cache,
     predicting,
     run_decoder,
     sequence_length,
@@ -84,9 +85,7 @@ def _attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tens
 
     with borrowed(model), memory_explained(len(reading.positions)):
         embeddings, positions = embed(reading)
-        cache = empty_cache(model)
-        if first:
-            run_decoder(model, embeddings[:, :first], positions[..., :first], cache)
+        cache = cache_before(reading, embeddings, positions, first)
         with attention_hooked(model, register):
             for start in range(first, embeddings.shape[1], CHUNK):  # noqa: B007  (the hook reads it)
                 rows = slice(start, start + CHUNK)
@@ -204,9 +203,9 @@ def logit_lens(reading: Reading, span: tuple[int, int] | None = None) -> np.ndar
         states.append(args[0][0, rows])  # (T, C)
 
     with borrowed(model), memory_explained(len(reading.positions)):
-        embeddings, positions = embed(reading)
-        with hooked(layer.register_forward_pre_hook(note) for layer in layers[1:]):
-            last = run_decoder(model, embeddings, positions, empty_cache(model))[0, rows]  # behind the final norm
+        forced, _ = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
+        with hooked(layer.register_forward_pre_hook(note) for layer in layers[1:]), torch.no_grad():
+            last = model.model(**forced, use_cache=False).last_hidden_state[0, rows]  # behind the final norm
         expected = torch.tensor(reading.tokens_of(span or (0, len(reading.answer))))
         expected = torch.tensor(reading.tokens)[expected][:, None]  # (T, 1)
         found = []

@@ -12,6 +12,7 @@ from PIL import Image
 
 from common.encoding import to_csv
 from common.evidence import Evidence, departures, doubt_of, evidence_lines, warnings_of
+from common.families import known
 from common.page import (
     BAND,
     GAP,
@@ -406,7 +407,7 @@ def _explain_taps(traced: Traced, layers: list[int], look: Look, paper: Paper, *
     """
     reading, settings = traced.reading, replace(traced.maps.settings, tap="input")
     places = tap_modules(reading.model, spread(layers, _strip_columns(reading.photo) - 1))
-    merger = reading.model.model.visual.merger
+    merger = reading.model.model.get_submodule(known(reading.model).merger)
     modules = [module for module_of in places.values() for module in module_of.values()]
     (maps,) = explain(reading, [traced.maps.target_span], [*modules, merger], settings, **copies)
     maps = replace(maps, evidence=traced.maps.evidence)

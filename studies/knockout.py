@@ -30,7 +30,7 @@ from smooth_gradcam import (
     memory_explained,
     unwrapped,
 )
-from studies.decoder import attention_hooked, covered_tokens, embed, empty_cache, run_decoder, token_groups
+from studies.decoder import attention_hooked, cache_before, covered_tokens, embed, run_decoder, token_groups
 from studies.flow import attention_flow
 
 __all__ = [
@@ -81,9 +81,7 @@ def knockout(
     results = []
     with borrowed(model), memory_explained(len(reading.positions)):
         embeddings, positions = embed(reading)
-        prefix = empty_cache(model)
-        if start:
-            run_decoder(model, embeddings[:, :start], positions[..., :start], prefix)
+        prefix = cache_before(reading, embeddings, positions, start)
         embeddings, positions = embeddings[:, start:], positions[..., start:]
         shape = embeddings.shape[1], start + embeddings.shape[1]  # (S, T)
         for i in (progress or iter)(range(0, len(edges), batch_size)):
@@ -92,7 +90,7 @@ def knockout(
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(count)
             with _blocked(model, _hidden_in(batch, start, shape, total)):
-                inputs = embeddings.expand(count, -1, -1), positions.expand(-1, count, -1)
+                inputs = embeddings.expand(count, -1, -1), positions.expand(*positions.shape[:-2], count, -1)
                 states = run_decoder(model, *inputs, cache)[:, before - start :]  # (B, A, C)
             states = states.flatten(0, 1)  # (B * A, C): with a batch of slices, the head's weights would be copied
             logits = at_least_float32(model.get_output_embeddings()(states)).unflatten(0, (count, -1))  # (B, A, V)

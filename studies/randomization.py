@@ -12,6 +12,7 @@ from torch import nn
 
 from common.encoding import decimal
 from common.evidence import spearman
+from common.families import known
 from smooth_gradcam import Reading, TokenMaps, check_whole, explain, get_model_layers, noisy_passes, normalize_cam
 from studies.faithfulness import check_same
 
@@ -73,8 +74,8 @@ def cascading_randomization(
     for before, number in zip(numbers, (progress or iter)(numbers[1:]), strict=False):
         fresh = [] if before else [parent.norm] if tied else [parent.norm, head]
         fresh += layers[total - number : total - before]
-        if number == total and hasattr(model.model, "visual"):
-            fresh.append(model.model.visual)
+        if number == total:
+            fresh += [model.model.get_submodule(part) for part in known(model).tower]
         randomize_weights(fresh, generator)
         results[number] = maps_of(randomized)
     return results

@@ -110,8 +110,11 @@ def half(x, part=0.5):
 
 def mlp_by_the_rules(mlp):
     def forward(x):
-        gate = mlp.gate_proj(x)
-        return mlp.down_proj(half(gate * torch.sigmoid(gate).detach()) * half(mlp.up_proj(x)))
+        if hasattr(mlp, "gate_up_proj"):  # GLM-4V
+            (gate, up), act = mlp.gate_up_proj(x).chunk(2, dim=-1), mlp.activation_fn
+        else:
+            gate, up, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn
+        return mlp.down_proj(half(gate * (act(gate) / gate).detach()) * half(up))
 
     return forward
 
@@ -138,8 +141,10 @@ def attention_by_the_rules(attention):
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.transpose(1, 2).repeat_interleave(groups, 1)
         scores = half(q) @ half(k).transpose(2, 3) * attention.scaling
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        if attention_mask is not None:  # of sliding windows, and pictures whose tokens see each other
+            hidden = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask < 0
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         mixed = half(weights) @ half(v)
         return attention.o_proj(mixed.transpose(1, 2).flatten(2)), None
 

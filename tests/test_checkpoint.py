@@ -448,7 +448,7 @@ ODD = {  # what is odd: the file, the change, what is said
     "other processor": (PROCESSOR, {"processor_class": "LlavaProcessor"}, "wants the class 'LlavaProcessor'"),
     "tokens": ("tokenizer.json", "{}", ""),
     "cut tokens": ("tokenizer.json", '{"version": ', ""),
-    "growing": ("tokenizer.json", {"normalizer": GROWING}, "with a step 'Replace': a Qwen-VL's are among Sequence"),
+    "growing": ("tokenizer.json", {"normalizer": GROWING}, "with a step 'Replace': those are run that cannot make"),
     "token list": (TOKENIZER, {"added_tokens_decoder": [3]}, "lacks a processor that can be loaded"),
     "syntax": (TEMPLATE, "{% for message in %}", "the chat template cannot be rendered: TemplateSyntaxError"),
     "name": (TEMPLATE, "{{ messages.nothing.at.all }}", "the chat template cannot be rendered: UndefinedError"),

@@ -31,8 +31,9 @@ import common.page
 import smooth_gradcam as core
 import test_gradcam
 import visualization_utils
-from common.checkpoint import cap_pixels, load_processor
+from common.checkpoint import load_processor
 from common.evidence import explain_with_evidence
+from common.families import cap_pixels
 from common.flags import FOLDERS, MODES_OF_FLAG, OF_ANSWERS, parse_args
 from smooth_gradcam import ExplanationError, compute_token_maps, get_model_layers
 from studies import faithfulness, knockout

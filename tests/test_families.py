@@ -30,8 +30,9 @@ from torch import nn
 
 import smooth_gradcam as core
 import test_gradcam
-from common.checkpoint import cap_pixels, load_model, load_processor
+from common.checkpoint import load_model, load_processor
 from common.evidence import image_hiding
+from common.families import cap_pixels
 from common.passes import contrasted_passes, vision_kept, watched_passes
 from smooth_gradcam import Settings, compute_token_maps, explain, find_target, read
 from studies.decoder import token_groups
@@ -416,10 +417,13 @@ def others():
         "Qwen3VLMoeForConditionalGeneration is of type qwen3_vl_moe,",
         transformers.Qwen3VLMoeForConditionalGeneration(config),
     )
-    config = transformers.LlavaConfig(
+    config = transformers.LlavaNextConfig(
         text_config=small | {"model_type": "llama"}, vision_config=clip | {"model_type": "clip_vision_model"}
     )
-    yield "LlavaForConditionalGeneration is of type llava,", transformers.LlavaForConditionalGeneration(config)
+    yield (
+        "LlavaNextForConditionalGeneration is of type llava_next,",
+        transformers.LlavaNextForConditionalGeneration(config),
+    )
     yield "Linear is of type None,", nn.Linear(2, 2)
     yield "NoneType is of type None,", None
 
@@ -427,7 +431,11 @@ def others():
 @pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
 def test_other_families_are_refused_by_name_with_what_is_supported(processor, image):
     supported = "which is not supported: supported are "
-    supported += "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl), Qwen3-VL (qwen3_vl)"
+    supported += (
+        "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl), Qwen3-VL (qwen3_vl), LLaVA-1.5 (llava), InternVL3 (internvl), "
+    )
+    supported += "Gemma 3 (gemma3), GLM-4V (glm4v)"
+    assert supported.endswith(core.supported())
     for message, other in others():
         with pytest.raises(ValueError, match=re.escape(f"{message} {supported}") + "$"):
             read(other, processor, image, PROMPT)
@@ -436,7 +444,7 @@ def test_other_families_are_refused_by_name_with_what_is_supported(processor, im
 
 
 @pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
-@pytest.mark.parametrize("kind", ["qwen2", "llava", "qwen3_vl_moe", "qwen2_5_omni", None, ["qwen3_vl"]])
+@pytest.mark.parametrize("kind", ["qwen2", "llava_next", "qwen3_vl_moe", "qwen2_5_omni", None, ["qwen3_vl"]])
 def test_driver_refuses_other_families_before_it_loads_them(drive, tmp_path, kind):
     config = {"model_type": kind, "num_hidden_layers": 4}
     (tmp_path / "other").mkdir()

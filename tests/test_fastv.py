@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from flow_by_hand import LAYERS, full_attention, prompt_length
 from test_core import ANSWER, PROMPT, state_of
+from transformers import DynamicCache
 
 from smooth_gradcam import generate, read
 from studies import fastv
-from studies.decoder import embed, empty_cache, run_decoder
+from studies.decoder import embed, run_decoder
 from studies.fastv import flops_share, image_pruned, kept_count, pruned_answer, seconds
 from studies.knockout import Edge, knockout
 
@@ -63,7 +64,7 @@ def test_hidden_states_and_cache_are_shorter_from_that_layer_on(model, reading):
     ]
     embeddings, positions = embed(reading)
     lengths.clear()
-    cache = empty_cache(model)
+    cache = DynamicCache()
     try:
         with image_pruned(reading, 2, 75) as kept:
             run_decoder(model, embeddings[:, :prompt], positions[..., :prompt], cache)
@@ -97,7 +98,7 @@ def test_model_is_as_before_also_after_an_error(model, reading):
     pruned_answer(reading, 1, 50)
     embeddings, positions = embed(reading)
     with pytest.raises(ValueError, match="whose prompt comes in one pass"), image_pruned(reading, 1, 50):
-        run_decoder(model, embeddings[:, :9], positions[..., :9], empty_cache(model))
+        run_decoder(model, embeddings[:, :9], positions[..., :9], DynamicCache())
     with pytest.raises(ValueError, match="runs without a cache"), image_pruned(reading, 1, 50):
         model(**reading.inputs, use_cache=False)
     before["positions"] = model.model.rope_deltas  # which the plain forward leaves
