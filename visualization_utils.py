@@ -374,7 +374,7 @@ def _panel_figure(
     text, made = caption(token_maps, [layer], f"layer {layer}", look), made_from(token_maps, photo)
     columns = 3 if aspect < 2.5 else 1
     room = HIGHEST - y - footer(scratch, GAP, token_maps.settings.method, text, made, look)
-    height = min(4.5, room / (3 // columns) - HEAD - GAP)
+    height = min(4.5, max(0.4, room / (3 // columns) - HEAD - GAP))
     width, height = fit_box(aspect, (page.inner - (columns - 1) * GAP) / columns, height)
     small = shrink(photo, width, height)
     panels = {"Photo": np.asarray(small)}
@@ -426,7 +426,7 @@ def _layers_figure(
     label_room = max(page.label_width(*label) for label in labels.values())
     room = HIGHEST - head(page, "") - foot(page, 0, [Part(0, None, shown=tuple(layers))])
     most_body = BODY_HEIGHTS[paper.width] * max(1, len(layers) / 28)  # beyond 28 layers it grows
-    sheets = 1 if len(layers) <= 12 else max(1, round(most_body / room + 0.2))
+    sheets = max(1, round(most_body * min(1, len(layers) / 12) / room + 0.2))  # fewer layers have room on less
     body = min(most_body, sheets * room)
     inner = page.inner - (BAND if groups else 0)  # BAND: room for the row's label
     most = max(1, int((inner + GAP) / (label_room + GAP)))
