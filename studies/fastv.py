@@ -70,9 +70,7 @@ def image_pruned(reading: Reading, layer: int, removed: float):
     """
     model, (layers, total) = reading.model, get_model_layers(reading.model)
     if known(model).sees_ahead:
-        raise ValueError(
-            f"{type(model).__name__}: its image tokens see each other, so removing some changes all others"
-        )
+        raise ValueError(f"{type(model).__name__}: its image tokens see each other, none can be removed")
     if not 1 <= layer < total:
         raise ValueError(f"layer {layer} cannot be the first with fewer tokens: give 1 to {total - 1}")
     if not 0 < removed < 100:
