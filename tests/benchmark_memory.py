@@ -67,7 +67,11 @@ for size in SIZES:
         flags = ["--recompute"] if name == "recompute" else ["--method", name]
         shown = f"36, `{' '.join(flags)}`"
         ROWS[f"{name}@{size}"] = Row("grid", shown, size, [*TARGET, *CLEAN, "--layers", "all", *flags])
-MANY = {"1k": (32, 32), "4k": (64, 64), "16k": (128, 128)}  # image tokens, of a photo that a copy of the checkpoint lets through
+MANY = {
+    "1k": (32, 32),
+    "4k": (64, 64),
+    "16k": (128, 128),
+}  # image tokens, of a photo that a copy of the checkpoint lets through
 for size, name in itertools.product(MANY, ("gradcam", "attention")):
     flags = [*TARGET, *CLEAN, "--layers", "all", "--method", name]
     ROWS[f"{name}@{size}"] = Row("grid", f"all, `--method {name}`", size, flags)
