@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from smooth_gradcam import (
     METHODS,
     SCORES,
+    ExplanationError,
     Method,
     Scored,
     Settings,
@@ -73,16 +74,15 @@ class Seen(NamedTuple):
     output: Tensor  # (B, L, h, d)
 
 
-AttentionInterface.register(WATCHED, _watched_sdpa)
-AttentionMaskInterface.register(WATCHED, AttentionMaskInterface()["sdpa"])
-
-
 @contextmanager
 def watched_attention(model, watchers: dict[int, Callable]):
     """Inside, watchers[k](what is `Seen`) is called in the attention of layer k; what it returns is its output, if any.
 
     The decoder runs "sdpa", whatever it was loaded with.
     """
+    AttentionInterface.register(WATCHED, _watched_sdpa)
+    AttentionMaskInterface.register(WATCHED, AttentionMaskInterface()["sdpa"])
+
     layers, config = get_model_layers(model)[0], model.model.language_model.config
     modules, before = {layers[k].self_attn: watcher for k, watcher in watchers.items()}, config._attn_implementation
     _WATCHERS.update(modules)
@@ -93,6 +93,12 @@ def watched_attention(model, watchers: dict[int, Callable]):
         config._attn_implementation = before
         for module in modules:
             del _WATCHERS[module]
+
+
+def _check_seen(layers: list[int], found: dict) -> None:
+    """Raises ExplanationError if a layer computes its attention where transformers does not let one see it."""
+    if missing := [layer for layer in layers if layer not in found]:
+        raise ExplanationError(f"layer {missing[0]} gives no attention: load the model without fused kernels")
 
 
 def attention_rows(seen: Seen, rows: Tensor) -> Tensor:
@@ -137,6 +143,7 @@ def read_attention(
 
     with watched_attention(model, {layer: watcher(layer) for layer in layers}), torch.no_grad():
         model.model(**inputs, use_cache=False)
+    _check_seen(layers, found)
     if broken := [layer for layer, attention in found.items() if not attention.isfinite().all()]:
         raise not_finite(f"the attention of layer {min(broken)} is not finite", model)
     return found
@@ -199,6 +206,7 @@ def rollout_passes(model, forced, taps, targets: list[Scored], settings: Setting
 
     with watched_attention(model, {layer: partial(keep, layer) for layer in layers}), torch.no_grad():
         model.model(**forced, use_cache=False)
+    _check_seen(layers, seen)
     yield from _swept(model, seen, taps, targets, lambda layer, rows, target: attention_rows(seen[layer], rows), 0.5)
 
 
@@ -216,13 +224,15 @@ def chefer_passes(model, forced, taps, targets: list[Scored], settings: Settings
         def watch(one):
             output = one.output if one.output.requires_grad else one.output.detach().requires_grad_()
             inputs = {name: getattr(one, name).detach() for name in ("query", "key", "value")}
-            seen[layer] = one._replace(**inputs, output=output)
+            seen.setdefault(layer, one._replace(**inputs, output=output))  # layers may be recomputed in the backward
             return output
 
         return watch
 
-    with watched_attention(model, {layer: watcher(layer) for layer in layers}):
+    watchers = {layer: watcher(layer) for layer in layers}
+    with watched_attention(model, watchers):
         logits = compute_logits(model, forced, min(min(target.predicting) for target in targets))
+    _check_seen(layers, seen)
     length, gradients = forced["input_ids"].shape[1], {}
     for i, target in enumerate(targets, 1):
         rows = at_least_float32(logits[:, [position - length for position in target.predicting]])  # (B, T, V)
@@ -231,7 +241,8 @@ def chefer_passes(model, forced, taps, targets: list[Scored], settings: Settings
         if not scores.isfinite():
             raise not_finite(f"the score is {scores.item()}", model)
         outputs = [seen[layer].output for layer in layers]
-        found = torch.autograd.grad(scores, outputs, retain_graph=i < len(targets))
+        with watched_attention(model, watchers):
+            found = torch.autograd.grad(scores, outputs, retain_graph=i < len(targets))
         gradients[i - 1] = dict(zip(layers, found, strict=True))
     seen = {layer: one._replace(output=None) for layer, one in seen.items()}
 

@@ -84,7 +84,7 @@ TOGETHER = [  # flags that cannot be combined with another: (that one, whether i
     *(_without(name, ("--prompt_words",), "its gradients follow no rules") for name in ("paper", "parent")),
     *(_without(name, NO_GRADIENT, "attention takes no gradient, and is read in the layer itself") for name in LOOKS),
     *(_without(name, ("--contrast",), "attention is the same whichever word follows") for name in LOOKS),
-    _without("chefer", [flag for flag in NO_GRADIENT if flag != "--score"], "it has gradients of attention alone"),
+    _without("chefer", ("--tap", "--rules", "--prompt_words", "--taps"), "it has gradients of attention alone"),
     _without("chefer", ("--contrast",), "relevance that is cut at zero has no difference"),
     ("--answers", lambda args: args.answers is not None, OF_A_LIST, "the list has the photos, prompts and answers"),
     ("a list of photos", lambda args: args.listed, ("--mask", "--answers", "--randomize"), "they are of one photo"),

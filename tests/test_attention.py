@@ -163,6 +163,15 @@ def test_the_model_is_left_as_it_was(model, processor, image):
     assert (config._attn_implementation, len(attention._WATCHERS)) == (before, 0)
 
 
+def test_attention_that_cannot_be_seen_is_an_error_and_no_empty_map(model, processor, image, monkeypatch):
+    reading = read(model, processor, image, PROMPT, ANSWER)
+    monkeypatch.setattr(attention, "WATCHED", "sdpa")  # the model computes it as usual
+    monkeypatch.setattr(attention.AttentionInterface, "register", lambda *given: None)
+    for method in ("attention", "rollout", "chefer"):
+        with pytest.raises(core.ExplanationError, match="layer [01] gives no attention"):
+            explain(reading, [(0, 3)], [1], Settings(use_smooth=False, method=method))
+
+
 def test_it_is_a_method_in_python(model, processor, image):
     options = {"answer": ANSWER, "target": "cat", "method": "attention", "head": 2}
     cam = SmoothQwenGradCAM(model, processor, 1, 2, 0.1, **options)
@@ -481,5 +490,6 @@ def test_both_are_methods_of_the_command_line(drive, tmp_path, method):
     words, flow = np.load(tmp_path / "out/words/maps.npz"), np.load(tmp_path / "out/flow/information_flow.npz")
     np.testing.assert_allclose(words["maps"][0, 0], flow["maps_0"][1], rtol=1e-4)
     assert drive(*base, "--head", 1)[0] == 2
-    assert drive(*base, "--recompute")[0] == 2
+    assert drive(*base, "--rules", "plain")[0] == 2
+    assert drive(*base, "--recompute")[0] == (2 if method == "rollout" else 0)
     assert drive(*base, "--target", "cat", "--contrast", "dog")[0] == 2
