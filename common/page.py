@@ -26,18 +26,8 @@ from common.encoding import DPI, with_minus
 
 __all__ = [
     *("PAGE", "Page", "Paper", "WIDTHS", "HEIGHT", "BODY_HEIGHTS", "MARGIN", "GAP", "BAND", "HEAD", "LINE"),
-    *(
-        "TEXT",
-        "SMALL",
-        "TINY",
-        "TITLE",
-        "add_new_fonts",
-        "excerpt",
-        "font_families",
-        "text_width",
-        "wrap",
-        "split_at_span",
-    ),
+    *("TEXT", "SMALL", "TINY", "TITLE", "add_new_fonts", "excerpt", "font_families", "text_width"),
+    *("wrap", "split_at_span"),
     *("figure_to_array", "grey_panel", "fit_box", "panel_width", "best_columns", "shrink"),
     *("header", "masthead", "small_print", "MARKER", "SIGNS"),
 ]

@@ -174,9 +174,9 @@ def test_extreme_photos_can_be_drawn(size):
     maps = make_maps({0: hot_spot((2, 3), (0, 0)), 1: np.zeros((2, 3), np.float32)})
     alone = make_maps({0: hot_spot((2, 3), (0, 0))})
     files = draw_grid(photo, maps)[1] | draw_single(photo, alone)[1] | words_files(photo, [maps])
-    figures = ("layer_comparison_grid.png", "visualization.png", "words_by_layer.png")
+    figures = ("layer_comparison_grid", "visualization", "words_by_layer")
     for name, content in files.items():
-        if name in figures:
+        if name.startswith(figures) and name.endswith(".png"):
             assert drawn(content).shape[1] == round(7.2 * common.page.DPI)
         elif name.endswith(".png"):
             assert drawn(content).shape == (size[1], size[0], 3)
