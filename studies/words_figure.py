@@ -47,7 +47,7 @@ from visualization_utils import (
 
 __all__ = ["word_figures"]
 
-SMALLEST = {"page": 0.66, "column": 0.44}  # square root of the area that a picture has at least
+SMALLEST = {"page": 0.66, "column": 0.43}  # square root of the area that a picture has at least
 LARGEST = 2.5  # and at most
 LEAST = 0.81  # share of its column that a picture takes at least
 NARROW, LATER = 240, 160  # columns of text of the answer in a narrow figure, and on pages after the first
@@ -198,15 +198,18 @@ class _Table:
         under = [_tied(label) for labels in self.labels for label in labels.values()]
         under = self._widest({*under, *(_tied(f"layer {layer},") for layer in self.layers)}, TINY)
         over = max(self._widest(map(_tied, self.evidence), TINY), self._widest(self.names, TINY, "bold"))
-        found = []
+        highest = self._body(range(words), False) - 0.8  # 0.8 for heads and labels
+        most = min(LARGEST * self.aspect**0.5, self.aspect * highest)
+        least, found, lower = min(self.smallest, most, self._whole(1, 1) - GAP), [], []
         for across in range(1, layers + 1):
             room = max(under, over) if across == 1 else under
-            least = max(self.smallest, room)
             for columns in range(1, words + 1):
-                pitch = self._pitch(columns, across)
-                if pitch - GAP < least:
+                pitch = min(self._whole(columns, across), max(most, room) + GAP)
+                if pitch - GAP < max(least, room) and columns * across > 1:
                     break
-                found += self._layouts(columns, across, pitch, least)
+                own = self._layouts(columns, across, pitch, most)
+                found += [layout for layout in own if layout.width >= max(least, self._narrowest(across, pitch))]
+                lower += own  # of a photo so tall that only a narrow picture has room under its head
 
         def merit(layout):
             columns, across = layout.columns, layout.across
@@ -217,33 +220,36 @@ class _Table:
             order = {layers: 1.1, 1: 1.25}.get(across, 1)  # layers in one column, or one row, are read easily
             return -len(layout.pages), layout.width * filled * order
 
-        return max(found or self._layouts(1, 1, self._pitch(1, 1), 0), key=merit)
+        return max(found or lower, key=merit)
 
     def _margins(self, across: int) -> tuple[float, float]:
         """(left of the pictures, between words beside the usual gap): layers in a column are named at its left."""
         return (self.side, 0.0) if across == 1 else (0.0, 2 * GAP)
 
-    def _pitch(self, columns: int, across: int) -> float:
+    def _whole(self, columns: int, across: int) -> float:
         """From picture to picture, where so many words with so many layers side by side take the page's width."""
         side, apart = self._margins(across)
-        whole = (self.inner - side + GAP - (columns - 1) * apart) / (columns * across)
-        highest = self._body(range(len(self.names)), False) - 0.8  # 0.8 for heads and labels
-        return min(whole, LARGEST * self.aspect**0.5 + GAP, self.aspect * highest + GAP)
+        return (self.inner - side + GAP - (columns - 1) * apart) / (columns * across)
 
-    def _layouts(self, columns: int, across: int, pitch: float, least: float) -> list[_Layout]:
-        """Those with pictures of several widths, at least `least`, if a row of them fits on a page, or `least` is 0."""
+    def _narrowest(self, across: int, pitch: float) -> float:
+        """The least width of a picture."""
+        return min(pitch - GAP, LEAST * (pitch + self._margins(across)[1] / across))
+
+    def _layouts(self, columns: int, across: int, pitch: float, most: float) -> list[_Layout]:
+        """Those with pictures from the widest that has room on a page, at most `most`, to the least of its column."""
         count, text = len(self.names), pitch - GAP
         heads = [self._head(i, across * pitch - GAP) for i in range(count)]
         lines = max(len(self.label(i, layer, across, text)) for i in range(count) for layer in self.layers)
-        highest, found = max(sum(_heights(heads[i : i + columns])) for i in range(0, count, columns)), []
-        side, apart, body = *self._margins(across), self._body(range(count), False)
-        for width in np.linspace(text, min(text, LEAST * (pitch + apart / across)), 4):
-            height = width / self.aspect
-            row = height + lines * TINY * LINE + GAP
-            if least <= width and (highest + row <= body or not least):
-                pages = self._paginate(heads, columns, across, row)
-                place = side, width, height, pitch, across * pitch + apart, row
-                found.append(_Layout(columns, across, *place, heads, pages))
+        under = lines * TINY * LINE + GAP
+        highest = max(sum(_heights(heads[i : i + columns])) for i in range(0, count, columns))
+        side, apart = self._margins(across)
+        high = max(self._body(range(count), False) - highest - under, GAP)
+        widest, found = min(text, most, high * self.aspect), []
+        for width in np.linspace(widest, min(widest, self._narrowest(across, pitch)), 4):
+            row = width / self.aspect + under
+            pages = self._paginate(heads, columns, across, row)
+            place = side, width, width / self.aspect, pitch, across * pitch + apart, row
+            found.append(_Layout(columns, across, *place, heads, pages))
         return found
 
     def _paginate(self, heads: list[_Head], columns: int, across: int, row: float) -> list[list[tuple[range, list]]]:
