@@ -1,10 +1,14 @@
 """The Chinese README has what the English one has: whoever changes one is told to change the other."""
 
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from run_readmes import READMES, commands_of, left_out
+
+import test_gradcam
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -70,3 +74,20 @@ def test_links_within_a_readme_lead_to_its_headings(both):
         inside = {target[1:] for target in links(text, pictures=False) if target.startswith("#")}
         assert inside
         assert inside <= anchors(text)
+
+
+COMMANDS = {command for readme in READMES for command in commands_of((ROOT / readme).read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("command", sorted(each for each in COMMANDS if "test_gradcam.py " in each))
+def test_the_command_line_has_the_flags_of_a_command(command):
+    """Whether it does what is said is seen by running it: tests/run_readmes.py."""
+    if "…" not in command and not command.endswith(("--help", "--answers")):
+        assert test_gradcam.parse_args(shlex.split(command.split("test_gradcam.py", 1)[1]))
+
+
+def test_commands_are_those_of_blocks_and_of_code_that_begins_with_them():
+    text = "```bash\npip install x && python a.py\npython b.py --c   # why\n```\n`python d.py`, `--mode e`, `f`\n"
+    found = ["pip install x && python a.py", "python b.py --c", "python d.py", "python test_gradcam.py --mode e"]
+    assert commands_of(text) == found
+    assert [bool(left_out(command, everything=False)) for command in found] == [True, False, False, False]
