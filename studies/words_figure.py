@@ -204,9 +204,10 @@ class _Table:
         for across in range(1, layers + 1):
             room = max(under, over) if across == 1 else under
             for columns in range(1, words + 1):
-                pitch = min(self._whole(columns, across), max(most, room) + GAP)
-                if pitch - GAP < max(least, room) and columns * across > 1:
+                whole = self._whole(columns, across)
+                if whole - GAP < max(least, room) and columns * across > 1:
                     break
+                pitch = min(whole, max(most, room) + GAP)
                 own = self._layouts(columns, across, pitch, most)
                 found += [layout for layout in own if layout.width >= max(least, self._narrowest(across, pitch))]
                 lower += own  # of a photo so tall that only a narrow picture has room under its head
@@ -349,8 +350,8 @@ def _words_figure(photo, word_maps: list[TokenMaps], table: _Table, blocks: list
     y = _masthead(page, photo, title, word_maps, range(start, end), later) + 2 * GAP
 
     small, cells = shrink(photo, at.width, at.height), []
-    wide = (at.columns - 1) * at.words + (at.across - 1) * at.pitch + at.width
-    left = MARGIN + at.side + (page.inner - at.side - wide) / 2
+    wide = (at.columns - 1) * at.words + at.across * at.pitch - GAP  # of the texts; pictures may be narrower
+    left = MARGIN + at.side + (page.inner - at.side - wide) / 2 + min((at.pitch - GAP - at.width) / 2, MARGIN / 2)
     for words, layers in blocks:
         xs = [left + i * at.words for i in range(len(words))]
         y = _draw_heads(page, at.heads[words[0] : words[-1] + 1], table.colours[words[0] : words[-1] + 1], xs, y)

@@ -358,7 +358,20 @@ def test_four_words_leave_nothing_empty_at_the_right(ratio):
         (*_, page) = word_figures(make_image(*size), described(4, size), paper=Paper(width)).values()
         figure = laid_out(page(), width)
         for row in pictures_of(figure):
-            assert row[-1][2] > 0.92 * figure.get_size_inches()[0]
+            assert row[-1][2] > 0.9 * figure.get_size_inches()[0]
+
+
+@pytest.mark.usefixtures("unpainted")
+@pytest.mark.parametrize("size", [(20, 4000), (4000, 20)])
+def test_extreme_photos_keep_several_pictures_side_by_side_and_pages_of_a_papers_height(size):
+    maps = described(12, (56, 56))
+    for width in ("page", "column"):
+        figures = [
+            laid_out(draw(), width) for draw in word_figures(make_image(*size), maps, paper=Paper(width)).values()
+        ]
+        assert max(figure.get_size_inches()[1] for figure in figures) <= 9
+        assert len(figures) <= 12
+        assert size == (4000, 20) or len(pictures_of(figures[0])[0]) >= 4
 
 
 @pytest.mark.usefixtures("unpainted")
