@@ -538,8 +538,8 @@ def prepare_inputs(model, processor, photos, prompt, **video) -> dict[str, Tenso
                 raise ValueError(f"prompt={said[:80]!r} contains {marker}, which marks a picture or a turn of the chat")
         if said.strip() not in text and role != "assistant":  # of whose earlier thoughts some templates drop
             raise ValueError(f"the chat template drops the prompt {said!r}: the question was never asked")
-    marks = [getattr(processor, mark, None) for mark in ("image_token", "video_token")]
-    count, expected = sum(map(text.count, filter(None, marks))), 1 if video else len(photos)
+    marks = {getattr(processor, mark, None) for mark in ("image_token", "video_token", "boi_token")} - {None}
+    count, expected = sum(map(text.count, marks)), 1 if video else len(photos)
     if count != expected:
         raise ValueError(f"the chat template shows {count} pictures where {expected} are given")
     plain = {"add_special_tokens": False} if text.startswith(processor.tokenizer.bos_token or "\0") else {}  # has it

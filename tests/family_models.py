@@ -169,7 +169,8 @@ def by_the_book(model, rules):
 def autograd(model, reading, modules, answer, at_input=True):
     """{module's place in the list: (features, gradient)} of the answer's logits: full graph, full logits."""
     ids = reading.inputs["input_ids"].new_tensor([answer])
-    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    more |= dict.fromkeys(("mm_token_type_ids", "token_type_ids"), torch.zeros_like(ids))  # the latter: Gemma 3
     inputs = {
         name: torch.cat([value, more[name]], dim=1) if name in more else value for name, value in reading.inputs.items()
     }
