@@ -1118,7 +1118,7 @@ def token_map(key, features: Tensor, gradient: Tensor | None, reading: Reading, 
     """(N,) of one copy, image after image, None if no path leads from the image tokens at this layer to the answer."""
     if gradient is None:
         return None
-    places, family = (reading.positions, reading.own), check_family(reading.model)
+    places, family = (reading.positions, reading.own), FAMILIES[reading.model.config.model_type]
     features, gradient = (family.rows(key, tensor, *places) for tensor in (features, gradient))  # (k * N, C)
     if not gradient.isfinite().all():
         raise not_finite(f"the gradient at layer {key} is not finite", reading.model)

@@ -546,8 +546,8 @@ def run(args: argparse.Namespace) -> Done:
                     files, lines, _ = explain_mode(request, readings, [one.name for one in asked], layers, mask)
                 else:
                     files, lines, _ = score_answers(request, readings, asked)
-        sizes = {one.name: one.photo.size for one in asked}
-        lines = cut_off_lines(readings, [one.name for one in asked]) + seen_lines(readings, sizes) + lines
+        lines = seen_lines(readings, [(one.name, one.photo.size) for one in asked]) + lines
+        lines = cut_off_lines(readings, [one.name for one in asked]) + lines
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)
 
@@ -570,10 +570,10 @@ def cut_off_lines(readings: list[Reading], names: list[str]) -> list[str]:
     return warnings_of(said)
 
 
-def seen_lines(readings: list[Reading], sizes: dict[str, tuple[int, int]]) -> list[str]:
-    """A line for each photo, of these (width, height), that the model's processor crops or pads."""
+def seen_lines(readings: list[Reading], photos: list[tuple[str, tuple[int, int]]]) -> list[str]:
+    """A line for each photo, (name, (width, height)), that the model's processor crops or pads."""
     said = {}
-    for reading, (name, size) in zip(readings, sizes.items(), strict=True):
+    for reading, (name, size) in zip(readings, photos, strict=True):
         shown = reading.photos[0].size
         how = "pads it to" if shown[0] > size[0] or shown[1] > size[1] else "shows the model only its middle,"
         what = f"the processor {how} {shown[0]} x {shown[1]} of {size[0]} x {size[1]} pixels: that is what is explained"
@@ -610,7 +610,7 @@ def explain_list(request: Request) -> Done:
                 files, lines, evidence = measure_photo(own, reading, layers, mask)
             else:
                 files, lines, evidence = explain_mode(own, [reading], names, layers, mask)
-            said = cut_off_lines([reading], names) + seen_lines([reading], {names[0]: photo.size})
+            said = cut_off_lines([reading], names) + seen_lines([reading], [(names[0], photo.size)])
             return reading, files, said + lines, evidence
 
     by_task = functools.partial(task_tables, args.mode, request.paper) if args.mode in OF_PHOTOS else None

@@ -1214,7 +1214,9 @@ def test_half_precision_is_summed_in_float32(dtype):
     features = torch.tensor([[[4096, 1], [0, 0], [0, 4096]]], dtype=dtype)  # (1, L, C)
     gradient = torch.ones_like(features)
     about = {"grids": ((1, 2),), "positions": torch.tensor([0, 2]), "own": torch.tensor([True, True])}
-    reading = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vision_config=VISION)), **about)
+    reading = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(model_type="qwen2_5_vl", vision_config=VISION)), **about
+    )
     rows = (tensor[0, [0, 2]] for tensor in (features, gradient))  # as the vision tower has them
     for key, a, g in ((0, features, gradient), ("visual.merger", *rows)):
         assert core.token_map(key, a, g, reading, "paper").tolist() == [4097, 4096]
