@@ -32,4 +32,4 @@ def parent(features: Tensor, gradients: Tensor) -> Tensor:
     return torch.where(share < THRESHOLD, 0, share)
 
 
-METHODS["parent"] = METHODS["paper"]._replace(formula=parent, title="Grad-CAM of the paper's code")
+METHODS["parent"] = METHODS["paper"]._replace(formula=parent, title="Grad-CAM as coded")

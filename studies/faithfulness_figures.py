@@ -278,7 +278,9 @@ def draw_comparison(
     low, high = min(differences), max(differences)
     bottom = min(-0.1, low, *(row["difference"] for row in rows)) - 0.05
     style = {"ylim": (bottom, 1.02), "xlabel": "layer", "ylabel": "insertion − deletion"}
-    ((x, top, width),), y = page.places(y, 1, CURVE_PLOT[0], BAND + CURVE_PLOT[1] + 0.42 + 3 * SMALL * LINE + 2 * GAP)
+    named = -(-(1 + len(methods)) // 2)  # rows of the legend
+    pitch = BAND + CURVE_PLOT[1] + 0.42 + max(3, named) * SMALL * LINE + 2 * GAP
+    ((x, top, width),), y = page.places(y, 1, CURVE_PLOT[0], pitch)
     axes = page.plot(x, top, width, CURVE_PLOT[1], "How faithful, by layer", **style)
     axes.axhspan(low, high, color="0.88", linewidth=0, label="random orders")
     _draw_by_layer(axes, layers, values, {})
