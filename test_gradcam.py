@@ -422,8 +422,9 @@ class Done(NamedTuple):
 def run(args: argparse.Namespace) -> Done:
     """Check, load, explain, draw and write."""
     request = Request.of(args)
+    args.messages_file = args.messages
     if args.messages is not None:
-        args.messages_file, args.messages = args.messages, load_messages(args.messages)
+        args.messages = load_messages(args.messages)
         if not (args.listed or args.photo_given) and (last := take_last(args.messages)):
             args.image_path, args.photos = last, [last]
     if args.listed:
@@ -435,8 +436,7 @@ def run(args: argparse.Namespace) -> Done:
     device = resolve_device(args.device)
     layers = choose_layers(args, count_layers(args.model_path))
     photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
-    inputs = [args.model_path, args.mask, args.answers, *photos, *paths_of(args.messages)]
-    inputs.append(args.messages and args.messages_file)
+    inputs = [args.model_path, args.mask, args.answers, args.messages_file, *photos, *paths_of(args.messages)]
     folder, subfolders = Path(args.output_dir, FOLDERS[args.mode]), layers if args.mode == "comparative" else ()
     with output_folder(folder, subfolders, "--output_dir", inputs) as write:
         with model_named(args.model_path):
