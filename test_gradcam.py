@@ -515,8 +515,9 @@ def run(args: argparse.Namespace) -> Done:
     request = Request.of(args)
     if args.head is not None and args.head not in range(heads := count_heads(args.model_path)):
         raise ValueError(f"--head {args.head} does not exist: each layer of the model has 0 to {heads - 1}")
+    args.messages_file = args.messages
     if args.messages is not None:
-        args.messages_file, args.messages = args.messages, load_messages(args.messages)
+        args.messages = load_messages(args.messages)
         if not (args.listed or args.photo_given) and (last := take_last(args.messages)):
             args.image_path, args.photos = last, [last]
     if args.listed:
@@ -532,8 +533,8 @@ def run(args: argparse.Namespace) -> Done:
         total = count_layers(args.model_path)
         args.hide_from, args.fastv = (listed_layers(args, name, total) for name in ("hide_from", "fastv"))
     photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
-    inputs = [args.model_path, args.mask, args.answers, args.synonyms, *photos, *paths_of(args.messages)]
-    inputs.append(args.messages and args.messages_file)
+    inputs = [args.model_path, args.mask, args.answers, args.synonyms, args.messages_file, *photos]
+    inputs += paths_of(args.messages)
     folder, subfolders = Path(args.output_dir, FOLDERS[args.mode]), layers if args.mode == "comparative" else ()
     with output_folder(folder, subfolders, "--output_dir", inputs) as write:
         with model_named(args.model_path):

@@ -129,9 +129,9 @@ def merged(model, adapter: Adapter):
     if isinstance(targets, str) and targets != "all-linear":
         options["target_modules"] = _targets(model, targets, name)
     try:
-        weights = load_file(adapter.folder / ADAPTER_WEIGHTS)
-        _check_values(weights, [options.get("r", 8), *options.get("rank_pattern", {}).values()], name)
-        wrapped = peft.PeftModel(model, peft.LoraConfig(**options, inference_mode=True))
+        weights, config = load_file(adapter.folder / ADAPTER_WEIGHTS), peft.LoraConfig(**options, inference_mode=True)
+        _check_values(weights, [config.r, *config.rank_pattern.values()], name)
+        wrapped = peft.PeftModel(model, config)
         weights = {_renamed(key): value for key, value in weights.items()}
         _check_keys(weights.keys(), _state(peft, wrapped).keys(), name)
         peft.set_peft_model_state_dict(wrapped, weights)
@@ -159,8 +159,9 @@ def _renamed(key: str) -> str:
 
 def _check_values(weights: dict, ranks: list, name: str) -> None:
     """Raises ValueError for values that are not finite, and for a rank that no weight has: PEFT would make room."""
-    largest = max((value.shape[0] for key, value in weights.items() if "lora_A" in key and value.dim()), default=0)
-    if max(ranks) > largest and largest:
+    down = (value for key, value in weights.items() if re.search(r"\.lora_(embedding_)?A\b", key) and value.dim())
+    largest = max((value.shape[0] for value in down), default=0)
+    if max(ranks) > largest:
         raise ValueError(f"{name} asks for the rank {max(ranks)}: the largest of its weights is {largest}")
     if wrong := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise ValueError(f"{name} has values in {wrong[0]} that are not finite")

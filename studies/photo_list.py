@@ -426,7 +426,7 @@ def run_list(
     records, before = work_off(
         items, folder, settings, processes, lambda item: load_photo(str(item.image)), explain_item,
         subfolders=subfolders, overwrite=args.overwrite, quiet=quiet, reason_of=reason_of,
-        inputs=[args.model_path, *args.photos, args.messages and args.messages_file],
+        inputs=[args.model_path, *args.photos, args.messages_file],
         report=lambda line: say(f"test_gradcam.py: {line}", sys.stderr),
     )  # fmt: skip
     if not processes.first:

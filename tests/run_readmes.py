@@ -1,6 +1,6 @@
 """Run the commands of the READMEs in a copy of the project, and see that none of them changes a file of it.
 
-    python tests/run_readmes.py            # those below a minute or so: about ten minutes
+    python tests/run_readmes.py            # without training, measuring and benchmarks
     python tests/run_readmes.py --all      # all that need no more than the project ships, for hours
 
 Commands are the lines of ```bash blocks and the code of a paragraph that begins with `python` or `--mode`. Left out are
@@ -12,7 +12,6 @@ Exits with 1 if a command fails or `git status` is not clean after it.
 import argparse
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ LEFT_OUT = {  # what stands in the command: why it is not run
     r"photo\.jpg|photos/|a\.jpg|annotations/|coco\.jsonl": "needs files of yours",
     r"--device cuda|--shape 7B": "needs a GPU",
 }
-LONG = r"tests/|demo_model/(train|evaluate|graft)\.py|benchmark|torchrun"  # more than a minute
+LONG = r"tests/|demo_model/(train|evaluate|graft)\.py|torchrun"
 
 
 def commands_of(text: str) -> list[str]:
@@ -39,6 +38,12 @@ def commands_of(text: str) -> list[str]:
     lines = [line for block, inline in found for line in (block or inline).splitlines()]
     bare = [re.sub(r"\s+#.*$", "", line).strip() for line in lines]
     return [f"python test_gradcam.py {line}" if line.startswith("--") else line for line in bare if line]
+
+
+def all_commands() -> list[str]:
+    """Those of all READMEs, each once."""
+    found = [command for readme in READMES for command in commands_of((ROOT / readme).read_text(encoding="utf-8"))]
+    return list(dict.fromkeys(found))
 
 
 def left_out(command: str, everything: bool) -> str:
@@ -84,8 +89,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="also those that take long")
     parser.add_argument("--list", action="store_true", help="only say what would be run, and what not")
     options = parser.parse_args()
-    found = [command for readme in READMES for command in commands_of((ROOT / readme).read_text(encoding="utf-8"))]
-    failed, commands = [], list(dict.fromkeys(found))
+    failed, commands = [], all_commands()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "project"
         copy_project(folder)
@@ -105,7 +109,7 @@ def main() -> None:
                 print(f"{printed[-2000:]}\ngit status:\n{dirty}", flush=True)
                 subprocess.run("git checkout -q . && git clean -q -f", shell=True, cwd=folder, check=True)
     if failed:
-        sys.exit(f"{len(failed)} of {len(commands)} failed or changed files:\n" + "\n".join(map(shlex.quote, failed)))
+        sys.exit(f"{len(failed)} of {len(commands)} failed or changed files:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

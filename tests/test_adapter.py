@@ -232,6 +232,9 @@ def test_a_rank_that_is_not_in_the_file_takes_no_memory(adapter, monkeypatch):
     for settings in ({"r": 2**20}, {"rank_pattern": {"q_proj": 2**20}}):
         with pytest.raises(ValueError, match="asks for the rank 1048576: the largest of its weights is 3"):
             load_model(change(adapter, **settings), "cpu", "auto")
+    save_file({"base_model.model.lora.weight": torch.ones(1)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="asks for the rank 1048576: the largest of its weights is 0"):
+        load_model(str(adapter), "cpu", "auto")
 
 
 def test_a_pattern_is_not_left_to_run_for_ever(adapter):
