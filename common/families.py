@@ -21,9 +21,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smooth_gradcam import FAMILIES, LARGE, NORMS, PRODUCTS, Family, activation_rule, half, image_rows, unwrapped
+from common.tiles import NOTHING, Beside, by_rows, cells_under, stretches, thumbnail_follows
+from smooth_gradcam import (
+    FAMILIES,
+    LARGE,
+    NORMS,
+    PRODUCTS,
+    Family,
+    Reading,
+    activation_rule,
+    half,
+    image_rows,
+    unwrapped,
+)
 
-__all__ = ["FAMILIES", "Known", "cap_pixels", "known", "seen"]
+__all__ = ["FAMILIES", "Known", "cap_pixels", "hidden_with", "known", "photo_tokens", "seen"]
 
 
 # Qwen-VL
@@ -58,8 +70,10 @@ class Known(Family):
 
     tower: tuple[str, ...] = ("visual",)  # the parts of `model.model` that make a photo's features, in their order
     merger: str = "visual.merger"  # the part whose output enters the decoder
-    patches: Callable = lambda pixels, model: pixels  # the pixels (k * M, ...), token after token
-    pictures: Callable = lambda patches, like, model: patches  # back from there, in the shape of `like`
+    patches: Callable = lambda pixels, reading: pixels  # the pixels (k * M, ...), token after token
+    pictures: Callable = lambda patches, like, reading: patches  # back from there, in the shape of `like`
+    again: Callable = lambda reading: {}  # (reading) -> arguments for the image processor that make the same of a photo
+    beside: Callable = lambda reading: NOTHING  # (reading) -> tokens of its photos that are no cells of their maps
     cap: Callable = cap_pixels  # (image processor, max_pixels): heeds --max_pixels
     settings: Callable = _qwen_settings  # (processor, config.json) -> {setting of the processor: (its, the model's)}
     sees_ahead: bool = False  # whether the image tokens of a picture also see those behind them
@@ -84,6 +98,29 @@ def seen(model, processor, picture):
         what = "all" if mask.all() else "nothing"
         raise ValueError(f"the object is {what} of what the processor shows the model of the photo")
     return mask
+
+
+def photo_tokens(reading: Reading) -> Tensor:
+    """The positions of all tokens of the explained photos, in their order: the cells' and those beside them."""
+    beside = known(reading.model).beside(reading)
+    return torch.cat([reading.positions.cpu(), beside.positions.cpu(), beside.others.cpu()]).sort().values
+
+
+def hidden_with(reading: Reading, cells: np.ndarray) -> Tensor:
+    """The positions of all tokens that are hidden with these cells, bool (N,).
+
+    Beside the cells, what shows the photo as a whole is hidden where half of the cells over it are, or more; with all
+    cells, all of the photos is.
+    """
+    cells, beside = torch.as_tensor(cells), known(reading.model).beside(reading)
+    if cells.all():
+        return photo_tokens(reading)
+    places = reading.positions.cpu()[cells]
+    if not len(beside.positions):
+        return places
+    over = torch.bincount(beside.under, minlength=len(beside.positions))
+    hidden = torch.bincount(beside.under[cells], minlength=len(beside.positions))
+    return torch.cat([places, beside.positions.cpu()[(hidden > 0) & (2 * hidden >= over)]])
 
 
 FAMILIES |= {kind: Known(**vars(family)) for kind, family in FAMILIES.items()}
@@ -119,16 +156,24 @@ def _filled(model, inputs: dict[str, Tensor], grids: tuple[tuple[int, int], ...]
 
 def _reduced(photo: Image.Image, images) -> Image.Image:
     """A photo of up to LARGE pixels as it is; a larger one with a short side twice as long as needed, or more."""
-    needed = max(edge for edge in dict(images.size).values() if edge)
-    factor = min(photo.size) // (2 * needed) if photo.width * photo.height > LARGE else 1
+    factor = _factor(photo, images)
     return photo.reduce(factor) if factor > 1 else photo
+
+
+def _factor(photo: Image.Image, images) -> int:
+    needed = max(edge for edge in dict(images.size).values() if edge)
+    needed *= math.isqrt(getattr(images, "max_patches", 1))  # tiles along a short side
+    return max(1, min(photo.size) // (2 * needed)) if photo.width * photo.height > LARGE else 1
 
 
 def _projected_rows(key, tensor: Tensor, positions: Tensor, own: Tensor) -> Tensor:
     """`image_rows` of the decoder and of the projector (n, M / n, C); ValueError for modules of the vision tower."""
     if "vision_tower" in str(key):
         raise ValueError(f"layer {key} is in the vision tower, which is not explained here: take the projector")
-    return image_rows(key, tensor.flatten(0, 1) if "projector" in str(key) else tensor, positions, own)
+    if "projector" not in str(key):
+        return image_rows(key, tensor, positions, own)
+    rows = image_rows(key, tensor.flatten(0, 1), positions, own)
+    return rows[positions.argsort().argsort().to(rows.device)]  # tiles: from the sequence's order to the photo's
 
 
 def _check_one_size(height: int, width: int, max_pixels: int) -> None:
@@ -141,7 +186,7 @@ def _check_one_size(height: int, width: int, max_pixels: int) -> None:
 # LLaVA-1.5
 
 
-def _llava_grids(model, inputs, kind="image"):
+def _llava_grids(model, inputs, kind="image", *_):
     if kind != "image" or "image_sizes" in inputs:
         raise ValueError(f"{type(model).__name__}: {'Pixtral' if kind == 'image' else 'a video'} is not supported")
     side = model.config.vision_config.patch_size
@@ -202,15 +247,15 @@ FAMILIES["llava"] = Known(
     rows=_projected_rows,
     tower=("vision_tower", "multi_modal_projector"),
     merger="multi_modal_projector",
-    patches=lambda pixels, model: _cut(pixels, model.config.vision_config.patch_size),
-    pictures=lambda patches, like, model: _joined(patches, like, model.config.vision_config.patch_size),
+    patches=lambda pixels, reading: _cut(pixels, reading.model.config.vision_config.patch_size),
+    pictures=lambda patches, like, reading: _joined(patches, like, reading.model.config.vision_config.patch_size),
     cap=_llava_cap,
     settings=_llava_settings,
     classes=r"(Llava|CLIP)(Image)?Processor(Fast|Pil)?|LlamaTokenizer(Fast)?",
 )
 
 
-# InternVL3 and Gemma 3: a photo is one square of as many image tokens as the config says, whatever its shape
+# InternVL3 and Gemma 3: a picture is one square of as many image tokens as the config says, whatever its shape
 
 
 def _squares(per_picture: str) -> dict:
@@ -219,7 +264,7 @@ def _squares(per_picture: str) -> dict:
     def side(model) -> int:
         return math.isqrt(getattr(model.config, per_picture))
 
-    def grids(model, inputs, kind="image"):
+    def grids(model, inputs, kind="image", *_):
         if kind != "image":
             raise ValueError(f"{type(model).__name__}: a video is not supported")
         return _filled(model, inputs, ((side(model),) * 2,) * len(inputs["pixel_values"]))
@@ -230,8 +275,8 @@ def _squares(per_picture: str) -> dict:
         "rows": _projected_rows,
         "tower": ("vision_tower", "multi_modal_projector"),
         "merger": "multi_modal_projector",
-        "patches": lambda pixels, model: _cut(pixels, pixels.shape[-1] // side(model)),
-        "pictures": lambda patches, like, model: _joined(patches, like, like.shape[-1] // side(model)),
+        "patches": lambda pixels, reading: _cut(pixels, pixels.shape[-1] // side(reading.model)),
+        "pictures": lambda patches, like, reading: _joined(patches, like, like.shape[-1] // side(reading.model)),
     }
 
 
@@ -243,16 +288,87 @@ def _size_of(processor, config: dict, usual: int) -> dict[str, tuple]:
     return {"size": ([size.get("height"), size.get("width")], sides), "do_center_crop": (crops, False)}
 
 
-def _internvl_cap(images, max_pixels: int) -> None:
-    """One tile for a photo. Raises ValueError if it has more pixels than these."""
-    _check_one_size(images.size["height"], images.size["width"], max_pixels)
-    images.min_patches = images.max_patches = 1
+# InternVL3's photos are cut into such squares, or tiles; of more than one there is a thumbnail behind them
+
+
+def _intern_layout(photo: Image.Image, images, count: int) -> tuple[int, int]:
+    """Rows and columns of the tiles of a photo that is shown in `count` pictures. Raises ValueError if they differ."""
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+    if count == 1:
+        return 1, 1
+    factor, tile = _factor(photo, images), (images.size["height"], images.size["width"])
+    size = tuple(-(-edge // factor) for edge in (photo.height, photo.width))  # as it was given to the processor
+    columns, rows = get_optimal_tiled_canvas(size, tile, images.min_patches, images.max_patches)
+    if rows * columns not in (count, count - 1):
+        raise ValueError(f"the processor makes {count} tiles of a photo where {rows} x {columns} are expected")
+    return rows, columns
+
+
+def _intern_grids(model, inputs, kind="image", photos=(), processor=None):
+    if kind != "image":
+        raise ValueError(f"{type(model).__name__}: a video is not supported")
+    side = math.isqrt(model.config.image_seq_length)
+    runs = stretches(inputs["input_ids"][0] == model.config.image_token_id)  # of each photo
+    if len(runs) != len(photos) or sum(map(len, runs)) != len(inputs["pixel_values"]) * side**2:
+        counts = f"{sum(map(len, runs))} image tokens of {len(inputs['pixel_values'])} tiles"
+        raise ValueError(f"the prompt has {len(runs)} pictures, {counts}, where {len(photos)} photos are given")
+    positions, grids = [], []
+    for photo, run in zip(photos, runs, strict=True):
+        rows, columns = _intern_layout(photo, processor.image_processor, len(run) // side**2)
+        positions.append(run[by_rows(rows, columns, side).to(run.device)])
+        grids.append((rows * side, columns * side))
+    return torch.cat(positions), tuple(grids)
+
+
+def _intern_photos(reading: Reading):
+    """Of each explained photo the positions of all its tokens, its grid, and the place of its first tile."""
+    marked = reading.inputs["input_ids"][0].cpu() == reading.model.config.image_token_id
+    runs, before = stretches(marked), 0
+    starts = reading.positions.cpu()[np.cumsum([0, *map(math.prod, reading.grids)])[:-1]].tolist()
+    for run in runs:
+        if int(run[0]) in starts:
+            yield run, reading.grids[starts.index(int(run[0]))], before
+        before += len(run) // reading.model.config.image_seq_length
+
+
+def _intern_beside(reading: Reading) -> Beside:
+    side, positions, under = math.isqrt(reading.model.config.image_seq_length), [], []
+    for run, grid, _ in _intern_photos(reading):
+        thumbnail = run[math.prod(grid) :]
+        under.append(cells_under(grid, (side, side)) + sum(map(len, positions)))
+        positions.append(thumbnail)
+        if not len(thumbnail):  # a token for each cell that never counts
+            under[-1] = torch.full((math.prod(grid),), -1)
+    return NOTHING._replace(positions=torch.cat(positions), under=torch.cat(under))
+
+
+def _intern_pictures(patches: Tensor, like: Tensor, reading: Reading) -> Tensor:
+    """The tiles of these patches; thumbnails change as their photos' tiles do."""
+    side = math.isqrt(reading.model.config.image_seq_length)
+    pictures = _joined(patches, like, like.shape[-1] // side)
+    change = pictures - reading.inputs["pixel_values"].to(pictures)
+    for run, (height, width), first in _intern_photos(reading):
+        last = first + height * width // side**2
+        if len(run) > height * width:
+            follows = thumbnail_follows(pictures[last], change[first:last], height // side, width // side)
+            pictures[last] = follows
+    return pictures
+
+
+def _intern_cap(images, max_pixels: int) -> None:
+    """As many tiles as have so many pixels, the thumbnail aside. Raises ValueError if that is less than one."""
+    height, width = images.size["height"], images.size["width"]
+    _check_one_size(height, width, max_pixels)
+    images.max_patches = min(images.max_patches, max_pixels // (height * width))
+    images.min_patches = min(images.min_patches, images.max_patches)
 
 
 FAMILIES["internvl"] = Known(
     "InternVL3",
-    **_squares("image_seq_length"),
-    cap=_internvl_cap,
+    **_squares("image_seq_length")
+    | {"grids": _intern_grids, "pictures": _intern_pictures, "beside": _intern_beside, "cap": _intern_cap}
+    | {"again": lambda reading: {"crop_to_patches": len(reading.positions) > reading.model.config.image_seq_length}},
     settings=lambda processor, config: (
         {
             "image token": (processor.image_token, config.get("image_token_id", 151667)),

@@ -102,6 +102,11 @@ def intern_processor(tokenizer, **tiles):
     return make(images, tokenizer, videos, image_seq_length=36, chat_template=INTERN_TEMPLATE)
 
 
+def tiled_processor(tokenizer):
+    """Up to six tiles, and a thumbnail behind them."""
+    return intern_processor(tokenizer, max_patches=6)
+
+
 def intern_config(tokenizer):
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return transformers.InternVLConfig(
@@ -212,6 +217,7 @@ MAKERS = {
     "gemma3": (gemma_tokenizer, gemma_processor, gemma_config, transformers.Gemma3ForConditionalGeneration),
     "llava": (llama_tokenizer, llava_processor, llava_config, transformers.LlavaForConditionalGeneration),
     "internvl": (intern_tokenizer, intern_processor, intern_config, transformers.InternVLForConditionalGeneration),
+    "internvl tiles": (intern_tokenizer, tiled_processor, intern_config, transformers.InternVLForConditionalGeneration),
 }
 
 

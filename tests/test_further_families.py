@@ -19,8 +19,16 @@ import smooth_gradcam as core
 import test_gradcam
 from common.checkpoint import count_layers, load_model, load_processor
 from common.evidence import image_hiding
-from common.families import FAMILIES, known, seen
-from common.passes import contrasted_passes, patches_of, repainted, vision_kept, watched_passes, with_contrast
+from common.families import FAMILIES, known, photo_tokens, seen
+from common.passes import (
+    contrasted_passes,
+    own_patches,
+    patches_of,
+    repainted,
+    vision_kept,
+    watched_passes,
+    with_contrast,
+)
 from smooth_gradcam import Settings, compute_token_maps, explain, find_target, read
 from studies.decoder import token_groups
 from studies.flow import attention_flow
@@ -118,7 +126,9 @@ def test_the_rules_share_the_whole_score_out(family, tokenizer, processor, image
     inputs, layers = core.prepare_inputs(model, processor, [image], PROMPT), decoder(model)
     taps = [core.Tap(i, layer, True) for i, layer in enumerate(layers)]
     with core.borrowed(model), core.attnlrp(model), core.captured(taps) as found:
-        score = model(**inputs, use_cache=False).logits[0, known(model).grids(model, inputs)[0][7], 5]
+        score = model(**inputs, use_cache=False).logits[
+            0, known(model).grids(model, inputs, "image", [image], processor)[0][7], 5
+        ]
         gradients = torch.autograd.grad(score, list(found.values()))
     assert abs(score := float(score.detach())) > 1e-3
     for features, gradient in zip(found.values(), gradients, strict=True):
@@ -285,8 +295,8 @@ def test_each_picture_has_its_part_of_the_map(model, processor, oracles):
 
 def test_pixels_by_token_and_back(reading, processor):
     patches, pixels = patches_of(reading), reading.inputs["pixel_values"]
-    assert len(patches) % len(reading.positions) == 0
-    assert torch.equal(known(reading.model).pictures(patches, torch.zeros_like(pixels), reading.model), pixels)
+    assert len(own_patches(reading)) % len(reading.positions) == 0
+    assert torch.equal(known(reading.model).pictures(patches, torch.zeros_like(pixels), reading), pixels)
     same = repainted(reading, reading.photo)  # the photo itself, but for how its edge is resampled
     assert same.shape == patches.shape
     assert (same - patches).abs().mean() < 0.02
@@ -345,16 +355,34 @@ def with_mask(reading, block) -> np.ndarray:
     return logits.softmax(-1)[range(len(scored.expected)), scored.expected].numpy()
 
 
+def image_tokens(reading):
+    return (reading.inputs["input_ids"][0] == reading.model.config.image_token_id).nonzero()[:, 0]
+
+
+def covered_by_hand(reading, hidden) -> list[int]:
+    """Positions of a thumbnail's tokens, if there is one, where half of the photo or more is hidden."""
+    rest, (height, width) = [i for i in image_tokens(reading).tolist() if i not in reading.positions], reading.grid
+    side = round(len(rest) ** 0.5)
+    cells, found = hidden.reshape(height, width), []
+    for i, position in enumerate(rest):
+        tall, wide, row, column = height // side, width // side, *divmod(i, side)
+        if cells[row * tall : (row + 1) * tall, column * wide : (column + 1) * wide].mean() >= 0.5:
+            found.append(position)
+    return found
+
+
 def test_hidden_image_is_that_of_a_mask_made_by_hand(reading):
     count = len(reading.positions)
     length = reading.inputs["input_ids"].shape[1] + len(reading.tokens)
-    start = int(reading.positions.max()) + 1
-    hidden = np.stack([np.zeros(count, bool), np.ones(count, bool), np.arange(count) % 3 == 0])
+    tokens = image_tokens(reading)
+    start = int(tokens.max()) + 1
+    hidden = np.stack([np.zeros(count, bool), np.ones(count, bool), np.arange(count) % 3 == 0, np.arange(count) < 50])
     with image_hiding(reading) as hide:
         found = hide(hidden)
     for row, own in zip(hidden, found, strict=True):
         block = torch.zeros(length, length, dtype=torch.bool)
-        block[start:, reading.positions[torch.as_tensor(row)]] = True
+        block[start:, tokens if row.all() else reading.positions[torch.as_tensor(row)]] = True
+        block[start:, covered_by_hand(reading, row)] = True
         np.testing.assert_allclose(own, with_mask(reading, block), rtol=1e-5, atol=1e-8)
     assert abs(found[0] - found[1]).max() > 1e-3
 
@@ -583,26 +611,85 @@ of_internvl = pytest.mark.parametrize("family", ["internvl"], indirect=True)
 
 
 @of_internvl
-def test_internvls_tiles_are_refused_with_what_to_do(model, tokenizer, image):
-    processor = intern_processor(tokenizer, max_patches=4)
-    message = r"^the processor makes \d pictures of 1 photos: it must be one of each$"
-    with pytest.raises(ValueError, match=message):
-        read(model, processor, image, PROMPT, ANSWER)
-    processor.image_processor.max_patches = 1
-    assert read(model, processor, image, PROMPT, ANSWER).grid == (6, 6)
-
-
-@of_internvl
-def test_internvl_is_loaded_with_one_tile_a_photo(folder, model, tokenizer, image, tmp_path):
+def test_internvl_has_as_many_tiles_as_max_pixels_allows(folder, model, tokenizer, tmp_path):
     other = tmp_path / "tiles"
     shutil.copytree(folder, other)
     intern_processor(tokenizer, max_patches=12).save_pretrained(other)
-    loaded = load_processor(str(other), 10**6)
-    assert read(model, loaded, make_image(300, 100), PROMPT, ANSWER).inputs["pixel_values"].shape == (1, 3, 84, 84)
+    for cap, grid, count in [(10**6, (12, 36), 13), (6 * 7056, (6, 18), 4), (7056, (6, 6), 1)]:
+        reading = read(model, load_processor(str(other), cap), make_image(600, 200), PROMPT, ANSWER)
+        assert (reading.grid, len(reading.inputs["pixel_values"])) == (grid, count)
     with pytest.raises(
         ValueError, match="--max_pixels 7055 is less than 84 x 84 pixels, which this model takes of any"
     ):
         load_processor(str(other), 7055)
+
+
+of_tiles = pytest.mark.parametrize("family", ["internvl tiles"], indirect=True)
+
+
+def halves(size):
+    """A photo, dark but for its right half, and that with its top half dark too."""
+    photo = np.full((size[1], size[0], 3), 30, np.uint8)
+    photo[:, size[0] // 2 :] = 220
+    other = photo.copy()
+    other[: size[1] // 2] = 30
+    return Image.fromarray(photo), Image.fromarray(other)
+
+
+@of_tiles
+@pytest.mark.parametrize(
+    ("size", "grid"), [((168, 112), (12, 18)), ((100, 310), (18, 6)), ((200, 200), (12, 12)), ((90, 90), (6, 6))]
+)
+def test_tiles_lie_on_the_photo_as_the_processor_cuts_it(model, processor, size, grid):
+    """Of a photo whose pixels say where they are, each cell's own patch says where it lies."""
+    across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    photo = np.stack([across, down, across], -1).astype(np.uint8)
+    reading = read(model, processor, photo, PROMPT, ANSWER)
+    assert reading.grid == grid
+    means = patches_of(reading)[own_patches(reading)].unflatten(1, (3, -1)).mean(2)  # (N, 3)
+    images = processor.image_processor
+    places = means * torch.tensor(images.image_std) + torch.tensor(images.image_mean)
+    expected = np.stack(np.meshgrid(*((np.arange(count) + 0.5) / count for count in grid[::-1])), -1).reshape(-1, 2)
+    np.testing.assert_allclose(places[:, :2].numpy(), expected, atol=0.02)
+
+
+@of_tiles
+def test_what_is_changed_in_the_tiles_changes_in_the_thumbnail(model, processor):
+    """As if the processor had got the changed photo."""
+    photo, other = halves((168, 112))
+    one, two = (read(model, processor, picture, PROMPT, ANSWER) for picture in (photo, other))
+    pixels = one.inputs["pixel_values"]
+    found = known(model).pictures(repainted(one, other), pixels, one)
+    expected = two.inputs["pixel_values"]
+    assert len(found) == 7
+    assert (expected[-1] - pixels[-1]).abs().mean() > 0.5
+    assert (found[-1] - expected[-1]).abs().mean() < 0.03
+    torch.testing.assert_close(found[:-1], expected[:-1])
+
+
+@of_tiles
+def test_the_second_of_two_photos_is_explained_by_its_own_tiles(model, processor):
+    photos = [halves((168, 112))[0], halves((100, 310))[0]]
+    both = read(model, processor, photos, PROMPT, ANSWER)
+    assert both.grids == ((12, 18), (18, 6))
+    second = both.of(1)
+    alone = read(model, processor, photos[1], PROMPT, ANSWER)
+    assert torch.equal(patches_of(second)[own_patches(second)], patches_of(alone)[own_patches(alone)])
+    changed = known(model).pictures(repainted(second, halves((100, 310))[1]), second.inputs["pixel_values"], second)
+    moved = [not torch.equal(*pair) for pair in zip(changed, second.inputs["pixel_values"], strict=True)]
+    assert moved == [False] * 7 + [True, True, False, True]
+    tokens = image_tokens(both)
+    assert photo_tokens(second).tolist() == tokens[7 * 36 :].tolist()
+    assert photo_tokens(both).tolist() == tokens.tolist()
+
+
+@of_tiles
+def test_photos_that_do_not_fill_their_tiles_are_refused(model, processor, reading, image):
+    grids, inputs = known(model).grids, reading.inputs
+    with pytest.raises(ValueError, match="^the processor makes 7 tiles of a photo where 5 x 1 are expected$"):
+        grids(model, inputs, "image", [Image.new("RGB", (40, 200))], processor)
+    with pytest.raises(ValueError, match="the prompt has 1 pictures, 252 image tokens of 7 tiles, where 2 photos"):
+        grids(model, inputs, "image", [image, image], processor)
 
 
 # Gemma 3
@@ -644,5 +731,5 @@ def test_gemmas_own_norms_pass_gradients_by_the_rule(tokenizer):
 
 def test_every_family_is_an_entry_with_all_that_is_needed():
     for kind, entry in FAMILIES.items():
-        assert len(inspect.signature(entry.grids).parameters) == 3, kind
+        assert len(inspect.signature(entry.grids).parameters) >= 4, kind
         assert len(inspect.signature(entry.seen).parameters) == 2, kind
