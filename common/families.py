@@ -21,10 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.tiles import NOTHING, Beside, by_rows, cells_under, stretches, thumbnail_follows
+from common.tiles import NOTHING, cut, factor, intern_beside, intern_grids, intern_pictures, joined
 from smooth_gradcam import (
     FAMILIES,
-    LARGE,
     NORMS,
     PRODUCTS,
     Family,
@@ -129,22 +128,6 @@ FAMILIES |= {kind: Known(**vars(family)) for kind, family in FAMILIES.items()}
 # pictures of one size, cut into squares
 
 
-def _cut(pixels: Tensor, side: int) -> Tensor:
-    """Pictures (n, channels, height, width) as squares of `side` pixels, row by row: (n * H * W, channels * side^2)."""
-    squares = pixels.unfold(2, side, side).unfold(3, side, side)  # (n, channels, H, W, side, side)
-    return squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
-
-
-def _joined(squares: Tensor, like: Tensor, side: int) -> Tensor:
-    """The pictures of `_cut` again; pixels beyond the last squares are those of `like`."""
-    count, channels, height, width = like.shape
-    rows, columns = height // side, width // side
-    whole = squares.reshape(count, rows, columns, channels, side, side).permute(0, 3, 1, 4, 2, 5)
-    result = like.clone()
-    result[:, :, : rows * side, : columns * side] = whole.reshape(count, channels, rows * side, columns * side)
-    return result
-
-
 def _filled(model, inputs: dict[str, Tensor], grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, tuple]:
     """Positions of the image tokens, and the grids. Raises ValueError if they do not belong together."""
     positions = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]  # (N,)
@@ -156,14 +139,8 @@ def _filled(model, inputs: dict[str, Tensor], grids: tuple[tuple[int, int], ...]
 
 def _reduced(photo: Image.Image, images) -> Image.Image:
     """A photo of up to LARGE pixels as it is; a larger one with a short side twice as long as needed, or more."""
-    factor = _factor(photo, images)
-    return photo.reduce(factor) if factor > 1 else photo
-
-
-def _factor(photo: Image.Image, images) -> int:
-    needed = max(edge for edge in dict(images.size).values() if edge)
-    needed *= math.isqrt(getattr(images, "max_patches", 1))  # tiles along a short side
-    return max(1, min(photo.size) // (2 * needed)) if photo.width * photo.height > LARGE else 1
+    less = factor(photo, images)
+    return photo.reduce(less) if less > 1 else photo
 
 
 def _projected_rows(key, tensor: Tensor, positions: Tensor, own: Tensor) -> Tensor:
@@ -247,8 +224,8 @@ FAMILIES["llava"] = Known(
     rows=_projected_rows,
     tower=("vision_tower", "multi_modal_projector"),
     merger="multi_modal_projector",
-    patches=lambda pixels, reading: _cut(pixels, reading.model.config.vision_config.patch_size),
-    pictures=lambda patches, like, reading: _joined(patches, like, reading.model.config.vision_config.patch_size),
+    patches=lambda pixels, reading: cut(pixels, reading.model.config.vision_config.patch_size),
+    pictures=lambda patches, like, reading: joined(patches, like, reading.model.config.vision_config.patch_size),
     cap=_llava_cap,
     settings=_llava_settings,
     classes=r"(Llava|CLIP)(Image)?Processor(Fast|Pil)?|LlamaTokenizer(Fast)?",
@@ -275,8 +252,8 @@ def _squares(per_picture: str) -> dict:
         "rows": _projected_rows,
         "tower": ("vision_tower", "multi_modal_projector"),
         "merger": "multi_modal_projector",
-        "patches": lambda pixels, reading: _cut(pixels, pixels.shape[-1] // side(reading.model)),
-        "pictures": lambda patches, like, reading: _joined(patches, like, like.shape[-1] // side(reading.model)),
+        "patches": lambda pixels, reading: cut(pixels, pixels.shape[-1] // side(reading.model)),
+        "pictures": lambda patches, like, reading: joined(patches, like, like.shape[-1] // side(reading.model)),
     }
 
 
@@ -291,71 +268,6 @@ def _size_of(processor, config: dict, usual: int) -> dict[str, tuple]:
 # InternVL3's photos are cut into such squares, or tiles; of more than one there is a thumbnail behind them
 
 
-def _intern_layout(photo: Image.Image, images, count: int) -> tuple[int, int]:
-    """Rows and columns of the tiles of a photo that is shown in `count` pictures. Raises ValueError if they differ."""
-    from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
-
-    if count == 1:
-        return 1, 1
-    factor, tile = _factor(photo, images), (images.size["height"], images.size["width"])
-    size = tuple(-(-edge // factor) for edge in (photo.height, photo.width))  # as it was given to the processor
-    columns, rows = get_optimal_tiled_canvas(size, tile, images.min_patches, images.max_patches)
-    if rows * columns not in (count, count - 1):
-        raise ValueError(f"the processor makes {count} tiles of a photo where {rows} x {columns} are expected")
-    return rows, columns
-
-
-def _intern_grids(model, inputs, kind="image", photos=(), processor=None):
-    if kind != "image":
-        raise ValueError(f"{type(model).__name__}: a video is not supported")
-    side = math.isqrt(model.config.image_seq_length)
-    runs = stretches(inputs["input_ids"][0] == model.config.image_token_id)  # of each photo
-    if len(runs) != len(photos) or sum(map(len, runs)) != len(inputs["pixel_values"]) * side**2:
-        counts = f"{sum(map(len, runs))} image tokens of {len(inputs['pixel_values'])} tiles"
-        raise ValueError(f"the prompt has {len(runs)} pictures, {counts}, where {len(photos)} photos are given")
-    positions, grids = [], []
-    for photo, run in zip(photos, runs, strict=True):
-        rows, columns = _intern_layout(photo, processor.image_processor, len(run) // side**2)
-        positions.append(run[by_rows(rows, columns, side).to(run.device)])
-        grids.append((rows * side, columns * side))
-    return torch.cat(positions), tuple(grids)
-
-
-def _intern_photos(reading: Reading):
-    """Of each explained photo the positions of all its tokens, its grid, and the place of its first tile."""
-    marked = reading.inputs["input_ids"][0].cpu() == reading.model.config.image_token_id
-    runs, before = stretches(marked), 0
-    starts = reading.positions.cpu()[np.cumsum([0, *map(math.prod, reading.grids)])[:-1]].tolist()
-    for run in runs:
-        if int(run[0]) in starts:
-            yield run, reading.grids[starts.index(int(run[0]))], before
-        before += len(run) // reading.model.config.image_seq_length
-
-
-def _intern_beside(reading: Reading) -> Beside:
-    side, positions, under = math.isqrt(reading.model.config.image_seq_length), [], []
-    for run, grid, _ in _intern_photos(reading):
-        thumbnail = run[math.prod(grid) :]
-        under.append(cells_under(grid, (side, side)) + sum(map(len, positions)))
-        positions.append(thumbnail)
-        if not len(thumbnail):  # a token for each cell that never counts
-            under[-1] = torch.full((math.prod(grid),), -1)
-    return NOTHING._replace(positions=torch.cat(positions), under=torch.cat(under))
-
-
-def _intern_pictures(patches: Tensor, like: Tensor, reading: Reading) -> Tensor:
-    """The tiles of these patches; thumbnails change as their photos' tiles do."""
-    side = math.isqrt(reading.model.config.image_seq_length)
-    pictures = _joined(patches, like, like.shape[-1] // side)
-    change = pictures - reading.inputs["pixel_values"].to(pictures)
-    for run, (height, width), first in _intern_photos(reading):
-        last = first + height * width // side**2
-        if len(run) > height * width:
-            follows = thumbnail_follows(pictures[last], change[first:last], height // side, width // side)
-            pictures[last] = follows
-    return pictures
-
-
 def _intern_cap(images, max_pixels: int) -> None:
     """As many tiles as have so many pixels, the thumbnail aside. Raises ValueError if that is less than one."""
     height, width = images.size["height"], images.size["width"]
@@ -367,7 +279,7 @@ def _intern_cap(images, max_pixels: int) -> None:
 FAMILIES["internvl"] = Known(
     "InternVL3",
     **_squares("image_seq_length")
-    | {"grids": _intern_grids, "pictures": _intern_pictures, "beside": _intern_beside, "cap": _intern_cap}
+    | {"grids": intern_grids, "pictures": intern_pictures, "beside": intern_beside, "cap": _intern_cap}
     | {"again": lambda reading: {"crop_to_patches": len(reading.positions) > reading.model.config.image_seq_length}},
     settings=lambda processor, config: (
         {

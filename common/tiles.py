@@ -7,13 +7,31 @@ photo from the model hides it there, too: see `hidden_with` of `common/families.
 Shapes:  H, W  rows and columns of a map's cells     N = H * W     K  tokens beside them     S  pixels of a tile's side
 """
 
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
-__all__ = ["NOTHING", "Beside", "by_rows", "cells_under", "joined_tiles", "stretches", "thumbnail_follows"]
+from smooth_gradcam import LARGE, Reading
+
+__all__ = [
+    *(
+        "NOTHING",
+        "Beside",
+        "by_rows",
+        "cells_under",
+        "cut",
+        "factor",
+        "intern_beside",
+        "intern_grids",
+        "intern_pictures",
+    ),
+    *("joined", "joined_tiles", "stretches", "thumbnail_follows"),
+]
 
 
 class Beside(NamedTuple):
@@ -53,3 +71,97 @@ def joined_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
 def thumbnail_follows(thumbnail: Tensor, change: Tensor, rows: int, columns: int) -> Tensor:
     """The thumbnail (channels, S, S) of a photo whose tiles changed by `change` (rows * columns, channels, S, S)."""
     return thumbnail + F.interpolate(joined_tiles(change, rows, columns)[None], thumbnail.shape[1:], mode="area")[0]
+
+
+# pictures of one size, cut into squares
+
+
+def cut(pixels: Tensor, side: int) -> Tensor:
+    """Pictures (n, channels, height, width) as squares of `side` pixels, row by row: (n * H * W, channels * side^2)."""
+    squares = pixels.unfold(2, side, side).unfold(3, side, side)  # (n, channels, H, W, side, side)
+    return squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+
+
+def joined(squares: Tensor, like: Tensor, side: int) -> Tensor:
+    """The pictures of `cut` again; pixels beyond the last squares are those of `like`."""
+    count, channels, height, width = like.shape
+    rows, columns = height // side, width // side
+    whole = squares.reshape(count, rows, columns, channels, side, side).permute(0, 3, 1, 4, 2, 5)
+    result = like.clone()
+    result[:, :, : rows * side, : columns * side] = whole.reshape(count, channels, rows * side, columns * side)
+    return result
+
+
+def factor(photo: Image.Image, images) -> int:
+    """By how much a photo is made smaller before the processor gets it: only one of more than LARGE pixels is."""
+    needed = max(edge for edge in dict(images.size).values() if edge)
+    needed *= math.isqrt(getattr(images, "max_patches", 1))  # tiles along a short side
+    return max(1, min(photo.size) // (2 * needed)) if photo.width * photo.height > LARGE else 1
+
+
+# InternVL3: a photo's tiles, row by row, and if there are several its thumbnail
+
+
+def _intern_layout(photo: Image.Image, images, count: int) -> tuple[int, int]:
+    """Rows and columns of the tiles of a photo that is shown in `count` pictures. Raises ValueError if they differ."""
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+    if count == 1:
+        return 1, 1
+    less, tile = factor(photo, images), (images.size["height"], images.size["width"])
+    size = tuple(-(-edge // less) for edge in (photo.height, photo.width))  # as it was given to the processor
+    columns, rows = get_optimal_tiled_canvas(size, tile, images.min_patches, images.max_patches)
+    if rows * columns not in (count, count - 1):
+        raise ValueError(f"the processor makes {count} tiles of a photo where {rows} x {columns} are expected")
+    return rows, columns
+
+
+def intern_grids(model, inputs, kind="image", photos=(), processor=None):
+    if kind != "image":
+        raise ValueError(f"{type(model).__name__}: a video is not supported")
+    side = math.isqrt(model.config.image_seq_length)
+    runs = stretches(inputs["input_ids"][0] == model.config.image_token_id)  # of each photo
+    if len(runs) != len(photos) or sum(map(len, runs)) != len(inputs["pixel_values"]) * side**2:
+        counts = f"{sum(map(len, runs))} image tokens of {len(inputs['pixel_values'])} tiles"
+        raise ValueError(f"the prompt has {len(runs)} pictures, {counts}, where {len(photos)} photos are given")
+    positions, grids = [], []
+    for photo, run in zip(photos, runs, strict=True):
+        rows, columns = _intern_layout(photo, processor.image_processor, len(run) // side**2)
+        positions.append(run[by_rows(rows, columns, side).to(run.device)])
+        grids.append((rows * side, columns * side))
+    return torch.cat(positions), tuple(grids)
+
+
+def _intern_photos(reading: Reading):
+    """Of each explained photo the positions of all its tokens, its grid, and the place of its first tile."""
+    marked = reading.inputs["input_ids"][0].cpu() == reading.model.config.image_token_id
+    runs, before = stretches(marked), 0
+    starts = reading.positions.cpu()[np.cumsum([0, *map(math.prod, reading.grids)])[:-1]].tolist()
+    for run in runs:
+        if int(run[0]) in starts:
+            yield run, reading.grids[starts.index(int(run[0]))], before
+        before += len(run) // reading.model.config.image_seq_length
+
+
+def intern_beside(reading: Reading) -> Beside:
+    side, positions, under = math.isqrt(reading.model.config.image_seq_length), [], []
+    for run, grid, _ in _intern_photos(reading):
+        thumbnail = run[math.prod(grid) :]
+        under.append(cells_under(grid, (side, side)) + sum(map(len, positions)))
+        positions.append(thumbnail)
+        if not len(thumbnail):  # a token for each cell that never counts
+            under[-1] = torch.full((math.prod(grid),), -1)
+    return NOTHING._replace(positions=torch.cat(positions), under=torch.cat(under))
+
+
+def intern_pictures(patches: Tensor, like: Tensor, reading: Reading) -> Tensor:
+    """The tiles of these patches; thumbnails change as their photos' tiles do."""
+    side = math.isqrt(reading.model.config.image_seq_length)
+    pictures = joined(patches, like, like.shape[-1] // side)
+    change = pictures - reading.inputs["pixel_values"].to(pictures)
+    for run, (height, width), first in _intern_photos(reading):
+        last = first + height * width // side**2
+        if len(run) > height * width:
+            follows = thumbnail_follows(pictures[last], change[first:last], height // side, width // side)
+            pictures[last] = follows
+    return pictures
