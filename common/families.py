@@ -21,9 +21,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.tiles import NOTHING, cut, factor, intern_beside, intern_grids, intern_pictures, joined
+from common.tiles import (
+    NOTHING,
+    cut,
+    factor,
+    hidden_share,
+    intern_beside,
+    intern_grids,
+    intern_pictures,
+    joined,
+    onevision_beside,
+    onevision_grids,
+)
 from smooth_gradcam import (
     FAMILIES,
+    LARGE,
     NORMS,
     PRODUCTS,
     Family,
@@ -102,24 +114,23 @@ def seen(model, processor, picture):
 def photo_tokens(reading: Reading) -> Tensor:
     """The positions of all tokens of the explained photos, in their order: the cells' and those beside them."""
     beside = known(reading.model).beside(reading)
-    return torch.cat([reading.positions.cpu(), beside.positions.cpu(), beside.others.cpu()]).sort().values
+    return torch.cat([reading.positions.cpu(), *beside.wholes, beside.others]).sort().values
 
 
-def hidden_with(reading: Reading, cells: np.ndarray) -> Tensor:
+def hidden_with(reading: Reading, cells: np.ndarray | Tensor) -> Tensor:
     """The positions of all tokens that are hidden with these cells, bool (N,).
 
-    Beside the cells, what shows the photo as a whole is hidden where half of the cells over it are, or more; with all
-    cells, all of the photos is.
+    Beside the cells, those tokens that show the photo as a whole are hidden of which half lies under hidden cells, or
+    more; with all cells, all of the photos is.
     """
-    cells, beside = torch.as_tensor(cells), known(reading.model).beside(reading)
+    cells = torch.as_tensor(cells)
     if cells.all():
         return photo_tokens(reading)
-    places = reading.positions.cpu()[cells]
-    if not len(beside.positions):
-        return places
-    over = torch.bincount(beside.under, minlength=len(beside.positions))
-    hidden = torch.bincount(beside.under[cells], minlength=len(beside.positions))
-    return torch.cat([places, beside.positions.cpu()[(hidden > 0) & (2 * hidden >= over)]])
+    places, parts = [reading.positions.cpu()[cells]], cells.split([math.prod(grid) for grid in reading.grids])
+    for part, grid, whole in zip(parts, reading.grids, known(reading.model).beside(reading).wholes, strict=False):
+        if len(whole):
+            places.append(whole[hidden_share(part.view(grid), math.isqrt(len(whole))) > 0.4999])  # but for rounding
+    return torch.cat(places)
 
 
 FAMILIES |= {kind: Known(**vars(family)) for kind, family in FAMILIES.items()}
@@ -309,6 +320,61 @@ FAMILIES["gemma3"] = Known(
         | _size_of(processor, config, 896)
     ),
     classes=r"Gemma3(Image)?Processor(Fast|Pil)?|GemmaTokenizer(Fast)?",
+)
+
+
+# LLaVA-OneVision: tokens of tiles without those of the padding, so none has pixels or features of its own
+
+
+def _onevision_rows(key, tensor: Tensor, positions: Tensor, own: Tensor) -> Tensor:
+    if "projector" in str(key):
+        raise ValueError(f"layer {key} comes before the tiles are put together: take decoder layer 0, which they enter")
+    return _projected_rows(key, tensor, positions, own)
+
+
+def _onevision_patches(pixels: Tensor, reading) -> Tensor:
+    name = type(reading.model).__name__
+    raise ValueError(f"{name}: its image tokens are put together from tiles, and cannot be removed from a photo")
+
+
+def _onevision_reduced(photo: Image.Image, images) -> Image.Image:
+    """A photo of at most as many pixels as `_onevision_cap` allows: a smaller one is cut into fewer tiles."""
+    scale = math.sqrt(getattr(images, "max_pixels", LARGE) / (photo.width * photo.height))
+    size = tuple(max(1, int(edge * scale)) for edge in photo.size)
+    return photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0) if scale < 1 else photo
+
+
+def _onevision_cap(images, max_pixels: int) -> None:
+    _check_one_size(images.size["height"], images.size["width"], max_pixels)
+    images.max_pixels = max_pixels
+
+
+def _onevision_settings(processor, config: dict) -> dict[str, tuple]:
+    vision, images = config.get("vision_config") or {}, processor.image_processor
+    edge, side = vision.get("image_size", 384), vision.get("patch_size", 14)
+    strategy = config.get("vision_feature_select_strategy", "full")
+    return {
+        "image token": (processor.image_token, config.get("image_token_index", config.get("image_token_id", 151646))),
+        "num_image_tokens": (processor.num_image_tokens, (edge // side) ** 2),
+        "image_grid_pinpoints": (list(map(list, images.image_grid_pinpoints)), config.get("image_grid_pinpoints")),
+        "vision_aspect_ratio": (processor.vision_aspect_ratio, config.get("vision_aspect_ratio", "anyres_max_9")),
+        "vision_feature_select_strategy": (processor.vision_feature_select_strategy, strategy),
+        "a vision tower of type": ("siglip_vision_model", vision.get("model_type", "siglip_vision_model")),
+    } | _size_of(processor, config, 384)
+
+
+FAMILIES["llava_onevision"] = Known(
+    "LLaVA-OneVision",
+    grids=onevision_grids,
+    reduced=_onevision_reduced,
+    rows=_onevision_rows,
+    tower=("vision_tower", "multi_modal_projector"),
+    merger="multi_modal_projector",
+    patches=_onevision_patches,
+    beside=onevision_beside,
+    cap=_onevision_cap,
+    settings=_onevision_settings,
+    classes=r"LlavaOnevision(Image|Video)?Processor(Fast|Pil)?",
 )
 
 

@@ -4,7 +4,7 @@ Families whose photos are cut show the model the photo twice: as tiles, whose to
 map, and once more as a whole and small, in a thumbnail. Its tokens have no cells of their own. What hides a part of the
 photo from the model hides it there, too: see `hidden_with` of `common/families.py`, and `thumbnail_follows`.
 
-Shapes:  H, W  rows and columns of a map's cells     N = H * W     K  tokens beside them     S  pixels of a tile's side
+Shapes:  H, W  rows and columns of a map's cells     N = H * W     S  pixels of a tile's side
 """
 
 import math
@@ -30,19 +30,18 @@ __all__ = [
         "intern_grids",
         "intern_pictures",
     ),
-    *("joined", "joined_tiles", "stretches", "thumbnail_follows"),
+    *("joined", "joined_tiles", "onevision_beside", "onevision_grids", "stretches", "thumbnail_follows"),
 ]
 
 
 class Beside(NamedTuple):
-    """The tokens of the explained photos that are no cells of their maps."""
+    """The positions, in the sequence, of the tokens of the explained photos that are no cells of their maps."""
 
-    positions: Tensor  # (K,) in the sequence, of those that show the photo as a whole
-    under: Tensor  # (N,) which of the K shows the place of each cell; empty if there are none
-    others: Tensor  # positions of those that show no place, such as ends of lines
+    wholes: tuple[Tensor, ...]  # of each photo, those of the small square that shows it as a whole, if there is one
+    others: Tensor  # those that show no place, such as ends of lines
 
 
-NOTHING = Beside(*(torch.zeros(0, dtype=torch.long) for _ in Beside._fields))
+NOTHING = Beside((), torch.zeros(0, dtype=torch.long))
 
 
 def stretches(marked: Tensor) -> list[Tensor]:
@@ -57,10 +56,15 @@ def by_rows(rows: int, columns: int, side: int) -> Tensor:
     return torch.arange(rows * columns * side**2).view(rows, columns, side, side).transpose(1, 2).flatten()
 
 
-def cells_under(grid: tuple[int, int], small: tuple[int, int]) -> Tensor:
-    """(N,): which cell of a smaller grid of the same photo lies under the centre of each cell, both in raster order."""
-    row, column = ((2 * torch.arange(many) + 1) * few // (2 * many) for many, few in zip(grid, small, strict=True))
-    return (row[:, None] * small[1] + column).flatten()
+def hidden_share(cells: Tensor, side: int) -> Tensor:
+    """Of each token of `side` x `side` that show a photo, which share lies under these cells (H, W) bool: (side^2,)."""
+
+    def overlaps(count):  # (side, count): the share of each of `side` stretches that each of `count` takes
+        ends, own = torch.arange(count + 1) / count * side, torch.arange(side)[:, None]
+        return (ends[1:].minimum(own + 1) - ends[:-1].maximum(own)).clamp_min(0)
+
+    rows, columns = (overlaps(count) for count in cells.shape)
+    return (rows @ cells.float() @ columns.T).flatten()
 
 
 def joined_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
@@ -144,14 +148,7 @@ def _intern_photos(reading: Reading):
 
 
 def intern_beside(reading: Reading) -> Beside:
-    side, positions, under = math.isqrt(reading.model.config.image_seq_length), [], []
-    for run, grid, _ in _intern_photos(reading):
-        thumbnail = run[math.prod(grid) :]
-        under.append(cells_under(grid, (side, side)) + sum(map(len, positions)))
-        positions.append(thumbnail)
-        if not len(thumbnail):  # a token for each cell that never counts
-            under[-1] = torch.full((math.prod(grid),), -1)
-    return NOTHING._replace(positions=torch.cat(positions), under=torch.cat(under))
+    return NOTHING._replace(wholes=tuple(run[math.prod(grid) :] for run, grid, _ in _intern_photos(reading)))
 
 
 def intern_pictures(patches: Tensor, like: Tensor, reading: Reading) -> Tensor:
@@ -165,3 +162,56 @@ def intern_pictures(patches: Tensor, like: Tensor, reading: Reading) -> Tensor:
             follows = thumbnail_follows(pictures[last], change[first:last], height // side, width // side)
             pictures[last] = follows
     return pictures
+
+
+# LLaVA-OneVision: the photo as a whole, then the lines of its tiles' tokens, each with an end, without the padding's
+
+
+def _onevision_grid(size: tuple[int, int], config) -> tuple[int, int]:
+    """(H, W) of a photo of this size, (height, width), as the model packs its tokens.
+
+    The photo is fitted into the best of the canvases, and cells that show only padding are left out in pairs, one on
+    each side: the outermost ones may lie up to half a cell beyond the photo. Too many cells are made fewer.
+    """
+    from transformers.image_processing_utils import select_best_resolution
+
+    (height, width), vision = size, config.vision_config
+    side = vision.image_size // vision.patch_size
+    canvas = select_best_resolution((height, width), config.image_grid_pinpoints)
+    rows, columns = (edge // vision.image_size * side for edge in canvas)
+    if width / height > columns / rows:
+        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+    else:
+        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+    ratio = math.sqrt(rows * columns / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * side**2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+def _onevision_parts(model, inputs) -> list[tuple[Tensor, Tensor]]:
+    """Of each photo the positions of its tokens as a whole (K,), and of its lines with their ends (H, W + 1)."""
+    config, vision = model.config, model.config.vision_config
+    whole = (vision.image_size // vision.patch_size) ** 2
+    places = (inputs["input_ids"][0].cpu() == config.image_token_id).nonzero()[:, 0]
+    if any(count != 1 for count in inputs["batch_num_images"].tolist()):
+        raise ValueError(f"{type(model).__name__}: photos that are shown without tiles are not supported")
+    grids = [_onevision_grid(size, config) for size in inputs["image_sizes"].tolist()]
+    counts = [whole + height * (width + 1) for height, width in grids]
+    if sum(counts) != len(places):
+        sizes = " and ".join(f"{height} x {width}" for height, width in grids)
+        raise ValueError(f"{len(places)} image tokens do not fill the grid of {sizes}, its {whole} tokens and ends")
+    parts = zip(places.split(counts), grids, strict=True)
+    return [(part[:whole], part[whole:].view(height, width + 1)) for part, (height, width) in parts]
+
+
+def onevision_grids(model, inputs, kind="image", *_):
+    if kind != "image":
+        raise ValueError(f"{type(model).__name__}: a video is not supported")
+    lines = [lines[:, :-1] for _, lines in _onevision_parts(model, inputs)]
+    cells = torch.cat([cells.flatten() for cells in lines])
+    return cells.to(inputs["input_ids"].device), tuple(tuple(cells.shape) for cells in lines)
+
+
+def onevision_beside(reading: Reading) -> Beside:
+    starts = reading.positions.cpu()[np.cumsum([0, *map(math.prod, reading.grids)])[:-1]].tolist()
+    own = [part for part in _onevision_parts(reading.model, reading.inputs) if int(part[1][0, 0]) in starts]
+    return Beside(tuple(whole for whole, _ in own), torch.cat([lines[:, -1] for _, lines in own]))

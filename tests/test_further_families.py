@@ -14,12 +14,13 @@ from family_models import autograd, by_the_book, decoder, map_by_hand
 from further_models import LAYERS, MAKERS, intern_processor, llava_processor, make_model
 from PIL import Image
 from torch import nn
+from transformers.image_processing_utils import select_best_resolution
 
 import smooth_gradcam as core
 import test_gradcam
 from common.checkpoint import count_layers, load_model, load_processor
 from common.evidence import image_hiding
-from common.families import FAMILIES, known, photo_tokens, seen
+from common.families import FAMILIES, hidden_with, known, photo_tokens, seen
 from common.passes import (
     contrasted_passes,
     own_patches,
@@ -108,10 +109,18 @@ def test_maps_are_the_formulas_at_the_image_tokens(oracles, reading, method):
     assert sum(cam.max() > 1e-3 for cam in found.maps.values()) >= LAYERS - 1
 
 
-def test_the_last_module_of_the_tower_has_the_map_of_the_first_layer(model, reading):
+UNTAPPED = "llava_onevision"  # what the last module of its tower gives is put together before it enters layer 0
+
+
+def test_the_last_module_of_the_tower_has_the_map_of_the_first_layer(family, model, reading):
     """What it gives enters layer 0 unchanged, token by token."""
     merger = known(model).merger
     settings = Settings(use_smooth=False, method="hirescam")
+    if family == UNTAPPED:
+        message = r"^layer model\.multi_modal_projector comes before the tiles are put together: take decoder layer 0"
+        with pytest.raises(ValueError, match=message):
+            explain(reading, [(0, 3)], [model.model.get_submodule(merger)], settings)
+        return
     (found,) = explain(reading, [(0, 3)], [0, model.model.get_submodule(merger)], settings)
     assert found.maps[0].any()
     np.testing.assert_allclose(found.maps[f"model.{merger}"], found.maps[0], rtol=1e-5)
@@ -144,9 +153,9 @@ def test_a_decoder_without_a_module_that_has_a_rule_is_refused(family, tokenizer
         compute_token_maps(model, processor, image, PROMPT, [0], answer=ANSWER, num_samples=1)
 
 
-def test_copies_in_a_batch_are_those_one_by_one(reading):
+def test_copies_in_a_batch_are_those_one_by_one(family, reading):
     settings, merger = Settings(num_samples=3, noise_std=0.2), known(reading.model).merger
-    layers = [0, LAYERS - 1, reading.model.model.get_submodule(merger)]
+    layers = [0, LAYERS - 1, *([] if family == UNTAPPED else [reading.model.model.get_submodule(merger)])]
     (one,), (three,) = (explain(reading, [(0, 3)], layers, settings, batch_size=size) for size in (1, 3))
     for layer, cam in one.maps.items():
         assert cam.any()
@@ -293,7 +302,14 @@ def test_each_picture_has_its_part_of_the_map(model, processor, oracles):
     assert len(alone.positions) == np.prod(reading.grids[1])
 
 
-def test_pixels_by_token_and_back(reading, processor):
+UNREMOVED = "its image tokens are put together from tiles, and cannot be removed from a photo"
+
+
+def test_pixels_by_token_and_back(family, reading, processor):
+    if family == UNTAPPED:
+        with pytest.raises(ValueError, match=f"^LlavaOnevisionForConditionalGeneration: {UNREMOVED}$"):
+            patches_of(reading)
+        return
     patches, pixels = patches_of(reading), reading.inputs["pixel_values"]
     assert len(own_patches(reading)) % len(reading.positions) == 0
     assert torch.equal(known(reading.model).pictures(patches, torch.zeros_like(pixels), reading), pixels)
@@ -360,15 +376,17 @@ def image_tokens(reading):
 
 
 def covered_by_hand(reading, hidden) -> list[int]:
-    """Positions of a thumbnail's tokens, if there is one, where half of the photo or more is hidden."""
-    rest, (height, width) = [i for i in image_tokens(reading).tolist() if i not in reading.positions], reading.grid
-    side = round(len(rest) ** 0.5)
-    cells, found = hidden.reshape(height, width), []
-    for i, position in enumerate(rest):
-        tall, wide, row, column = height // side, width // side, *divmod(i, side)
-        if cells[row * tall : (row + 1) * tall, column * wide : (column + 1) * wide].mean() >= 0.5:
-            found.append(position)
-    return found
+    """Positions of the tokens that show a photo as a whole, 6 x 6 if there are any, where half of it is hidden.
+
+    Counted in points, as many along each side as both grids divide into.
+    """
+    whole, (height, width) = (
+        [i for i in image_tokens(reading).tolist() if i not in reading.positions][:36],
+        reading.grid,
+    )
+    points = np.kron(hidden.reshape(height, width), np.ones((6, 6)))  # (6 H, 6 W)
+    shares = points.reshape(6, height, 6, width).mean((1, 3)).ravel()
+    return [position for position, share in zip(whole, shares, strict=False) if share > 0.4999]
 
 
 def test_hidden_image_is_that_of_a_mask_made_by_hand(reading):
@@ -464,8 +482,12 @@ def test_checkpoint_is_loaded_with_its_processor(folder, family, image, processo
         "--mode knockout --window 2 --keep 5 --mask MASK",
     ],
 )
-def test_every_mode_runs(drive, tmp_path, flags):
+def test_every_mode_runs(family, drive, tmp_path, flags):
     code, out, err = drive(*flags.replace("MASK", str(tmp_path / "mask.png")).split())
+    if family == UNTAPPED and ("evaluate" in flags or "taps" in flags):
+        assert code == 2
+        assert (UNREMOVED if "evaluate" in flags else "comes before the tiles are put together") in err
+        return
     assert code == 0, err
     assert any((tmp_path / "out").rglob("*.png"))
 
@@ -690,6 +712,103 @@ def test_photos_that_do_not_fill_their_tiles_are_refused(model, processor, readi
         grids(model, inputs, "image", [Image.new("RGB", (40, 200))], processor)
     with pytest.raises(ValueError, match="the prompt has 1 pictures, 252 image tokens of 7 tiles, where 2 photos"):
         grids(model, inputs, "image", [image, image], processor)
+
+
+# LLaVA-OneVision
+
+of_onevision = pytest.mark.parametrize("family", ["llava_onevision"], indirect=True)
+SIZES = [(168, 112), (84, 84), (300, 84), (60, 400), (250, 250), (251, 333)]
+
+
+@of_onevision
+@pytest.mark.parametrize("size", SIZES)
+def test_onevisions_cells_are_where_the_model_packs_its_tiles(model, processor, size):
+    """Told by the model itself, from features that are made up: those of a tile's token say where it lies."""
+    reading = read(model, processor, Image.new("RGB", size), PROMPT, ANSWER)
+    canvas = select_best_resolution(size[::-1], model.config.image_grid_pinpoints)
+    rows, columns = (edge // 84 for edge in canvas)
+    down, across = np.meshgrid(np.arange(6 * rows), np.arange(6 * columns), indexing="ij")
+    places = torch.tensor(np.stack([down, across], -1), dtype=torch.float32)
+    tiles = places.view(rows, 6, columns, 6, 2).transpose(1, 2).reshape(rows * columns, 36, 2)
+    packed, _ = model.model.pack_image_features(
+        [torch.cat([torch.full((1, 36, 2), -1.0), tiles])],
+        torch.tensor([size[::-1]]),
+        image_newline=torch.full((2,), -2.0),
+        vision_aspect_ratio="anyres_max_4",
+    )
+    tokens, (height, width) = image_tokens(reading), reading.grid
+    assert len(packed[0]) == len(tokens)
+    found = packed[0][torch.searchsorted(tokens, reading.positions)].view(height, width, 2).numpy()
+    assert (np.delete(packed[0].numpy(), torch.searchsorted(tokens, reading.positions).numpy(), axis=0) < 0).all()
+    assert (np.diff(found[..., 0], axis=0) > 0.9).all()  # steps of whole cells, or longer where they are made fewer
+    assert (np.diff(found[..., 1], axis=1) > 0.9).all()
+    np.testing.assert_allclose(found.mean((0, 1)), [3 * rows - 0.5, 3 * columns - 0.5], atol=1e-4)  # in the middle
+    shown = np.minimum(canvas[0] / size[1], canvas[1] / size[0]) * np.array(size[::-1]) / 14  # the photo, in cells
+    extent = np.array([np.ptp(found[..., 0]) + found[1, 0, 0] - found[0, 0, 0], np.ptp(found[..., 1])])
+    extent[1] += found[0, 1, 1] - found[0, 0, 1]
+    assert (extent >= shown - 1.01).all()
+    assert (extent <= shown + 2.01).all()
+
+
+@of_onevision
+def test_onevisions_ends_of_lines_are_hidden_with_the_whole_photo_only(reading):
+    height, width = reading.grid
+    tokens = image_tokens(reading)
+    assert torch.equal(photo_tokens(reading), tokens)
+    assert len(tokens) == 36 + height * (width + 1)
+    ends = tokens[36:].view(height, width + 1)[:, -1]
+    almost = np.arange(height * width) > 0
+    assert not set(hidden_with(reading, almost).tolist()) & set(ends.tolist())
+    assert set(hidden_with(reading, almost | True).tolist()) == set(tokens.tolist())
+
+
+@of_onevision
+def test_the_second_photo_of_onevision_has_its_own_tokens(model, processor):
+    photos = [make_image(168, 112), make_image(100, 150)]
+    both = read(model, processor, photos, PROMPT, ANSWER)
+    second, alone = both.of(1), read(model, processor, photos[1], PROMPT, ANSWER)
+    tokens, count = image_tokens(both), len(image_tokens(alone))
+    assert second.grid == alone.grid
+    assert torch.equal(photo_tokens(second), tokens[-count:])
+    half = np.arange(len(alone.positions)) % 2 == 0
+    first = int(image_tokens(alone)[0])
+    assert (hidden_with(second, half) - tokens[-count]).tolist() == (hidden_with(alone, half) - first).tolist()
+
+
+@of_onevision
+def test_onevision_cuts_a_photo_of_fewer_pixels_into_fewer_tiles(folder, model):
+    photo = make_image(250, 250)
+    grids = [read(model, load_processor(str(folder), cap), photo, PROMPT, ANSWER).grid for cap in (10**6, 30_000, 7056)]
+    assert grids == [(12, 12), (12, 12), (6, 6)]
+    tiles = [load_processor(str(folder), cap) for cap in (10**6, 30_000, 7056)]
+    counts = [len(read(model, processor, photo, PROMPT, ANSWER).inputs["pixel_values"][0]) - 1 for processor in tiles]
+    assert counts == [9, 4, 1]
+    with pytest.raises(ValueError, match="--max_pixels 7055 is less than 84 x 84 pixels"):
+        load_processor(str(folder), 7055)
+
+
+@of_onevision
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("vision_aspect_ratio", "anyres_max_9", "with vision_aspect_ratio 'anyres_max_4': this model takes 'anyres_m"),
+        ("image_grid_pinpoints", [[84, 84]], "has a processor with image_grid_pinpoints [[84, 84], [84, 168]"),
+        ("vision_feature_select_strategy", "default", "with vision_feature_select_strategy 'full': this model takes"),
+        ("image_token_index", 7, "has a processor with image token"),
+    ],
+)
+def test_onevision_with_the_processor_of_another_is_refused(folder, drive, tmp_path, setting, value, message):
+    other = changed(folder, tmp_path, "config.json", lambda record: record.update({setting: value}))
+    code, _, err = drive("--model_path", other)
+    assert code == 2
+    assert message in err
+
+
+@of_onevision
+def test_onevisions_photos_without_tiles_are_refused(model, reading):
+    inputs = reading.inputs | {"batch_num_images": torch.tensor([2])}
+    with pytest.raises(ValueError, match="LlavaOnevisionForConditionalGeneration: photos that are shown without tiles"):
+        known(model).grids(model, inputs)
 
 
 # Gemma 3
