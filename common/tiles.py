@@ -23,7 +23,6 @@ __all__ = [
         "NOTHING",
         "Beside",
         "by_rows",
-        "cells_under",
         "cut",
         "factor",
         "intern_beside",

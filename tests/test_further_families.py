@@ -32,8 +32,10 @@ from common.passes import (
 )
 from smooth_gradcam import Settings, compute_token_maps, explain, find_target, read
 from studies.decoder import token_groups
+from studies.fastv import image_pruned, kept_count
 from studies.flow import attention_flow
 from studies.knockout import Edge, knockout
+from studies.prompt_words import Relevances
 
 PROMPT, ANSWER = "What is it?", "the red cat 猫"
 FORMULAS = ("gradcam", "hirescam", "product", "paper")
@@ -405,6 +407,34 @@ def test_hidden_image_is_that_of_a_mask_made_by_hand(reading):
     assert abs(found[0] - found[1]).max() > 1e-3
 
 
+def test_what_a_word_takes_from_the_photo_is_that_of_all_its_tokens(oracles, reading):
+    relevances = Relevances()
+    maps = explain(reading, [(0, len(reading.answer))], [1], Settings(use_smooth=False), passes=relevances)
+    book = oracles["attnlrp"]
+    hidden, gradient = autograd(book, reading, decoder(book), reading.tokens)[1]
+    shares = (hidden * gradient).sum(-1)[0]
+    shares /= shares.abs().sum()
+    expected = float(shares[image_tokens(reading)].sum())
+    assert abs(expected) > 1e-3
+    assert relevances.asked(reading, maps).found[0].photo[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_half_of_all_image_tokens_are_removed(family, reading):
+    count, prompt = len(photo_tokens(reading)), reading.inputs["input_ids"].shape[1]
+    if family == "gemma3":
+        with (
+            pytest.raises(ValueError, match="its image tokens see each other, none can be removed"),
+            image_pruned(reading, 2, 50),
+        ):
+            pass
+        return
+    with core.borrowed(reading.model), image_pruned(reading, 2, 50) as kept, torch.no_grad():
+        reading.model.generate(**reading.inputs, max_new_tokens=2)
+    gone = set(range(prompt)) - set(kept.positions)
+    assert len(gone) == count - kept_count(count, 50)
+    assert gone < set(image_tokens(reading).tolist())
+
+
 def test_knockout_is_that_of_a_mask_made_by_hand(reading):
     groups = token_groups(reading)
     image, answer = (np.arange(groups[name].start, groups[name].stop) for name in ("image", "answer"))
@@ -479,6 +509,7 @@ def test_checkpoint_is_loaded_with_its_processor(folder, family, image, processo
         "--mode evaluate --layers 1 --steps 4 --randomize --mask MASK",
         "--mode evaluate --layers 1 --steps 4 --compare",
         "--mode flow --taps",
+        "--mode flow --heads --mask MASK",
         "--mode knockout --window 2 --keep 5 --mask MASK",
     ],
 )
