@@ -360,7 +360,7 @@ class Reading:
         Raises ValueError for a picture that is not there.
         """
         kind = "image" if self.pixels == "pixel_values" else "video"
-        positions, grids = check_family(self.model).grids(self.model, self.inputs, kind)
+        positions, grids = check_family(self.model).grids(self.model, self.inputs, kind, self.pictures, self.processor)
         if not numbers or not set(numbers) <= set(range(len(grids))):
             raise ValueError(f"pictures {numbers} must be some of 0 to {len(grids) - 1}")
         parts = positions.split([math.prod(grid) for grid in grids])
@@ -487,7 +487,7 @@ def answered(
 ) -> Reading:  # fmt: skip
     """The reading of inputs whose `kind` ("image" or "video") is explained, with the given or the generated answer."""
     check_whole("max_new_tokens", max_new_tokens, 1)
-    positions, grids = check_family(model).grids(model, inputs, kind)
+    positions, grids = check_family(model).grids(model, inputs, kind, photos, processor)
     if kind == "image" and len(grids) != len(photos):
         raise ValueError(f"the processor makes {len(grids)} pictures of {len(photos)} photos: it must be one of each")
     if min(map(math.prod, grids)) < 9:
@@ -564,7 +564,7 @@ def reduced(photo: Image.Image, image_processor) -> Image.Image:
     return photo.reduce(factor) if factor > 1 else photo
 
 
-def image_grids(model, inputs: dict[str, Tensor], kind="image") -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+def image_grids(model, inputs: dict[str, Tensor], kind="image", *_) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
     """Positions (N,) of the image tokens in the sequence and the grid (H, W) of each image, in raster order.
 
     With `kind` "video", of each temporal patch.
@@ -1136,7 +1136,7 @@ class Family:
     """What differs between families of models: the defaults are Qwen-VL's, `common/families.py` has others."""
 
     name: str
-    grids: Callable = image_grids  # (model, inputs, kind) -> positions (N,) of the image tokens, (H, W) of each picture
+    grids: Callable = image_grids  # (model, inputs, kind, photos, processor) -> positions (N,), (H, W) of each picture
     seen: Callable = lambda photo, image_processor: photo  # what the processor shows the model of a photo
     reduced: Callable = reduced  # (photo, image processor) -> a photo not much larger than what that makes of it
     rows: Callable = image_rows  # (key, tensor, positions, own) -> (k * N, C)

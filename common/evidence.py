@@ -23,6 +23,7 @@ from transformers import DynamicCache
 import common.attention  # their methods are there with these
 import common.parent  # noqa: F401
 from common.encoding import decimal
+from common.families import hidden_with, photo_tokens
 from common.passes import with_contrast
 from smooth_gradcam import (
     METHODS,
@@ -120,13 +121,14 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
     """Yields a function that hides image tokens from the text behind them: bool (R, N) -> float32 (R, A).
 
     It gives the probability of each token of the answer, after those before it. In each run no position behind the
-    photos attends to the hidden tokens, in any layer, and positions stay as they are; a run that hides all of them also
-    hides what stands between several photos. The photos pass the model once, and in each run the text behind them.
+    photos attends to the hidden tokens, in any layer, and positions stay as they are; what shows a photo beside its
+    cells is hidden as `hidden_with` says, and a run that hides all cells also hides what stands between several photos.
+    The photos pass the model once, and in each run the text behind them.
     """
     model = reading.model
     forced, (scored,) = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
-    places, length = reading.positions.cpu(), forced["input_ids"].shape[1]
-    first, start = int(places.min()), int(places.max()) + 1
+    places, length = photo_tokens(reading), forced["input_ids"].shape[1]
+    first, start = int(places[0]), int(places[-1]) + 1
     expected = torch.tensor(scored.expected)[:, None]
     decoder, given = model.model.language_model, {}
     name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"  # since 5.23
@@ -144,7 +146,7 @@ def image_hiding(reading: Reading) -> Iterator[Callable[[np.ndarray], np.ndarray
             for rows in torch.as_tensor(hidden).split(runs):
                 mask, count, own = torch.ones(len(rows), length, dtype=torch.long), len(rows), copy.deepcopy(cache)
                 for seen, row in zip(mask, rows, strict=True):
-                    seen[slice(first, start) if row.all() else places[row]] = 0
+                    seen[slice(first, start) if row.all() else hidden_with(reading, row)] = 0
                 own.batch_repeat_interleave(count)
                 text = {"inputs_embeds": embeddings.expand(count, -1, -1), "attention_mask": mask.to(embeddings.device)}
                 text["position_ids"] = positions.expand(*positions.shape[:-2], count, -1)

@@ -21,9 +21,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smooth_gradcam import FAMILIES, LARGE, NORMS, PRODUCTS, Family, activation_rule, half, image_rows, unwrapped
+from common.tiles import (
+    NOTHING,
+    cut,
+    factor,
+    hidden_share,
+    intern_beside,
+    intern_grids,
+    intern_pictures,
+    joined,
+    onevision_beside,
+    onevision_grids,
+)
+from smooth_gradcam import (
+    FAMILIES,
+    LARGE,
+    NORMS,
+    PRODUCTS,
+    Family,
+    Reading,
+    activation_rule,
+    half,
+    image_rows,
+    unwrapped,
+)
 
-__all__ = ["FAMILIES", "Known", "cap_pixels", "known", "seen"]
+__all__ = ["FAMILIES", "Known", "cap_pixels", "hidden_with", "known", "photo_tokens", "seen"]
 
 
 # Qwen-VL
@@ -58,8 +81,10 @@ class Known(Family):
 
     tower: tuple[str, ...] = ("visual",)  # the parts of `model.model` that make a photo's features, in their order
     merger: str = "visual.merger"  # the part whose output enters the decoder
-    patches: Callable = lambda pixels, model: pixels  # the pixels (k * M, ...), token after token
-    pictures: Callable = lambda patches, like, model: patches  # back from there, in the shape of `like`
+    patches: Callable = lambda pixels, reading: pixels  # the pixels (k * M, ...), token after token
+    pictures: Callable = lambda patches, like, reading: patches  # back from there, in the shape of `like`
+    again: Callable = lambda reading: {}  # (reading) -> arguments for the image processor that make the same of a photo
+    beside: Callable = lambda reading: NOTHING  # (reading) -> tokens of its photos that are no cells of their maps
     cap: Callable = cap_pixels  # (image processor, max_pixels): heeds --max_pixels
     settings: Callable = _qwen_settings  # (processor, config.json) -> {setting of the processor: (its, the model's)}
     sees_ahead: bool = False  # whether the image tokens of a picture also see those behind them
@@ -86,26 +111,32 @@ def seen(model, processor, picture):
     return mask
 
 
+def photo_tokens(reading: Reading) -> Tensor:
+    """The positions of all tokens of the explained photos, in their order: the cells' and those beside them."""
+    beside = known(reading.model).beside(reading)
+    return torch.cat([reading.positions.cpu(), *beside.wholes, beside.others]).sort().values
+
+
+def hidden_with(reading: Reading, cells: np.ndarray | Tensor) -> Tensor:
+    """The positions of all tokens that are hidden with these cells, bool (N,).
+
+    Beside the cells, those tokens that show the photo as a whole are hidden of which half lies under hidden cells, or
+    more; with all cells, all of the photos is.
+    """
+    cells = torch.as_tensor(cells)
+    if cells.all():
+        return photo_tokens(reading)
+    places, parts = [reading.positions.cpu()[cells]], cells.split([math.prod(grid) for grid in reading.grids])
+    for part, grid, whole in zip(parts, reading.grids, known(reading.model).beside(reading).wholes, strict=False):
+        if len(whole):
+            places.append(whole[hidden_share(part.view(grid), math.isqrt(len(whole))) > 0.4999])  # but for rounding
+    return torch.cat(places)
+
+
 FAMILIES |= {kind: Known(**vars(family)) for kind, family in FAMILIES.items()}
 
 
 # pictures of one size, cut into squares
-
-
-def _cut(pixels: Tensor, side: int) -> Tensor:
-    """Pictures (n, channels, height, width) as squares of `side` pixels, row by row: (n * H * W, channels * side^2)."""
-    squares = pixels.unfold(2, side, side).unfold(3, side, side)  # (n, channels, H, W, side, side)
-    return squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
-
-
-def _joined(squares: Tensor, like: Tensor, side: int) -> Tensor:
-    """The pictures of `_cut` again; pixels beyond the last squares are those of `like`."""
-    count, channels, height, width = like.shape
-    rows, columns = height // side, width // side
-    whole = squares.reshape(count, rows, columns, channels, side, side).permute(0, 3, 1, 4, 2, 5)
-    result = like.clone()
-    result[:, :, : rows * side, : columns * side] = whole.reshape(count, channels, rows * side, columns * side)
-    return result
 
 
 def _filled(model, inputs: dict[str, Tensor], grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, tuple]:
@@ -119,16 +150,18 @@ def _filled(model, inputs: dict[str, Tensor], grids: tuple[tuple[int, int], ...]
 
 def _reduced(photo: Image.Image, images) -> Image.Image:
     """A photo of up to LARGE pixels as it is; a larger one with a short side twice as long as needed, or more."""
-    needed = max(edge for edge in dict(images.size).values() if edge)
-    factor = min(photo.size) // (2 * needed) if photo.width * photo.height > LARGE else 1
-    return photo.reduce(factor) if factor > 1 else photo
+    less = factor(photo, images)
+    return photo.reduce(less) if less > 1 else photo
 
 
 def _projected_rows(key, tensor: Tensor, positions: Tensor, own: Tensor) -> Tensor:
     """`image_rows` of the decoder and of the projector (n, M / n, C); ValueError for modules of the vision tower."""
     if "vision_tower" in str(key):
         raise ValueError(f"layer {key} is in the vision tower, which is not explained here: take the projector")
-    return image_rows(key, tensor.flatten(0, 1) if "projector" in str(key) else tensor, positions, own)
+    if "projector" not in str(key):
+        return image_rows(key, tensor, positions, own)
+    rows = image_rows(key, tensor.flatten(0, 1), positions, own)
+    return rows[positions.argsort().argsort().to(rows.device)]  # tiles: from the sequence's order to the photo's
 
 
 def _check_one_size(height: int, width: int, max_pixels: int) -> None:
@@ -141,7 +174,7 @@ def _check_one_size(height: int, width: int, max_pixels: int) -> None:
 # LLaVA-1.5
 
 
-def _llava_grids(model, inputs, kind="image"):
+def _llava_grids(model, inputs, kind="image", *_):
     if kind != "image" or "image_sizes" in inputs:
         raise ValueError(f"{type(model).__name__}: {'Pixtral' if kind == 'image' else 'a video'} is not supported")
     side = model.config.vision_config.patch_size
@@ -202,15 +235,15 @@ FAMILIES["llava"] = Known(
     rows=_projected_rows,
     tower=("vision_tower", "multi_modal_projector"),
     merger="multi_modal_projector",
-    patches=lambda pixels, model: _cut(pixels, model.config.vision_config.patch_size),
-    pictures=lambda patches, like, model: _joined(patches, like, model.config.vision_config.patch_size),
+    patches=lambda pixels, reading: cut(pixels, reading.model.config.vision_config.patch_size),
+    pictures=lambda patches, like, reading: joined(patches, like, reading.model.config.vision_config.patch_size),
     cap=_llava_cap,
     settings=_llava_settings,
     classes=r"(Llava|CLIP)(Image)?Processor(Fast|Pil)?|LlamaTokenizer(Fast)?",
 )
 
 
-# InternVL3 and Gemma 3: a photo is one square of as many image tokens as the config says, whatever its shape
+# InternVL3 and Gemma 3: a picture is one square of as many image tokens as the config says, whatever its shape
 
 
 def _squares(per_picture: str) -> dict:
@@ -219,7 +252,7 @@ def _squares(per_picture: str) -> dict:
     def side(model) -> int:
         return math.isqrt(getattr(model.config, per_picture))
 
-    def grids(model, inputs, kind="image"):
+    def grids(model, inputs, kind="image", *_):
         if kind != "image":
             raise ValueError(f"{type(model).__name__}: a video is not supported")
         return _filled(model, inputs, ((side(model),) * 2,) * len(inputs["pixel_values"]))
@@ -230,8 +263,8 @@ def _squares(per_picture: str) -> dict:
         "rows": _projected_rows,
         "tower": ("vision_tower", "multi_modal_projector"),
         "merger": "multi_modal_projector",
-        "patches": lambda pixels, model: _cut(pixels, pixels.shape[-1] // side(model)),
-        "pictures": lambda patches, like, model: _joined(patches, like, like.shape[-1] // side(model)),
+        "patches": lambda pixels, reading: cut(pixels, pixels.shape[-1] // side(reading.model)),
+        "pictures": lambda patches, like, reading: joined(patches, like, like.shape[-1] // side(reading.model)),
     }
 
 
@@ -243,16 +276,22 @@ def _size_of(processor, config: dict, usual: int) -> dict[str, tuple]:
     return {"size": ([size.get("height"), size.get("width")], sides), "do_center_crop": (crops, False)}
 
 
-def _internvl_cap(images, max_pixels: int) -> None:
-    """One tile for a photo. Raises ValueError if it has more pixels than these."""
-    _check_one_size(images.size["height"], images.size["width"], max_pixels)
-    images.min_patches = images.max_patches = 1
+# InternVL3's photos are cut into such squares, or tiles; of more than one there is a thumbnail behind them
+
+
+def _intern_cap(images, max_pixels: int) -> None:
+    """As many tiles as have so many pixels, the thumbnail aside. Raises ValueError if that is less than one."""
+    height, width = images.size["height"], images.size["width"]
+    _check_one_size(height, width, max_pixels)
+    images.max_patches = min(images.max_patches, max_pixels // (height * width))
+    images.min_patches = min(images.min_patches, images.max_patches)
 
 
 FAMILIES["internvl"] = Known(
     "InternVL3",
-    **_squares("image_seq_length"),
-    cap=_internvl_cap,
+    **_squares("image_seq_length")
+    | {"grids": intern_grids, "pictures": intern_pictures, "beside": intern_beside, "cap": _intern_cap}
+    | {"again": lambda reading: {"crop_to_patches": len(reading.positions) > reading.model.config.image_seq_length}},
     settings=lambda processor, config: (
         {
             "image token": (processor.image_token, config.get("image_token_id", 151667)),
@@ -281,6 +320,61 @@ FAMILIES["gemma3"] = Known(
         | _size_of(processor, config, 896)
     ),
     classes=r"Gemma3(Image)?Processor(Fast|Pil)?|GemmaTokenizer(Fast)?",
+)
+
+
+# LLaVA-OneVision: tokens of tiles without those of the padding, so none has pixels or features of its own
+
+
+def _onevision_rows(key, tensor: Tensor, positions: Tensor, own: Tensor) -> Tensor:
+    if "projector" in str(key):
+        raise ValueError(f"layer {key} comes before the tiles are put together: take decoder layer 0, which they enter")
+    return _projected_rows(key, tensor, positions, own)
+
+
+def _onevision_patches(pixels: Tensor, reading) -> Tensor:
+    name = type(reading.model).__name__
+    raise ValueError(f"{name}: its image tokens are put together from tiles, and cannot be removed from a photo")
+
+
+def _onevision_reduced(photo: Image.Image, images) -> Image.Image:
+    """A photo of at most as many pixels as `_onevision_cap` allows: a smaller one is cut into fewer tiles."""
+    scale = math.sqrt(getattr(images, "max_pixels", LARGE) / (photo.width * photo.height))
+    size = tuple(max(1, int(edge * scale)) for edge in photo.size)
+    return photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0) if scale < 1 else photo
+
+
+def _onevision_cap(images, max_pixels: int) -> None:
+    _check_one_size(images.size["height"], images.size["width"], max_pixels)
+    images.max_pixels = max_pixels
+
+
+def _onevision_settings(processor, config: dict) -> dict[str, tuple]:
+    vision, images = config.get("vision_config") or {}, processor.image_processor
+    edge, side = vision.get("image_size", 384), vision.get("patch_size", 14)
+    strategy = config.get("vision_feature_select_strategy", "full")
+    return {
+        "image token": (processor.image_token, config.get("image_token_index", config.get("image_token_id", 151646))),
+        "num_image_tokens": (processor.num_image_tokens, (edge // side) ** 2),
+        "image_grid_pinpoints": (list(map(list, images.image_grid_pinpoints)), config.get("image_grid_pinpoints")),
+        "vision_aspect_ratio": (processor.vision_aspect_ratio, config.get("vision_aspect_ratio", "anyres_max_9")),
+        "vision_feature_select_strategy": (processor.vision_feature_select_strategy, strategy),
+        "a vision tower of type": ("siglip_vision_model", vision.get("model_type", "siglip_vision_model")),
+    } | _size_of(processor, config, 384)
+
+
+FAMILIES["llava_onevision"] = Known(
+    "LLaVA-OneVision",
+    grids=onevision_grids,
+    reduced=_onevision_reduced,
+    rows=_onevision_rows,
+    tower=("vision_tower", "multi_modal_projector"),
+    merger="multi_modal_projector",
+    patches=_onevision_patches,
+    beside=onevision_beside,
+    cap=_onevision_cap,
+    settings=_onevision_settings,
+    classes=r"LlavaOnevision(Image|Video)?Processor(Fast|Pil)?",
 )
 
 

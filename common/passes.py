@@ -189,27 +189,32 @@ SENSITIVE = 0.2  # fall in probability without the photo from which on a token n
 
 def patches_of(reading: Reading) -> Tensor:
     """The pixels of all pictures, (patches, ...), image token after image token."""
-    return known(reading.model).patches(reading.inputs["pixel_values"], reading.model)
+    return known(reading.model).patches(reading.inputs["pixel_values"], reading)
 
 
 def own_patches(reading: Reading) -> Tensor:
-    """(patches,) bool: which of `patches_of` are those of the explained photos."""
-    return reading.own.repeat_interleave(len(patches_of(reading)) // len(reading.own))
+    """(N * k,): which of `patches_of` are those of the explained photos, cell after cell of their maps."""
+    ids = reading.inputs["input_ids"][0]
+    tokens = (ids == ids[reading.positions[0]]).nonzero()[:, 0]  # (M,)
+    each = len(patches_of(reading)) // len(tokens)
+    first = torch.searchsorted(tokens, reading.positions.to(tokens)) * each
+    return (first[:, None] + torch.arange(each, device=first.device)).flatten()
 
 
 def repainted(reading: Reading, photo) -> Tensor:
     """`patches_of`, with another picture of its size in the place of the only photo."""
     patches, processor, family = patches_of(reading).clone(), reading.processor.image_processor, known(reading.model)
-    other = processor(images=[family.reduced(photo, processor)], return_tensors="pt")["pixel_values"]
-    patches[own_patches(reading)] = family.patches(other.to(patches), reading.model)
+    own, again = own_patches(reading), family.again(reading)
+    other = processor(images=[family.reduced(photo, processor)], return_tensors="pt", **again)["pixel_values"]
+    patches[own] = family.patches(other.to(patches), reading)[own - own.min()]
     return patches
 
 
-def token_probabilities(model, forced: dict[str, Tensor], patches: Tensor, scored: Scored) -> np.ndarray:
+def token_probabilities(reading: Reading, forced: dict[str, Tensor], patches: Tensor, scored: Scored) -> np.ndarray:
     """Probability of each of T scored tokens for each of B pictures: `patches_of` (B, patches, ...) -> (B, T)."""
-    length, pictures = forced["input_ids"].shape[1], known(model).pictures
+    model, length, pictures = reading.model, forced["input_ids"].shape[1], known(reading.model).pictures
     with torch.no_grad():
-        copies = [{"pixel_values": pictures(own, forced["pixel_values"], model)} for own in patches]
+        copies = [{"pixel_values": pictures(own, forced["pixel_values"], reading)} for own in patches]
         logits = compute_logits(model, batch_of(forced, copies), min(scored.predicting))  # (B, L or less, V)
     logits = at_least_float32(logits[:, [position - length for position in scored.predicting]])  # (B, T, V)
     expected = torch.tensor(scored.expected, device=logits.device).expand(len(patches), -1)[..., None]

@@ -52,7 +52,7 @@ def forecast_copies(reading: Reading, settings: Settings, parts: int = 1, method
     forced, (scored,) = score_parts(reading.inputs, reading.tokens, [[len(reading.tokens) - 1]])
     with borrowed(reading.model), memory_explained(len(reading.positions)):
         start = time.monotonic()
-        token_probabilities(reading.model, forced, patches_of(reading)[None], scored)
+        token_probabilities(reading, forced, patches_of(reading)[None], scored)
     each = (time.monotonic() - start) * (1 + BACKWARD * parts) * (1 if settings.contrast is None else 2)
     copies = methods * settings.num_samples
     say(f"expected: {copies} noisy copies of {length:,} tokens, {each:.0f} s each: about {copies * each:.0f} seconds")

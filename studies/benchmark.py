@@ -121,7 +121,7 @@ def _sensitive_tokens(reading: Reading, tokens: list[int], baseline: str) -> lis
     with borrowed(reading.model):
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [tokens])
         pixels = torch.stack([patches_of(reading), repainted(reading, blank)])
-        full, empty = token_probabilities(reading.model, forced, pixels, scored)
+        full, empty = token_probabilities(reading, forced, pixels, scored)
     return [token for token, fall in zip(tokens, full - empty, strict=True) if fall > SENSITIVE]
 
 

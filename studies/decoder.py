@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from common.evidence import positions_of
-from common.families import known
+from common.families import known, photo_tokens
 from smooth_gradcam import Reading, get_model_layers, hooked, score_parts
 
 __all__ = [
@@ -32,11 +32,13 @@ COVERED = 0.25  # share of an image token above which it belongs to the object
 def token_groups(reading: Reading) -> dict[str, slice]:
     """The positions of each group, in their order: slices of the L positions of prompt and answer.
 
-    Raises ValueError for several pictures in one prompt.
+    The image is all that shows the photo, be it beside the cells of the map. Raises ValueError for several pictures in
+    one prompt.
     """
-    first, last = int(reading.positions.min()), int(reading.positions.max())
+    places = photo_tokens(reading)
+    first, last = int(places[0]), int(places[-1])
     prompt = reading.inputs["input_ids"].shape[1]
-    if last - first + 1 != len(reading.positions):
+    if last - first + 1 != len(places):
         raise ValueError("the image tokens are not contiguous: several pictures in one prompt are not supported")
     edges = [0, first, last + 1, prompt - 1, prompt + len(reading.tokens)]
     return dict(zip(("system", "image", "user", "answer"), map(slice, edges, edges[1:]), strict=False))
@@ -78,7 +80,7 @@ def cache_before(reading: Reading, embeddings: Tensor, positions: Tensor, first:
         if first:
             run_decoder(model, embeddings[:, :first], positions[..., :first], cache)
         return cache
-    if first <= int(reading.positions.max()):
+    if first <= int(photo_tokens(reading)[-1]):
         raise ValueError(
             f"{type(model).__name__}: its image tokens see each other, so attention is read behind them only"
         )

@@ -131,7 +131,7 @@ def insertion_deletion(
         def probability(pixels):  # (B, N, patches, ...) -> (B,)
             pictures = whole.repeat(len(pixels), 1, 1)
             pictures[:, own] = pixels.flatten(1, 2)
-            return token_probabilities(model, forced, pictures, scored).mean(1)
+            return token_probabilities(reading, forced, pictures, scored).mean(1)
 
         last = len(moved) - 1
         first = np.arange(last + 1) if tolerance == 0 else np.round(np.linspace(0, last, 9)).astype(int)
@@ -337,7 +337,7 @@ def _forecast_pictures(reading: Reading, token_maps: TokenMaps, orders: int, ste
         forced, (scored,) = score_parts(reading.inputs, reading.tokens, [token_maps.target_tokens])
         pixels = patches_of(reading)[None].repeat(batch_size, 1, 1)
         start = time.monotonic()
-        token_probabilities(reading.model, forced, pixels, scored)
+        token_probabilities(reading, forced, pixels, scored)
     each = (time.monotonic() - start) / batch_size
     pictures = 2 * orders * min(steps, TYPICAL)
     return f"expected: about {pictures} pictures, {each:.2f} s each: {each * pictures / 60:.1f} minutes"

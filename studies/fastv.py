@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from common.families import known
+from common.families import known, photo_tokens
 from smooth_gradcam import Reading, at_least_float32, borrowed, get_model_layers, hooked, memory_explained
 from studies.answer_tables import said_by, score_files
 from studies.answers import LABELS, MEASURES, Scored, score
@@ -75,7 +75,7 @@ def image_pruned(reading: Reading, layer: int, removed: float):
         raise ValueError(f"layer {layer} cannot be the first with fewer tokens: give 1 to {total - 1}")
     if not 0 < removed < 100:
         raise ValueError(f"removed={removed} must be a percentage between 0 and 100")
-    prompt, image = reading.inputs["input_ids"].shape[1], reading.positions.tolist()
+    prompt, image = reading.inputs["input_ids"].shape[1], photo_tokens(reading).tolist()
     kept, shape = Kept([]), {}  # shape: of the pass, "past" and "new" positions, "rows" and "columns" of shorter layers
 
     def note(module, args, kwargs):

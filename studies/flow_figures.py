@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.encoding import to_csv
 from common.evidence import Evidence, departures, doubt_of, evidence_lines, warnings_of
-from common.families import known
+from common.families import known, photo_tokens
 from common.page import (
     BAND,
     GAP,
@@ -123,17 +123,26 @@ def _strips(page: Page, traced: list[Traced], layers: list[int], look: Look) -> 
     return parts
 
 
-def _flow_lines(axes, attention: np.ndarray, groups: dict[str, slice], rows: int, size: tuple[float, float]) -> None:
+def _rows_of(reading: Reading) -> list[np.ndarray]:
+    """The positions in each row of the photo's grid, and of what shows the photo beside that, if anything does."""
+    cells = reading.positions.cpu().numpy()
+    rest = np.setdiff1d(photo_tokens(reading).numpy(), cells)
+    return [*np.split(cells, reading.grid[0]), *([rest] if len(rest) else [])]
+
+
+def _flow_lines(
+    axes, attention: np.ndarray, groups: dict[str, slice], rows: list[np.ndarray], size: tuple[float, float]
+) -> None:
     """Lines from the tokens, top to bottom, to the answer on the right, as broad as the attention (L,) to them.
 
-    The image has a line for each of the `rows` of its grid, long texts one for several tokens. `size` is (width,
-    height) of the axes in inches: its edges leave room for half of the broadest line.
+    The image has a line for each of its `rows`, positions of tokens, long texts one for several tokens. `size` is
+    (width, height) of the axes in inches: its edges leave room for half of the broadest line.
     """
     sums = []
     for name, group in groups.items():
-        values = attention[group]
-        count = min(rows if name == "image" else LINES, len(values))
-        sums += [(name, tokens.sum()) for tokens in np.array_split(values, max(count, 1))]
+        places = np.arange(len(attention))[group]
+        lines = rows if name == "image" else np.array_split(places, max(min(LINES, len(places)), 1))
+        sums += [(name, attention[tokens].sum()) for tokens in lines]
         sums.append((None, 0.0))  # a gap
     heights, thin = np.linspace(1, 0, len(sums)), 0.3  # points: some programs draw no thinner line
     starts = [(height, name, value) for height, (name, value) in zip(heights, sums, strict=True) if name]
@@ -209,7 +218,7 @@ def _draw_flow(
             page.text(MARGIN + i * width + (width - GAP) / 2, y, f"layer {layer}", SMALL, ha="center")
             size = width - GAP, LINES_HIGH
             axes = page.axes(MARGIN + i * width, y + BAND, *size)
-            _flow_lines(axes, first.attention[layer], token_groups(first.reading), first.reading.grid[0], size)
+            _flow_lines(axes, first.attention[layer], token_groups(first.reading), _rows_of(first.reading), size)
 
     lines = Part(
         TEXT * LINE + GAP / 2 + BAND + LINES_HIGH + GAP,

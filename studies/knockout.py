@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.encoding import decimal
 from common.evidence import Evidence
+from common.families import hidden_with
 from common.passes import SENSITIVE, UNLIKELY
 from smooth_gradcam import (
     Reading,
@@ -229,8 +230,8 @@ def sever_photo(
         windowed = {"image → user": (user, image), "image → answer": (answer, image), "user → answer": (answer, user)}
         windowed["answer → answer"] = answer, answer  # each to itself and those before it: the paper's last → last
         if mask is not None:
-            covered = covered_tokens(mask, reading.grid)
-            for name, keys in (("object", image[covered]), ("other patches", image[~covered])):
+            own = np.isin(image, hidden_with(reading, covered_tokens(mask, reading.grid)).numpy())
+            for name, keys in (("object", image[own]), ("other patches", image[~own])):
                 windowed |= {f"{name} → user": (user, keys), f"{name} → answer": (answer, keys)}
         for queries, keys in windowed.values():
             windows = (range(max(0, k - window // 2), min(total, k + -(-window // 2))) for k in range(total))

@@ -21,6 +21,7 @@ import regex
 from matplotlib.patches import Rectangle
 
 from common.encoding import decimal
+from common.families import photo_tokens
 from common.page import (
     GAP,
     HEIGHT,
@@ -109,7 +110,7 @@ class Relevances:
     def asked(self, reading: Reading, word_maps: list[TokenMaps]) -> "Asked":
         """What these words, the parts that were explained, take from the prompt."""
         spans, places = prompt_words(reading)
-        length, image = reading.inputs["input_ids"].shape[1], reading.positions.cpu().numpy()
+        length, image = reading.inputs["input_ids"].shape[1], photo_tokens(reading).numpy()
         found = []
         for part, maps in enumerate(word_maps):
             rows = []

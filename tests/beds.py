@@ -131,7 +131,7 @@ def probability(reading: core.Reading, span: tuple[int, int]) -> float:
     """Mean probability of the tokens of these characters of the answer."""
     with core.borrowed(reading.model):
         forced, (scored,) = core.score_parts(reading.inputs, reading.tokens, [reading.tokens_of(span)])
-        return float(token_probabilities(reading.model, forced, forced["pixel_values"][None], scored).mean())
+        return float(token_probabilities(reading, forced, forced["pixel_values"][None], scored).mean())
 
 
 def counts(reading: core.Reading, word: Word, without: Image.Image, doubted: bool = False) -> bool:

@@ -102,6 +102,11 @@ def intern_processor(tokenizer, **tiles):
     return make(images, tokenizer, videos, image_seq_length=36, chat_template=INTERN_TEMPLATE)
 
 
+def tiled_processor(tokenizer):
+    """Up to six tiles, and a thumbnail behind them."""
+    return intern_processor(tokenizer, max_patches=6)
+
+
 def intern_config(tokenizer):
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return transformers.InternVLConfig(
@@ -207,11 +212,57 @@ def glm_config(tokenizer):
     )
 
 
+ONEVISION_TEMPLATE = (  # as in llava-hf/llava-onevision-qwen2-0.5b-ov-hf
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
+    "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PINPOINTS = [[84 * rows, 84 * columns] for rows in range(1, 4) for columns in range(1, 4)]
+
+
+def onevision_tokenizer(folder):
+    extra = {"image_token": "<image>", "video_token": "<video>"}
+    return byte_tokenizer(folder, ["<|im_end|>", "<|endoftext|>", "<|im_start|>", *extra.values()])
+
+
+def onevision_processor(tokenizer):
+    """Tiles of 6 x 6 image tokens, of 84 pixels, and no more than those of four; as published: 27 x 27, 384, nine."""
+    size = {"height": 84, "width": 84}
+    images = transformers.LlavaOnevisionImageProcessor(
+        size=size, image_grid_pinpoints=PINPOINTS, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    more = {"num_image_tokens": 36, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_4"}
+    videos = transformers.LlavaOnevisionVideoProcessor(size=size)
+    return transformers.LlavaOnevisionProcessor(images, tokenizer, videos, chat_template=ONEVISION_TEMPLATE, **more)
+
+
+def onevision_config(tokenizer):
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 84, "patch_size": 14, "model_type": "siglip_vision_model", "vision_use_head": False}
+    ids = {f"{kind}_token_index": tokenizer.convert_tokens_to_ids(f"<{kind}>") for kind in ("image", "video")}
+    return transformers.LlavaOnevisionConfig(
+        text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokenizer)},
+        vision_config=vision,
+        image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio="anyres_max_4",
+        **ids,
+    )
+
+
 MAKERS = {
+    "llava_onevision": (
+        onevision_tokenizer,
+        onevision_processor,
+        onevision_config,
+        transformers.LlavaOnevisionForConditionalGeneration,
+    ),
     "glm4v": (glm_tokenizer, glm_processor, glm_config, transformers.Glm4vForConditionalGeneration),
     "gemma3": (gemma_tokenizer, gemma_processor, gemma_config, transformers.Gemma3ForConditionalGeneration),
     "llava": (llama_tokenizer, llava_processor, llava_config, transformers.LlavaForConditionalGeneration),
     "internvl": (intern_tokenizer, intern_processor, intern_config, transformers.InternVLForConditionalGeneration),
+    "internvl tiles": (intern_tokenizer, tiled_processor, intern_config, transformers.InternVLForConditionalGeneration),
 }
 
 

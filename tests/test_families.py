@@ -434,7 +434,7 @@ def test_other_families_are_refused_by_name_with_what_is_supported(processor, im
     supported += (
         "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl), Qwen3-VL (qwen3_vl), LLaVA-1.5 (llava), InternVL3 (internvl), "
     )
-    supported += "Gemma 3 (gemma3), GLM-4V (glm4v)"
+    supported += "Gemma 3 (gemma3), LLaVA-OneVision (llava_onevision), GLM-4V (glm4v)"
     assert supported.endswith(core.supported())
     for message, other in others():
         with pytest.raises(ValueError, match=re.escape(f"{message} {supported}") + "$"):

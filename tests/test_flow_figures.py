@@ -110,7 +110,7 @@ def test_flow_lines_are_not_cut_at_the_edges_of_their_panel(token):
     attention[token] = 1  # all of it at an end: the broadest line
     groups = {"system": slice(0, 5), "image": slice(5, 25), "user": slice(25, 35), "answer": slice(35, 40)}
     (axes,) = figure.axes
-    _flow_lines(axes, attention, groups, 4, (2, 3))
+    _flow_lines(axes, attention, groups, np.split(np.arange(5, 25), 4), (2, 3))
     (lines,) = axes.collections
 
     def drawn_pixels():

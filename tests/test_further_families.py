@@ -14,17 +14,28 @@ from family_models import autograd, by_the_book, decoder, map_by_hand
 from further_models import LAYERS, MAKERS, intern_processor, llava_processor, make_model
 from PIL import Image
 from torch import nn
+from transformers.image_processing_utils import select_best_resolution
 
 import smooth_gradcam as core
 import test_gradcam
 from common.checkpoint import count_layers, load_model, load_processor
 from common.evidence import image_hiding
-from common.families import FAMILIES, known, seen
-from common.passes import contrasted_passes, patches_of, repainted, vision_kept, watched_passes, with_contrast
+from common.families import FAMILIES, hidden_with, known, photo_tokens, seen
+from common.passes import (
+    contrasted_passes,
+    own_patches,
+    patches_of,
+    repainted,
+    vision_kept,
+    watched_passes,
+    with_contrast,
+)
 from smooth_gradcam import Settings, compute_token_maps, explain, find_target, read
 from studies.decoder import token_groups
+from studies.fastv import image_pruned, kept_count
 from studies.flow import attention_flow
 from studies.knockout import Edge, knockout
+from studies.prompt_words import Relevances
 
 PROMPT, ANSWER = "What is it?", "the red cat 猫"
 FORMULAS = ("gradcam", "hirescam", "product", "paper")
@@ -100,10 +111,18 @@ def test_maps_are_the_formulas_at_the_image_tokens(oracles, reading, method):
     assert sum(cam.max() > 1e-3 for cam in found.maps.values()) >= LAYERS - 1
 
 
-def test_the_last_module_of_the_tower_has_the_map_of_the_first_layer(model, reading):
+UNTAPPED = "llava_onevision"  # what the last module of its tower gives is put together before it enters layer 0
+
+
+def test_the_last_module_of_the_tower_has_the_map_of_the_first_layer(family, model, reading):
     """What it gives enters layer 0 unchanged, token by token."""
     merger = known(model).merger
     settings = Settings(use_smooth=False, method="hirescam")
+    if family == UNTAPPED:
+        message = r"^layer model\.multi_modal_projector comes before the tiles are put together: take decoder layer 0"
+        with pytest.raises(ValueError, match=message):
+            explain(reading, [(0, 3)], [model.model.get_submodule(merger)], settings)
+        return
     (found,) = explain(reading, [(0, 3)], [0, model.model.get_submodule(merger)], settings)
     assert found.maps[0].any()
     np.testing.assert_allclose(found.maps[f"model.{merger}"], found.maps[0], rtol=1e-5)
@@ -118,7 +137,9 @@ def test_the_rules_share_the_whole_score_out(family, tokenizer, processor, image
     inputs, layers = core.prepare_inputs(model, processor, [image], PROMPT), decoder(model)
     taps = [core.Tap(i, layer, True) for i, layer in enumerate(layers)]
     with core.borrowed(model), core.attnlrp(model), core.captured(taps) as found:
-        score = model(**inputs, use_cache=False).logits[0, known(model).grids(model, inputs)[0][7], 5]
+        score = model(**inputs, use_cache=False).logits[
+            0, known(model).grids(model, inputs, "image", [image], processor)[0][7], 5
+        ]
         gradients = torch.autograd.grad(score, list(found.values()))
     assert abs(score := float(score.detach())) > 1e-3
     for features, gradient in zip(found.values(), gradients, strict=True):
@@ -134,9 +155,9 @@ def test_a_decoder_without_a_module_that_has_a_rule_is_refused(family, tokenizer
         compute_token_maps(model, processor, image, PROMPT, [0], answer=ANSWER, num_samples=1)
 
 
-def test_copies_in_a_batch_are_those_one_by_one(reading):
+def test_copies_in_a_batch_are_those_one_by_one(family, reading):
     settings, merger = Settings(num_samples=3, noise_std=0.2), known(reading.model).merger
-    layers = [0, LAYERS - 1, reading.model.model.get_submodule(merger)]
+    layers = [0, LAYERS - 1, *([] if family == UNTAPPED else [reading.model.model.get_submodule(merger)])]
     (one,), (three,) = (explain(reading, [(0, 3)], layers, settings, batch_size=size) for size in (1, 3))
     for layer, cam in one.maps.items():
         assert cam.any()
@@ -283,10 +304,17 @@ def test_each_picture_has_its_part_of_the_map(model, processor, oracles):
     assert len(alone.positions) == np.prod(reading.grids[1])
 
 
-def test_pixels_by_token_and_back(reading, processor):
+UNREMOVED = "its image tokens are put together from tiles, and cannot be removed from a photo"
+
+
+def test_pixels_by_token_and_back(family, reading, processor):
+    if family == UNTAPPED:
+        with pytest.raises(ValueError, match=f"^LlavaOnevisionForConditionalGeneration: {UNREMOVED}$"):
+            patches_of(reading)
+        return
     patches, pixels = patches_of(reading), reading.inputs["pixel_values"]
-    assert len(patches) % len(reading.positions) == 0
-    assert torch.equal(known(reading.model).pictures(patches, torch.zeros_like(pixels), reading.model), pixels)
+    assert len(own_patches(reading)) % len(reading.positions) == 0
+    assert torch.equal(known(reading.model).pictures(patches, torch.zeros_like(pixels), reading), pixels)
     same = repainted(reading, reading.photo)  # the photo itself, but for how its edge is resampled
     assert same.shape == patches.shape
     assert (same - patches).abs().mean() < 0.02
@@ -345,18 +373,66 @@ def with_mask(reading, block) -> np.ndarray:
     return logits.softmax(-1)[range(len(scored.expected)), scored.expected].numpy()
 
 
+def image_tokens(reading):
+    return (reading.inputs["input_ids"][0] == reading.model.config.image_token_id).nonzero()[:, 0]
+
+
+def covered_by_hand(reading, hidden) -> list[int]:
+    """Positions of the tokens that show a photo as a whole, 6 x 6 if there are any, where half of it is hidden.
+
+    Counted in points, as many along each side as both grids divide into.
+    """
+    whole, (height, width) = (
+        [i for i in image_tokens(reading).tolist() if i not in reading.positions][:36],
+        reading.grid,
+    )
+    points = np.kron(hidden.reshape(height, width), np.ones((6, 6)))  # (6 H, 6 W)
+    shares = points.reshape(6, height, 6, width).mean((1, 3)).ravel()
+    return [position for position, share in zip(whole, shares, strict=False) if share > 0.4999]
+
+
 def test_hidden_image_is_that_of_a_mask_made_by_hand(reading):
     count = len(reading.positions)
     length = reading.inputs["input_ids"].shape[1] + len(reading.tokens)
-    start = int(reading.positions.max()) + 1
-    hidden = np.stack([np.zeros(count, bool), np.ones(count, bool), np.arange(count) % 3 == 0])
+    tokens = image_tokens(reading)
+    start = int(tokens.max()) + 1
+    hidden = np.stack([np.zeros(count, bool), np.ones(count, bool), np.arange(count) % 3 == 0, np.arange(count) < 50])
     with image_hiding(reading) as hide:
         found = hide(hidden)
     for row, own in zip(hidden, found, strict=True):
         block = torch.zeros(length, length, dtype=torch.bool)
-        block[start:, reading.positions[torch.as_tensor(row)]] = True
+        block[start:, tokens if row.all() else reading.positions[torch.as_tensor(row)]] = True
+        block[start:, covered_by_hand(reading, row)] = True
         np.testing.assert_allclose(own, with_mask(reading, block), rtol=1e-5, atol=1e-8)
     assert abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_what_a_word_takes_from_the_photo_is_that_of_all_its_tokens(oracles, reading):
+    relevances = Relevances()
+    maps = explain(reading, [(0, len(reading.answer))], [1], Settings(use_smooth=False), passes=relevances)
+    book = oracles["attnlrp"]
+    hidden, gradient = autograd(book, reading, decoder(book), reading.tokens)[1]
+    shares = (hidden * gradient).sum(-1)[0]
+    shares /= shares.abs().sum()
+    expected = float(shares[image_tokens(reading)].sum())
+    assert abs(expected) > 1e-3
+    assert relevances.asked(reading, maps).found[0].photo[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_half_of_all_image_tokens_are_removed(family, reading):
+    count, prompt = len(photo_tokens(reading)), reading.inputs["input_ids"].shape[1]
+    if family == "gemma3":
+        with (
+            pytest.raises(ValueError, match="its image tokens see each other, none can be removed"),
+            image_pruned(reading, 2, 50),
+        ):
+            pass
+        return
+    with core.borrowed(reading.model), image_pruned(reading, 2, 50) as kept, torch.no_grad():
+        reading.model.generate(**reading.inputs, max_new_tokens=2)
+    gone = set(range(prompt)) - set(kept.positions)
+    assert len(gone) == count - kept_count(count, 50)
+    assert gone < set(image_tokens(reading).tolist())
 
 
 def test_knockout_is_that_of_a_mask_made_by_hand(reading):
@@ -433,11 +509,16 @@ def test_checkpoint_is_loaded_with_its_processor(folder, family, image, processo
         "--mode evaluate --layers 1 --steps 4 --randomize --mask MASK",
         "--mode evaluate --layers 1 --steps 4 --compare",
         "--mode flow --taps",
+        "--mode flow --heads --mask MASK",
         "--mode knockout --window 2 --keep 5 --mask MASK",
     ],
 )
-def test_every_mode_runs(drive, tmp_path, flags):
+def test_every_mode_runs(family, drive, tmp_path, flags):
     code, out, err = drive(*flags.replace("MASK", str(tmp_path / "mask.png")).split())
+    if family == UNTAPPED and ("evaluate" in flags or "taps" in flags):
+        assert code == 2
+        assert (UNREMOVED if "evaluate" in flags else "comes before the tiles are put together") in err
+        return
     assert code == 0, err
     assert any((tmp_path / "out").rglob("*.png"))
 
@@ -583,26 +664,182 @@ of_internvl = pytest.mark.parametrize("family", ["internvl"], indirect=True)
 
 
 @of_internvl
-def test_internvls_tiles_are_refused_with_what_to_do(model, tokenizer, image):
-    processor = intern_processor(tokenizer, max_patches=4)
-    message = r"^the processor makes \d pictures of 1 photos: it must be one of each$"
-    with pytest.raises(ValueError, match=message):
-        read(model, processor, image, PROMPT, ANSWER)
-    processor.image_processor.max_patches = 1
-    assert read(model, processor, image, PROMPT, ANSWER).grid == (6, 6)
-
-
-@of_internvl
-def test_internvl_is_loaded_with_one_tile_a_photo(folder, model, tokenizer, image, tmp_path):
+def test_internvl_has_as_many_tiles_as_max_pixels_allows(folder, model, tokenizer, tmp_path):
     other = tmp_path / "tiles"
     shutil.copytree(folder, other)
     intern_processor(tokenizer, max_patches=12).save_pretrained(other)
-    loaded = load_processor(str(other), 10**6)
-    assert read(model, loaded, make_image(300, 100), PROMPT, ANSWER).inputs["pixel_values"].shape == (1, 3, 84, 84)
+    for cap, grid, count in [(10**6, (12, 36), 13), (6 * 7056, (6, 18), 4), (7056, (6, 6), 1)]:
+        reading = read(model, load_processor(str(other), cap), make_image(600, 200), PROMPT, ANSWER)
+        assert (reading.grid, len(reading.inputs["pixel_values"])) == (grid, count)
     with pytest.raises(
         ValueError, match="--max_pixels 7055 is less than 84 x 84 pixels, which this model takes of any"
     ):
         load_processor(str(other), 7055)
+
+
+of_tiles = pytest.mark.parametrize("family", ["internvl tiles"], indirect=True)
+
+
+def halves(size):
+    """A photo, dark but for its right half, and that with its top half dark too."""
+    photo = np.full((size[1], size[0], 3), 30, np.uint8)
+    photo[:, size[0] // 2 :] = 220
+    other = photo.copy()
+    other[: size[1] // 2] = 30
+    return Image.fromarray(photo), Image.fromarray(other)
+
+
+@of_tiles
+@pytest.mark.parametrize(
+    ("size", "grid"), [((168, 112), (12, 18)), ((100, 310), (18, 6)), ((200, 200), (12, 12)), ((90, 90), (6, 6))]
+)
+def test_tiles_lie_on_the_photo_as_the_processor_cuts_it(model, processor, size, grid):
+    """Of a photo whose pixels say where they are, each cell's own patch says where it lies."""
+    across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    photo = np.stack([across, down, across], -1).astype(np.uint8)
+    reading = read(model, processor, photo, PROMPT, ANSWER)
+    assert reading.grid == grid
+    means = patches_of(reading)[own_patches(reading)].unflatten(1, (3, -1)).mean(2)  # (N, 3)
+    images = processor.image_processor
+    places = means * torch.tensor(images.image_std) + torch.tensor(images.image_mean)
+    expected = np.stack(np.meshgrid(*((np.arange(count) + 0.5) / count for count in grid[::-1])), -1).reshape(-1, 2)
+    np.testing.assert_allclose(places[:, :2].numpy(), expected, atol=0.02)
+
+
+@of_tiles
+def test_what_is_changed_in_the_tiles_changes_in_the_thumbnail(model, processor):
+    """As if the processor had got the changed photo."""
+    photo, other = halves((168, 112))
+    one, two = (read(model, processor, picture, PROMPT, ANSWER) for picture in (photo, other))
+    pixels = one.inputs["pixel_values"]
+    found = known(model).pictures(repainted(one, other), pixels, one)
+    expected = two.inputs["pixel_values"]
+    assert len(found) == 7
+    assert (expected[-1] - pixels[-1]).abs().mean() > 0.5
+    assert (found[-1] - expected[-1]).abs().mean() < 0.03
+    torch.testing.assert_close(found[:-1], expected[:-1])
+
+
+@of_tiles
+def test_the_second_of_two_photos_is_explained_by_its_own_tiles(model, processor):
+    photos = [halves((168, 112))[0], halves((100, 310))[0]]
+    both = read(model, processor, photos, PROMPT, ANSWER)
+    assert both.grids == ((12, 18), (18, 6))
+    second = both.of(1)
+    alone = read(model, processor, photos[1], PROMPT, ANSWER)
+    assert torch.equal(patches_of(second)[own_patches(second)], patches_of(alone)[own_patches(alone)])
+    changed = known(model).pictures(repainted(second, halves((100, 310))[1]), second.inputs["pixel_values"], second)
+    moved = [not torch.equal(*pair) for pair in zip(changed, second.inputs["pixel_values"], strict=True)]
+    assert moved == [False] * 7 + [True, True, False, True]
+    tokens = image_tokens(both)
+    assert photo_tokens(second).tolist() == tokens[7 * 36 :].tolist()
+    assert photo_tokens(both).tolist() == tokens.tolist()
+
+
+@of_tiles
+def test_photos_that_do_not_fill_their_tiles_are_refused(model, processor, reading, image):
+    grids, inputs = known(model).grids, reading.inputs
+    with pytest.raises(ValueError, match="^the processor makes 7 tiles of a photo where 5 x 1 are expected$"):
+        grids(model, inputs, "image", [Image.new("RGB", (40, 200))], processor)
+    with pytest.raises(ValueError, match="the prompt has 1 pictures, 252 image tokens of 7 tiles, where 2 photos"):
+        grids(model, inputs, "image", [image, image], processor)
+
+
+# LLaVA-OneVision
+
+of_onevision = pytest.mark.parametrize("family", ["llava_onevision"], indirect=True)
+SIZES = [(168, 112), (84, 84), (300, 84), (60, 400), (250, 250), (251, 333)]
+
+
+@of_onevision
+@pytest.mark.parametrize("size", SIZES)
+def test_onevisions_cells_are_where_the_model_packs_its_tiles(model, processor, size):
+    """Told by the model itself, from features that are made up: those of a tile's token say where it lies."""
+    reading = read(model, processor, Image.new("RGB", size), PROMPT, ANSWER)
+    canvas = select_best_resolution(size[::-1], model.config.image_grid_pinpoints)
+    rows, columns = (edge // 84 for edge in canvas)
+    down, across = np.meshgrid(np.arange(6 * rows), np.arange(6 * columns), indexing="ij")
+    places = torch.tensor(np.stack([down, across], -1), dtype=torch.float32)
+    tiles = places.view(rows, 6, columns, 6, 2).transpose(1, 2).reshape(rows * columns, 36, 2)
+    packed, _ = model.model.pack_image_features(
+        [torch.cat([torch.full((1, 36, 2), -1.0), tiles])],
+        torch.tensor([size[::-1]]),
+        image_newline=torch.full((2,), -2.0),
+        vision_aspect_ratio="anyres_max_4",
+    )
+    tokens, (height, width) = image_tokens(reading), reading.grid
+    assert len(packed[0]) == len(tokens)
+    found = packed[0][torch.searchsorted(tokens, reading.positions)].view(height, width, 2).numpy()
+    assert (np.delete(packed[0].numpy(), torch.searchsorted(tokens, reading.positions).numpy(), axis=0) < 0).all()
+    assert (np.diff(found[..., 0], axis=0) > 0.9).all()  # steps of whole cells, or longer where they are made fewer
+    assert (np.diff(found[..., 1], axis=1) > 0.9).all()
+    np.testing.assert_allclose(found.mean((0, 1)), [3 * rows - 0.5, 3 * columns - 0.5], atol=1e-4)  # in the middle
+    shown = np.minimum(canvas[0] / size[1], canvas[1] / size[0]) * np.array(size[::-1]) / 14  # the photo, in cells
+    extent = np.array([np.ptp(found[..., 0]) + found[1, 0, 0] - found[0, 0, 0], np.ptp(found[..., 1])])
+    extent[1] += found[0, 1, 1] - found[0, 0, 1]
+    assert (extent >= shown - 1.01).all()
+    assert (extent <= shown + 2.01).all()
+
+
+@of_onevision
+def test_onevisions_ends_of_lines_are_hidden_with_the_whole_photo_only(reading):
+    height, width = reading.grid
+    tokens = image_tokens(reading)
+    assert torch.equal(photo_tokens(reading), tokens)
+    assert len(tokens) == 36 + height * (width + 1)
+    ends = tokens[36:].view(height, width + 1)[:, -1]
+    almost = np.arange(height * width) > 0
+    assert not set(hidden_with(reading, almost).tolist()) & set(ends.tolist())
+    assert set(hidden_with(reading, almost | True).tolist()) == set(tokens.tolist())
+
+
+@of_onevision
+def test_the_second_photo_of_onevision_has_its_own_tokens(model, processor):
+    photos = [make_image(168, 112), make_image(100, 150)]
+    both = read(model, processor, photos, PROMPT, ANSWER)
+    second, alone = both.of(1), read(model, processor, photos[1], PROMPT, ANSWER)
+    tokens, count = image_tokens(both), len(image_tokens(alone))
+    assert second.grid == alone.grid
+    assert torch.equal(photo_tokens(second), tokens[-count:])
+    half = np.arange(len(alone.positions)) % 2 == 0
+    first = int(image_tokens(alone)[0])
+    assert (hidden_with(second, half) - tokens[-count]).tolist() == (hidden_with(alone, half) - first).tolist()
+
+
+@of_onevision
+def test_onevision_cuts_a_photo_of_fewer_pixels_into_fewer_tiles(folder, model):
+    photo = make_image(250, 250)
+    grids = [read(model, load_processor(str(folder), cap), photo, PROMPT, ANSWER).grid for cap in (10**6, 28_000, 7056)]
+    assert grids == [(12, 12), (12, 12), (6, 6)]
+    tiles = [load_processor(str(folder), cap) for cap in (10**6, 28_000, 7056)]
+    counts = [len(read(model, processor, photo, PROMPT, ANSWER).inputs["pixel_values"][0]) - 1 for processor in tiles]
+    assert counts == [9, 4, 1]
+    with pytest.raises(ValueError, match="--max_pixels 7055 is less than 84 x 84 pixels"):
+        load_processor(str(folder), 7055)
+
+
+@of_onevision
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("vision_aspect_ratio", "anyres_max_9", "with vision_aspect_ratio 'anyres_max_4': this model takes 'anyres_m"),
+        ("image_grid_pinpoints", [[84, 84]], "has a processor with image_grid_pinpoints [[84, 84], [84, 168]"),
+        ("vision_feature_select_strategy", "default", "with vision_feature_select_strategy 'full': this model takes"),
+        ("image_token_index", 7, "has a processor with image token"),
+    ],
+)
+def test_onevision_with_the_processor_of_another_is_refused(folder, drive, tmp_path, setting, value, message):
+    other = changed(folder, tmp_path, "config.json", lambda record: record.update({setting: value}))
+    code, _, err = drive("--model_path", other)
+    assert code == 2
+    assert message in err
+
+
+@of_onevision
+def test_onevisions_photos_without_tiles_are_refused(model, reading):
+    inputs = reading.inputs | {"batch_num_images": torch.tensor([2])}
+    with pytest.raises(ValueError, match="LlavaOnevisionForConditionalGeneration: photos that are shown without tiles"):
+        known(model).grids(model, inputs)
 
 
 # Gemma 3
@@ -644,5 +881,5 @@ def test_gemmas_own_norms_pass_gradients_by_the_rule(tokenizer):
 
 def test_every_family_is_an_entry_with_all_that_is_needed():
     for kind, entry in FAMILIES.items():
-        assert len(inspect.signature(entry.grids).parameters) == 3, kind
+        assert len(inspect.signature(entry.grids).parameters) >= 4, kind
         assert len(inspect.signature(entry.seen).parameters) == 2, kind

@@ -139,7 +139,7 @@ def test_edge_that_hides_nothing_changes_no_bit_and_gives_the_plain_forwards_pro
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
     forced, (scored,) = score_parts(reading.inputs, reading.tokens, [range(len(reading.tokens))])
-    expected = token_probabilities(reading.model, forced, reading.inputs["pixel_values"][None], scored)
+    expected = token_probabilities(reading, forced, reading.inputs["pixel_values"][None], scored)
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
 
 
