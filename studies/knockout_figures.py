@@ -195,10 +195,13 @@ def sever(
     `sever_photo`, which runs `runs_at_once` edges at once.
     """
     total = get_model_layers(readings[0].model)[1]
+    for reading in readings:
+        reading.photo  # noqa: B018  (a video, or several photos in one prompt, cannot be drawn)
     if not quiet:
-        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else 4 if mask is None else 8)
         length, groups = sequence_length(readings[0]), token_groups(readings[0])
-        share = (length - groups["image"].stop) / length
+        windows = (4 if mask is None else 8) + 2 * ("other images" in groups)
+        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else windows)
+        share = (length - groups["image"][-1] - 1) / length
         say(f"{runs} runs of each photo; {forecast_forwards(readings, 2 + runs * share)}")
     keywords = {"part": part, "window": window, "keep": keep, "mask": mask, "batch_size": runs_at_once}
     keywords["progress"] = show_progress(quiet or len(readings) > 1, "blocked runs", "batch")

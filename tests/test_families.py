@@ -35,8 +35,10 @@ from common.evidence import image_hiding
 from common.families import cap_pixels
 from common.passes import contrasted_passes, vision_kept, watched_passes
 from smooth_gradcam import Settings, compute_token_maps, explain, find_target, read
-from studies.decoder import token_groups
 from studies.faithfulness import insertion_deletion
+from studies.flow_figures import trace
+from studies.knockout import sever_photo
+from studies.knockout_figures import sever
 from studies.words import create_word_maps
 
 CLEAN = {"use_smooth": False, "answer": ANSWER}
@@ -382,21 +384,14 @@ def test_checkpoint_is_loaded_with_its_processor(folder, family, image):
         "--mode comparative --num_samples 2",
         "--mode words --layers 0 -1 --num_samples 2",
         "--mode evaluate --layers 1 --steps 4 --num_samples 1 --randomize",
+        "--mode flow --num_samples 1 --attention_maps --taps --heads",
+        "--mode knockout --window 2 --keep 3",
     ],
 )
-def test_every_mode_of_maps_runs(drive, tmp_path, flags):
+def test_every_mode_runs(drive, tmp_path, flags):
     code, err = drive(*flags.split())
     assert code == 0, err
     assert any((tmp_path / "out").rglob("*.png"))
-
-
-@pytest.mark.parametrize("mode", ["flow", "knockout"])
-def test_deepstack_is_refused_where_the_decoder_is_run_in_parts(drive, family, tmp_path, mode):
-    code, err = drive("--mode", mode)
-    refused = family == "qwen3_vl"
-    assert code == (2 if refused else 0), err
-    assert ("feeds image features to several layers, which is not supported here" in err) == refused
-    assert refused != (tmp_path / "out").exists()
 
 
 # other families
@@ -578,8 +573,11 @@ def test_what_is_made_for_one_image_refuses_several(model, processor, several, t
         create_word_maps(model, processor, photos, PROMPT, answer=ANSWER, save_dir=tmp_path / "words")
     with pytest.raises(ValueError, match=message):
         insertion_deletion(several, explain(several, [(0, 3)], [0])[0])
-    with pytest.raises(ValueError, match="several pictures in one prompt are not supported"):
-        token_groups(several)
+    with pytest.raises(ValueError, match="^a mask is of one picture, and 3 are explained: choose one, reading.of.0."):
+        sever_photo(several, window=1, mask=np.ones((4, 4), bool))
+    for figures in (trace, sever):
+        with pytest.raises(ValueError, match=message):
+            figures([several], ["several"], [(0, 3)], *([[0], Settings()] if figures is trace else []), quiet=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -361,8 +361,8 @@ def test_hidden_image_is_that_of_a_mask_made_by_hand(reading):
 
 def test_knockout_is_that_of_a_mask_made_by_hand(reading):
     groups = token_groups(reading)
-    image, answer = (np.arange(groups[name].start, groups[name].stop) for name in ("image", "answer"))
-    length = groups["answer"].stop
+    image, answer = groups["image"], groups["answer"]
+    length = answer[-1] + 1
     found, _ = knockout(reading, [Edge(range(LAYERS), answer, image), Edge(range(0), answer, image)])
     block = torch.zeros(length, length, dtype=torch.bool)
     np.testing.assert_allclose(found[1], with_mask(reading, block), rtol=1e-5, atol=1e-8)
