@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 from smooth_gradcam import FAMILIES, LARGE, NORMS, PRODUCTS, Family, activation_rule, half, image_rows, unwrapped
@@ -95,7 +94,7 @@ FAMILIES |= {kind: Known(**vars(family)) for kind, family in FAMILIES.items()}
 
 
 def _constant(module, args, output):
-    """Hook of the router: how much of each expert a token gets is a constant, so that relevance flows to the experts."""
+    """Hook of the router: each expert's share is a constant, so that all relevance goes to the experts."""
     return tuple(part.detach() for part in output) if isinstance(output, tuple) else output.detach()
 
 
@@ -123,9 +122,8 @@ def _experts_rule(module, args, output: Tensor) -> Tensor:
 
 
 _ATTENTION = {place: rule for place, rule in PRODUCTS.items() if place.startswith("self_attn.")}
-FAMILIES["qwen3_vl_moe"] = replace(
-    FAMILIES["qwen3_vl"], name="Qwen3-VL MoE", products=_ATTENTION | {"mlp.gate": _constant, "mlp.experts": _experts_rule}
-)
+_EXPERTS = {"mlp.gate": _constant, "mlp.experts": _experts_rule}
+FAMILIES["qwen3_vl_moe"] = replace(FAMILIES["qwen3_vl"], name="Qwen3-VL MoE", products=_ATTENTION | _EXPERTS)
 
 
 # pictures of one size, cut into squares

@@ -181,7 +181,9 @@ def maps_and_gradients(
     return by(reading, [span], range(total), settings, progress, **copies), flow
 
 
-def group_sums(flow: np.ndarray, groups: dict[str, np.ndarray], only: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+def group_sums(
+    flow: np.ndarray, groups: dict[str, np.ndarray], only: Iterable[str] | None = None
+) -> dict[str, np.ndarray]:
     """{group: (...)}: the share of each group in the sum of `flow` (..., L) over all groups, or only over some.
 
     With only=("system", "image", "user"), eq. 7 of "From Redundancy to Relevance". nan where the sum is zero.
@@ -259,7 +261,8 @@ def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradie
         f"what {every} get"
     )
     per_token = {name: (shares[name] / sizes[name]).mean() for name in shares}
-    tokens = {"system": "a system token", "user": "a user token"} | ({"other images": "another image's"} if others else {})
+    tokens = {"system": "a system token", "user": "a user token"}
+    tokens |= {"other images": "another image's"} if others else {}
     times = [f"{what} {per_token[name] / per_token['image']:.1f}" for name, what in tokens.items()]
     line += f"; per token {', '.join(times[:-1])} and {times[-1]}"
     lines = [f"{line} times as much as an image token, in the mean over the layers"]

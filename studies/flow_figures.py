@@ -124,7 +124,9 @@ def _strips(page: Page, traced: list[Traced], layers: list[int], look: Look) -> 
     return parts
 
 
-def _flow_lines(axes, attention: np.ndarray, groups: dict[str, np.ndarray], rows: int, size: tuple[float, float]) -> None:
+def _flow_lines(
+    axes, attention: np.ndarray, groups: dict[str, np.ndarray], rows: int, size: tuple[float, float]
+) -> None:
     """Lines from the tokens, top to bottom, to the answer on the right, as broad as the attention (L,) to them.
 
     The image has a line for each of the `rows` of its grid, long texts one for several tokens. `size` is (width,

@@ -81,6 +81,8 @@ def make_random(family, tokenizer, dtype=torch.float64):
         model = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")(config)
         if dtype == torch.float64:
             _keep_float64(model)
+            if "Moe" in CLASSES[family] and hasattr(model, "set_experts_implementation"):  # transformers 5
+                model.set_experts_implementation("eager")  # the usual kernel has no float64
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -113,15 +115,16 @@ def half(x, part=0.5):
 
 
 def experts_by_the_rules(block):
-    """All experts for all tokens, weighted by a softmax over the logits of each token's best, the weights constant."""
+    """All experts for all tokens, weighted by the shares of each token's best, which are constants."""
     weight, experts = block.gate.weight, block.experts
     first, last = experts.gate_up_proj, experts.down_proj
     if first.shape[1] == weight.shape[1] != first.shape[2]:  # transformers 4
         first, last = first.mT, last.mT
 
     def forward(x):
-        best = (x @ weight.T).topk(block.gate.top_k if hasattr(block.gate, "top_k") else block.top_k)
-        shares = torch.zeros(*x.shape[:-1], len(first), dtype=x.dtype).scatter(-1, best[1], best[0].softmax(-1))
+        shares = (x @ weight.T).softmax(-1, dtype=torch.float32)  # whatever the model's dtype
+        shares = shares * (shares >= shares.sort(-1).values[..., -EXPERTS["num_experts_per_tok"], None])
+        shares = (shares / shares.sum(-1, keepdim=True)).to(x)
         gate, up = torch.einsum("...c,eic->...ei", x, first).chunk(2, dim=-1)
         product = half(gate * (experts.act_fn(gate) / gate).detach()) * half(up)
         result = torch.einsum("...e,...ei,eci->...c", shares.detach(), product, last)
