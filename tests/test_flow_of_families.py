@@ -41,7 +41,7 @@ from studies.flow import (
     trace_photo,
 )
 from studies.heads import head_attention
-from studies.knockout import Edge, change, image_hidden, knockout, sever_photo
+from studies.knockout import Edge, image_hidden, knockout, sever_photo
 from studies.video import Video, read_video
 
 CLEAN = Settings(use_smooth=False)
@@ -251,10 +251,8 @@ def test_traced_pictures_have_their_maps_and_the_groups_their_shares(readings, r
         for layer, cam in maps.maps.items():
             np.testing.assert_array_equal(found.maps[layer], cam)
             np.testing.assert_array_equal(stored[layer], cam)
-    numbers = [
-        number for (a, b), number in zip(arrays["groups_0"], arrays["group_0"], strict=True) for _ in range(a, b)
-    ]
-    assert arrays["groups"][numbers].tolist() == names.tolist()
+    lengths = np.diff(arrays["groups_0"])[:, 0]
+    assert arrays["groups"][np.repeat(arrays["group_0"], lengths)].tolist() == names.tolist()
     mean = full_attention(reading)[:, :, prompt_length(reading) - 1 : -1].mean((1, 2))
     rows = flow_rows(traced, ["photo", "own"])
     for layer, row in enumerate(rows[LAYERS:]):
@@ -305,7 +303,6 @@ def test_windows_block_each_edge_in_the_layers_around(reading):
         pairs += [("other images", "user"), ("other images", "answer")]
     assert set(found.windows) == {f"{a} → {b}" for a, b in pairs}
     for a, b in pairs:
-        assert np.isfinite(change(found, f"{a} → {b}")).all()
         for layer in (0, 1, LAYERS - 1):
             edge = Edge(range(max(layer - 1, 0), layer + 1), places(reading, b), places(reading, a))
             expected = probabilities_by_hand(reading, edge)
