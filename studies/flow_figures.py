@@ -68,12 +68,12 @@ __all__ = ["COLOURS", "THIN", "trace"]
 
 COLOURS = {"system": "#999999", "image": "#d55e00", "user": "#0072b2", "answer": "#009e73", "other images": "#cc79a7"}
 MARKERS = {"system": "o", "image": "s", "user": "^", "answer": "D", "other images": "v"}
-SHARE_PLOT = 2.6, 1.35  # inches
+SHARE_PLOT = 2.6, 1.1  # inches
 THIN = "Thick lines: mean of the photos; thin ones: each."
 STRIP, NARROW = 7, 0.7  # pictures side by side, at most, and inches of one, at least
 LINES = 24  # of one group in a panel of flow lines, at most
 BROADEST = 22  # points: width of a flow line with all of the attention
-LINES_HIGH = 1.5  # inches of a panel of flow lines
+LINES_HIGH = 1.2  # inches of a panel of flow lines
 
 
 def _draw_shares(axes, curves: dict[str, np.ndarray]) -> None:

@@ -122,7 +122,7 @@ def _window_rows(page: Page, severed: list[Severed], window: int) -> list[Part]:
         f"Blocked: in {window} layers around each (fewer at the ends), what stands behind the arrow cannot attend to "
         "what stands before it; change of the probability p of the explained tokens, by layer; grey: the other plots."
     )
-    if len(changes) > 3:
+    if any(edge.startswith("object") for edge in changes):
         said += " Where one part of the image is blocked, attention moves to the rest; it may cost more than all."
     rows = [[*changes][i : i + columns] for i in range(0, len(changes), columns)]
     high = BAND + SMALL_PLOT + 0.28

@@ -1,14 +1,16 @@
-"""What does a run of the command line take of a large checkpoint, in processor time and memory?
+"""What does a run of the command line take of a large checkpoint, in time and memory?
 
     OMP_WAIT_POLICY=passive OMP_NUM_THREADS=2 python tests/benchmark_memory.py --model_path MODEL
+    python tests/benchmark_memory.py --model_path MODEL --device cuda
 
-(a thread that waits for another one then takes no processor time, whatever else runs on the machine).
+(with the first, a thread that waits for another one takes no processor time, whatever else runs on the machine).
 
-Each row runs `test_gradcam.py` on a CPU as a process of its own, from the start of Python to the written files: one
+Each row runs `test_gradcam.py` as a process of its own, from the start of Python to the written files: one
 clean copy of demo.jpeg, made smaller, with a given answer of which one word is explained. Printed are the image tokens,
 the processor's seconds (user and system), the wall's, and two peaks in GiB: "resident" is all memory that is in the
 process at once, as the kernel counts it; "own" leaves out files that are only mapped, such as the weights in the
-folder, which the kernel can drop and read again. `load` is the model alone, which every other row contains.
+folder, which the kernel can drop and read again. On a GPU, "GPU" is the most that torch had reserved of its memory, to
+which CUDA's own half gigabyte or so comes. `load` is the model alone, which every other row contains.
 
 Linux only. Random weights will do: every pass takes what it takes with trained ones. Only the number of passes in which
 the method "needed", the default for a word, hides image tokens depends on the values.
@@ -29,6 +31,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +39,8 @@ ANSWER, WORD = "There is a dog on the grass.", "dog"
 SIDE = 28  # pixels of an image token
 SIZES = {0.05: (9, 7), 0.2: (18, 14), 0.4: (26, 20)}  # megapixels: image tokens across and down
 LOAD = "import sys; from common.checkpoint import load_model as load; load(*sys.argv[1:])"
+ON_GPU = "import atexit, sys, torch; atexit.register(lambda: print('GPU', torch.cuda.max_memory_reserved()))\n"
+DRIVER = "import runpy; runpy.run_path('test_gradcam.py', run_name='__main__')"
 TARGET, CLEAN = ["--target", WORD], ["--noise_std", "0"]
 EVERY = 0.1  # seconds between two looks at a process
 
@@ -67,14 +72,11 @@ for size in SIZES:
         flags = ["--recompute"] if name == "recompute" else ["--method", name]
         shown = f"36, `{' '.join(flags)}`"
         ROWS[f"{name}@{size}"] = Row("grid", shown, size, [*TARGET, *CLEAN, "--layers", "all", *flags])
-MANY = {
-    "1k": (32, 32),
-    "4k": (64, 64),
-    "16k": (128, 128),
-}  # image tokens, of a photo that a copy of the checkpoint lets through
-for size, name in itertools.product(MANY, ("gradcam", "attention")):
-    flags = [*TARGET, *CLEAN, "--layers", "all", "--method", name]
-    ROWS[f"{name}@{size}"] = Row("grid", f"all, `--method {name}`", size, flags)
+MANY = {"1k": (32, 32), "4k": (64, 64), "16k": (128, 128)}  # image tokens
+for size, name in itertools.product(MANY, ("needed", "recompute", "gradcam", "attention")):
+    flags = ["--method", "gradcam", "--recompute"] if name == "recompute" else ["--method", name]
+    shown, flags = f"all, `{' '.join(flags)}`", [*flags, *TARGET, *CLEAN, "--layers", "all"]
+    ROWS[f"{name}@{size}"] = Row("grid", shown, size, flags)
 
 
 class Cost(NamedTuple):
@@ -84,6 +86,7 @@ class Cost(NamedTuple):
     wall: float  # seconds
     resident: float  # GiB
     own: float  # GiB
+    gpu: float  # GiB, nan without one
 
 
 def watch(pid: int, own: list[int], ended: threading.Event) -> None:
@@ -110,19 +113,24 @@ def cost_of(command: list[str], log: Path) -> Cost:
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
     wall = time.perf_counter() - start
-    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 2**20, max(own) / 2**20)
+    reserved = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("GPU ")]
+    gpu = reserved[-1] / 2**30 if reserved else float("nan")
+    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 2**20, max(own) / 2**20, gpu)
 
 
-def command_of(row: Row, model_path: str, dtype: str, photo: Path, folder: Path) -> list[str]:
+def command_of(row: Row, model_path: str, device: str, dtype: str, photo: Path, folder: Path) -> list[str]:
+    counted = ON_GPU if device.startswith("cuda") else ""
     if row.mode == "load":
-        return [sys.executable, "-c", LOAD, model_path, "cpu", dtype]
-    command = [sys.executable, "test_gradcam.py", "--mode", row.mode, "--model_path", model_path, "--device", "cpu"]
-    command += ["--dtype", dtype, "--image_path", str(photo), "--answer", ANSWER, "--output_dir", str(folder)]
-    return [*command, "--quiet", *row.flags]
+        return [sys.executable, "-c", counted + LOAD, model_path, device, dtype]
+    command = [sys.executable, "-c", counted + DRIVER, "--mode", row.mode, "--model_path", model_path]
+    command += ["--device", device, "--dtype", dtype, "--image_path", str(photo), "--answer", ANSWER]
+    return [*command, "--output_dir", str(folder), "--quiet", *row.flags]
 
 
 def without_cap(model_path: str, folder: Path) -> str:
-    """A copy of a small checkpoint whose processor lets photos of any size through."""
+    """A copy of the demo model whose processor lets photos of any size through; published models let 16k tokens."""
+    if Path(model_path).resolve() != ROOT / "demo_model":
+        return model_path
     shutil.copytree(model_path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "list", "objects"))
     path = folder / "preprocessor_config.json"
     config = json.loads(path.read_text())
@@ -137,14 +145,16 @@ def main():
     )
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=" ".join(ROWS))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--output_dir", help="where files and reports of the runs are kept; else they are deleted")
     options = parser.parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
-    print(f"{platform.machine()}, {threads} threads, Python {platform.python_version()}, {versions}, {options.dtype}\n")
-    print("| row | mode | layers | image tokens | processor s | wall s | GiB resident | GiB own |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    where = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else platform.machine()
+    print(f"{where}, {threads} threads, Python {platform.python_version()}, {versions}, {options.dtype}\n")
+    print("| row | mode | layers | image tokens | processor s | wall s | GiB resident | GiB own | GiB GPU |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.output_dir or temporary).resolve()
         for name in options.rows:
@@ -156,10 +166,10 @@ def main():
                 Image.open(ROOT / "demo.jpeg").resize((across * SIDE, down * SIDE)).save(photo)
             if row.photo in MANY:
                 model_path = without_cap(model_path, Path(temporary, "model"))
-            command = command_of(row, model_path, options.dtype, photo, place)
+            command = command_of(row, model_path, options.device, options.dtype, photo, place)
             command += ["--max_pixels", str(10**8)] * (row.photo in MANY)
             cost = cost_of(command, place / "report.txt")
-            numbers = f"{cost.processor:.0f} | {cost.wall:.0f} | {cost.resident:.1f} | {cost.own:.1f}"
+            numbers = f"{cost.processor:.0f} | {cost.wall:.0f} | {cost.resident:.1f} | {cost.own:.1f} | {cost.gpu:.1f}"
             print(f"| {name} | {row.mode} | {row.layers} | {across * down} | {numbers} |", flush=True)
 
 

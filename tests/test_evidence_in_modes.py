@@ -72,18 +72,20 @@ def test_every_mode_says_what_a_word_rests_on_and_what_speaks_against_its_map(se
     assert [line.startswith(f"warning: {' and '.join(doubts)}: ") for line in warned] == [True] * bool(doubts)
     assert not doubts or not any(claim in out for claim in CONFIDENT)
     assert out.count("come from the photo") == (PHOTOLESS in doubts)  # said once
-    assert len(figures) == {"comparative": 4, "flow": 2}.get(mode, 1)
+    assert len(figures) in {"comparative": [4], "flow": [2, 3]}.get(mode, [1])  # one or two pages, and taps
     for figure in figures:
         assert evidence in figure
         assert (f"Doubt {' and '.join(doubts)}" in figure) == bool(doubts) == ("Doubt" in figure)
-        check_doubt(figure, doubts)
+        if mode != "flow" or "share of the map's own maximum" in figure:  # a page without maps has none to fade
+            check_doubt(figure, doubts)
 
 
 @pytest.mark.parametrize("mode", ["flow", "knockout"])
 def test_of_several_photos_those_are_named_whose_words_are_doubted(see, photo, mode):
     scene = DEMO / "list/scene_9300000.jpg"  # without a dog
     asked = ["--answer", DESCRIPTION, "--target", "dog", "--image_path", photo, scene]
-    out, (figure,) = see(*MODES[mode][: 5 if mode == "flow" else 1], *asked)
+    out, (figure, *others) = see(*MODES[mode][: 5 if mode == "flow" else 1], *asked)
+    assert len(others) == (mode == "flow")
     warned = [line for line in out.splitlines() if line.startswith("warning: ") and "show" not in line]
     assert len(warned) == 1
     assert warned[0].startswith("warning: scene_9300000.jpg: the model hardly says this (p ")
@@ -104,7 +106,10 @@ def test_records_of_a_list_have_what_each_word_rests_on(see, photo, tmp_path, mo
     assert [found[word]["p"] for word in WORDS] == pytest.approx([1, 1, 4e-6], abs=1e-3)
     assert [found[word]["kept"] for word in WORDS] == pytest.approx([0, 1, 1], abs=1e-2)
     assert all(any(f"evidence: {WORDS[r['asked']['target']][2]}" in line for line in r["said"]) for r in records)
-    assert sum("Doubt" in figure for figure in figures) == 2 * len(figures) / 3
+    doubted = [figure for figure in figures if "Doubt" in figure]
+    assert {evidence for *_, evidence, doubts in WORDS.values() if doubts} == {
+        evidence for *_, evidence, _ in WORDS.values() if any(evidence in figure for figure in doubted)
+    }
     if mode == "evaluate":
         assert "3 words in 1 photos; 2 of them doubted (hardly said, or not from the photo), and kept in; " in out
         table = (folder / "benchmark.csv").read_text().splitlines()

@@ -88,14 +88,17 @@ def test_colours_of_the_flow_have_a_bar_that_says_what_they_are(traced):
 
 
 def test_groups_have_markers_in_turn_that_the_legend_shows(traced):
-    (figure,) = figures_of(traced, "information_flow")
-    plots = [axes for axes in figure.axes if axes.get_xlabel() == "layer"]
-    assert len(plots) == 3
+    figures = figures_of(traced, "information_flow")
+    plots = [axes for figure in figures for axes in figure.axes if axes.get_xlabel() == "layer"]
+    assert len(plots) == 4
     for axes in plots:
         lines = {line.get_label(): line for line in axes.lines}
         assert set(lines) <= set(COLOURS)
-        assert len({(line.get_marker(), line.get_markevery()) for line in lines.values()}) == len(lines) >= 3
-    assert {"●", "■", "▲", "◆", *COLOURS} <= set(texts_of(figure))
+        assert len({(line.get_marker(), line.get_markevery()) for line in lines.values()}) == len(lines)
+        assert len(lines) >= 3 or set(lines) == {"answer"}  # its probability
+    for figure in figures:
+        if any(axes.get_xlabel() for axes in figure.axes):
+            assert {"●", "■", "▲", "◆", *COLOURS} <= set(texts_of(figure))
 
 
 @pytest.mark.parametrize("token", [0, -1])
@@ -132,7 +135,7 @@ def test_edges_blocked_in_windows_have_a_plot_each(reading):
         files = sever([reading], ["photo"], [span], window=1, mask=given, quiet=True)[0]
         (figure,) = figures_of(files, "knockout")
         edges = files["knockout.npz"]["edges"].tolist()
-        assert len(edges) == (3 if given is None else 7)
+        assert len(edges) == (4 if given is None else 8)
         plots = [axes for axes in figure.axes if axes.lines and not axes.get_xlabel()]
         fronts = [max(axes.lines, key=lambda line: line.get_zorder()) for axes in plots]
         assert [line.get_label() for line in fronts] == edges

@@ -21,7 +21,7 @@ def test_the_time_of_long_sequences_is_forecast(drive, monkeypatch):
     assert "reading" not in out
     assert "expected: 2 noisy copies" in out
     out = drive(*prompt[2:], "--answer", "cat", "--mode", "evaluate", "--compare", "--steps", 1, "--layers", 0)[1]
-    assert "expected: 8 noisy copies" in out
+    assert "expected: 16 noisy copies" in out
     assert "expected" not in drive(*prompt, "--answer", "cat", "--quiet")[1]
     monkeypatch.setattr(progress, "LONG", 600)
     assert "expected" not in drive(*prompt, "--answer", "cat")[1]
