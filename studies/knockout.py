@@ -40,6 +40,7 @@ __all__ = [
         "KEPT",
         "change",
         "cliff_interval",
+        "edges_of",
         "explained_lines",
         "explained_text",
         "find_cliff",
@@ -280,8 +281,14 @@ def change(severed: Severed, edge: str) -> np.ndarray:
 
 def mean_change(severed: list[Severed], edge: str) -> np.ndarray:
     """The mean `change`, (K,), over the photos that have one; nan if none has."""
-    changes = [values for values in (change(one, edge) for one in severed) if np.isfinite(values).all()]
-    return np.mean(changes, axis=0) if changes else change(severed[0], edge)
+    changes = [change(one, edge) for one in severed if edge in one.windows]
+    known = [values for values in changes if np.isfinite(values).all()]
+    return np.mean(known, axis=0) if known else changes[0]
+
+
+def edges_of(severed: list[Severed]) -> list[str]:
+    """The edges that were blocked in windows; where some prompts have other images, not of every photo."""
+    return list(dict.fromkeys(edge for one in severed for edge in one.windows))
 
 
 def truncated(severed: Severed, values: np.ndarray) -> np.ndarray:
@@ -415,15 +422,18 @@ def knockout_rows(severed: list[Severed], names: list[str], tasks: list[str | No
 def knockout_arrays(severed: list[Severed], names: list[str]) -> dict[str, np.ndarray]:
     """Arrays of knockout.npz, for photo i removed_i (K + 1, A), windows_i (edges, K, A), explained_i (T,), tokens_i.
 
-    And evidence_i (2,): p of the explained tokens, and what it is without the photo.
+    And evidence_i (2,): p of the explained tokens, and what it is without the photo. windows_i is nan for an edge that
+    photo i does not have.
     """
-    arrays = {"photos": np.array(names), "edges": np.array(list(severed[0].windows))}
+    edges = edges_of(severed)
+    arrays = {"photos": np.array(names), "edges": np.array(edges)}
     for i, one in enumerate(severed):
         arrays |= {f"removed_{i}": one.removed, f"right_{i}": one.right, f"explained_{i}": np.array(one.explained)}
         arrays |= {f"tokens_{i}": np.array(one.reading.tokens), f"answer_{i}": np.array(one.reading.answer)}
         arrays[f"evidence_{i}"] = np.array(one.evidence[:2])
         if one.kept is not None:
             arrays[f"kept_{i}"] = one.kept
-        if one.windows:
-            arrays[f"windows_{i}"] = np.stack(list(one.windows.values()))
+        if edges:
+            none = np.full_like(one.removed[1:], np.nan)
+            arrays[f"windows_{i}"] = np.stack([one.windows.get(edge, none) for edge in edges])
     return arrays

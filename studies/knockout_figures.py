@@ -33,6 +33,7 @@ from studies.flow_figures import COLOURS, THIN
 from studies.knockout import (
     KEPT,
     Severed,
+    edges_of,
     explained_lines,
     explained_text,
     find_cliff,
@@ -92,7 +93,7 @@ def _plot_truncation(axes, curves: dict[str, np.ndarray], each: bool) -> None:
 
 def _window_rows(page: Page, severed: list[Severed], window: int) -> list[Part]:
     """The mean change by layer for each edge that was blocked in windows: a plot each, before the others in grey."""
-    changes = {name: mean_change(severed, name) for name in severed[0].windows}
+    changes = {name: mean_change(severed, name) for name in edges_of(severed)}
     room = max(text_width(name, SMALL, page.families) for name in changes) + GAP
     most = max(1, min(len(changes), int((page.inner - TICKS + GAP) / room)))
     columns = -(-len(changes) // -(-len(changes) // most))
@@ -173,7 +174,7 @@ def _draw_knockout(
     plots = [("Truncation", (), {"xlabel": label, "ylabel": what.replace("probability", "p"), "ylim": (-0.02, 1.04)})]
     below = 0.45 + 0.2 * (len(curves) > 1)
     parts = rows_of_plots(page, plots, (2.9, 1.9), below, draw_truncation, caption=said)
-    parts += _window_rows(page, severed, window) if severed[0].windows else []
+    parts += _window_rows(page, severed, window) if edges_of(severed) else []
 
     def foot(page, y, parts):
         text = "Not to be believed. " if all(doubts) else "Partly of words that are not to be believed. " * any(doubts)
@@ -223,7 +224,7 @@ def sever(
         lines.append(
             f"but for the {keep} image tokens that the explained tokens attend to most in the layer before: {result}"
         )
-    for edge in severed[0].windows:
+    for edge in edges_of(severed):
         lines.append(f"{edge}: {largest_change(mean_change(severed, edge), window)}")
     if accuracy:
         lines += said_instead(severed, names)
