@@ -22,7 +22,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (its usual name)
 
-from smooth_gradcam import FAMILIES, LARGE, NORMS, PRODUCTS, Family, activation_rule, half, image_rows, unwrapped
+from smooth_gradcam import (
+    FAMILIES,
+    LARGE,
+    NORMS,
+    PRODUCTS,
+    ExplanationError,
+    Family,
+    activation_rule,
+    half,
+    image_rows,
+    unwrapped,
+)
 
 __all__ = ["FAMILIES", "Known", "cap_pixels", "known", "seen"]
 
@@ -103,10 +114,15 @@ def _experts_rule(module, args, output: Tensor) -> Tensor:
 
     The experts are one module, which may run as one fused kernel. Its output stays, to the bit; the gradient is that of
     the same experts one by one, w_e held constant: the identity rule for act, the uniform rule for its product with up.
+    Raises ExplanationError for weights that are quantised, or not in memory.
     """
     if not output.requires_grad:  # below the first tap
         return output
-    states, gate_up, down = args[0].flatten(0, -2), module.gate_up_proj, module.down_proj  # (S, C) of S tokens
+    states = args[0].flatten(0, -2)  # (S, C) of S tokens
+    gate_up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    if any(getattr(weight, "dtype", None) != states.dtype or weight.is_meta for weight in (gate_up, down)):
+        advice = 'load the model unquantised and without offloading, or use rules="plain"'
+        raise ExplanationError(f"{type(module).__name__} has no gradient rule for its weights as they are: {advice}")
     if args[1].is_floating_point():  # transformers 4: weights (S, experts), matrices to the right of the states
         weights, gate_up, down = args[1], gate_up.transpose(1, 2), down.transpose(1, 2)
     else:  # (S, k) indices and weights of the k experts of each token

@@ -6,6 +6,7 @@ Gradients by the book, maps, and the modes are tested with the other families.
 import copy
 import dataclasses
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -173,6 +174,18 @@ def test_a_layer_without_experts_among_others_is_refused_by_name(tokenizer, proc
         explain(reading, [(0, 3)], [0], Settings(use_smooth=False))
     (found,) = explain(reading, [(0, 3)], [0], Settings(use_smooth=False, rules="plain"))
     assert found.maps[0].any()
+
+
+def test_weights_that_are_offloaded_are_refused_by_name(tokenizer, processor):
+    """They are in memory while the experts run, and no longer where their gradient is made."""
+    model = make_random(FAMILY, tokenizer)
+    reading = read(model, processor, make_image(192, 128), PROMPT, ANSWER)
+    (expected,) = explain(reading, [(0, 3)], [0], Settings(use_smooth=False, rules="plain"))
+    accelerate.cpu_offload(decoder(model)[2].mlp.experts, execution_device=torch.device("cpu"))
+    with pytest.raises(core.ExplanationError, match="^Qwen3VLMoeTextExperts has no gradient rule for its weights as"):
+        explain(reading, [(0, 3)], [0], Settings(use_smooth=False))
+    (found,) = explain(reading, [(0, 3)], [0], Settings(use_smooth=False, rules="plain"))
+    np.testing.assert_allclose(found.maps[0], expected.maps[0], rtol=1e-6)
 
 
 def test_flops_are_those_of_a_tokens_experts(model):
