@@ -14,12 +14,13 @@ Shapes:  H, W  rows and columns of image tokens     N = H * W     M  image token
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 from common.tiles import (
     NOTHING,
@@ -38,6 +39,7 @@ from smooth_gradcam import (
     LARGE,
     NORMS,
     PRODUCTS,
+    ExplanationError,
     Family,
     Reading,
     activation_rule,
@@ -134,6 +136,47 @@ def hidden_with(reading: Reading, cells: np.ndarray | Tensor) -> Tensor:
 
 
 FAMILIES |= {kind: Known(**vars(family)) for kind, family in FAMILIES.items()}
+
+
+# Qwen3-VL with routed experts in the place of the MLP
+
+
+def _constant(module, args, output):
+    """Hook of the router: each expert's share is a constant, so that all relevance goes to the experts."""
+    return tuple(part.detach() for part in output) if isinstance(output, tuple) else output.detach()
+
+
+def _experts_rule(module, args, output: Tensor) -> Tensor:
+    """Hook of all experts of a layer, sum_e w_e down_e(act(gate_e(x)) up_e(x)): of each those of a gated MLP.
+
+    The experts are one module, which may run as one fused kernel. Its output stays, to the bit; the gradient is that of
+    the same experts one by one, w_e held constant: the identity rule for act, the uniform rule for its product with up.
+    Raises ExplanationError for weights that are quantised, or not in memory.
+    """
+    if not output.requires_grad:  # below the first tap
+        return output
+    states = args[0].flatten(0, -2)  # (S, C) of S tokens
+    gate_up, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    if any(getattr(weight, "dtype", None) != states.dtype or weight.is_meta for weight in (gate_up, down)):
+        advice = 'load the model unquantised and without offloading, or use rules="plain"'
+        raise ExplanationError(f"{type(module).__name__} has no gradient rule for its weights as they are: {advice}")
+    if args[1].is_floating_point():  # transformers 4: weights (S, experts), matrices to the right of the states
+        weights, gate_up, down = args[1], gate_up.transpose(1, 2), down.transpose(1, 2)
+    else:  # (S, k) indices and weights of the k experts of each token
+        weights = states.new_zeros(len(states), module.num_experts).scatter(1, args[1], args[2].to(states.dtype))
+    result = torch.zeros_like(states)
+    for expert in weights.any(0).nonzero()[:, 0].tolist():
+        rows = weights[:, expert].nonzero()[:, 0]
+        gate, up = F.linear(states[rows], gate_up[expert]).chunk(2, dim=-1)
+        product = activation_rule(None, (gate,), module.act_fn(gate)) * half(None, (), up)
+        result = result.index_add(0, rows, weights[rows, expert, None] * F.linear(product, down[expert]))
+    result = result.view_as(output)
+    return output.detach() + (result - result.detach())
+
+
+_ATTENTION = {place: rule for place, rule in PRODUCTS.items() if place.startswith("self_attn.")}
+_EXPERTS = {"mlp.gate": _constant, "mlp.experts": _experts_rule}
+FAMILIES["qwen3_vl_moe"] = replace(FAMILIES["qwen3_vl"], name="Qwen3-VL MoE", products=_ATTENTION | _EXPERTS)
 
 
 # pictures of one size, cut into squares
@@ -390,7 +433,6 @@ def _second_half(module, args, output: Tensor) -> Tensor:
 FAMILIES["glm4v"] = Known(
     "GLM-4V",
     norms=(*NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"),
-    products={place: rule for place, rule in PRODUCTS.items() if place.startswith("self_attn.")}
-    | {"mlp.gate_up_proj": _second_half, "mlp.activation_fn": activation_rule},
+    products=_ATTENTION | {"mlp.gate_up_proj": _second_half, "mlp.activation_fn": activation_rule},
     classes=r"Glm4v(Image|Video)?Processor(Fast|Pil)?",
 )

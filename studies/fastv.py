@@ -88,6 +88,14 @@ def image_pruned(reading: Reading, layer: int, removed: float):
         if shape["past"]:
             columns = [*kept.positions, *range(prompt, shape["past"] + shape["new"])]
             shape["columns"] = torch.tensor(columns, device=kwargs["inputs_embeds"].device)
+        shape["added"], added = [], kwargs.get("deepstack_visual_embeds")
+        if added is None:
+            return None
+        for features in added[layer:]:  # which the model would add to all image tokens
+            whole = torch.zeros_like(kwargs["inputs_embeds"])
+            whole[kwargs["visual_pos_masks"]] = features.to(whole)
+            shape["added"].append(whole)
+        return args, kwargs | {"deepstack_visual_embeds": added[:layer]}
 
     def rank(module, args, kwargs, output):
         if shape["past"]:
@@ -120,10 +128,20 @@ def image_pruned(reading: Reading, layer: int, removed: float):
 
         return hook
 
+    def add(i):
+        def hook(module, args, output):
+            if i - layer >= len(shape["added"]):
+                return output
+            whole = shape["added"][i - layer][:, shape["rows"]].to(output[0].device)
+            return output + whole if torch.is_tensor(output) else (output[0] + whole, *output[1:])
+
+        return hook
+
     handles = [
         model.model.language_model.register_forward_pre_hook(note, with_kwargs=True),
         layers[layer - 1].self_attn.register_forward_hook(rank, with_kwargs=True),
         *(layers[i].register_forward_pre_hook(shorten(i), with_kwargs=True) for i in range(layer, total)),
+        *(layers[i].register_forward_hook(add(i)) for i in range(layer, total)),
     ]
     with hooked(handles):
         yield kept
@@ -143,12 +161,11 @@ def pruned_answer(reading: Reading, layer: int, removed: float) -> tuple[np.ndar
     """
     model, prompt = reading.model, reading.inputs["input_ids"].shape[1]
     with borrowed(model), memory_explained(len(reading.positions)):
-        embeddings, positions = embed(reading)
-        cache, states = DynamicCache(), []
+        given, cache, states = embed(reading), DynamicCache(), []
         with image_pruned(reading, layer, removed) as kept:
-            for part in (slice(0, prompt), slice(prompt, None)):
-                if embeddings[:, part].shape[1]:
-                    states.append(run_decoder(model, embeddings[:, part], positions[..., part], cache)[0])
+            for part in (given.at(slice(prompt)), given.at(slice(prompt, None))):
+                if len(part):
+                    states.append(run_decoder(model, part, cache)[0])
         states = torch.cat([states[0][-1:], *states[1:]])  # (A, C)
         logits = at_least_float32(model.get_output_embeddings()(states))  # (A, V)
     expected = torch.tensor(reading.tokens, device=logits.device)
@@ -162,11 +179,13 @@ def pruned_answer(reading: Reading, layer: int, removed: float) -> tuple[np.ndar
 def flops_share(model, layer: int, tokens: int, left: int) -> float:
     """FLOPs of the prompt in the decoder, as a share of those without pruning, by the paper's formula.
 
-    A layer with n tokens takes 4 n d^2 + 2 n^2 d + 2 n d m, with d channels and m in its MLP; K layers have all
-    `tokens` of the prompt, the others those that are `left`.
+    A layer with n tokens takes 4 n d^2 + 2 n^2 d + 2 n d m, with d channels and m in its MLP, or in the experts of a
+    token; K layers have all `tokens` of the prompt, the others those that are `left`.
     """
     config = model.model.language_model.config
     d, m, total = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    if hasattr(config, "moe_intermediate_size"):
+        m = config.moe_intermediate_size * config.num_experts_per_tok
     full, pruned = (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m for n in (tokens, left))
     return (layer * full + (total - layer) * pruned) / (total * full)
 
@@ -179,14 +198,13 @@ def seconds(reading: Reading, settings: Iterable[tuple[int, float] | None]) -> l
     model, settings = reading.model, list(settings)
     prompt, least = reading.inputs["input_ids"].shape[1], [np.inf] * len(settings)
     with borrowed(model), memory_explained(len(reading.positions)):
-        embeddings, positions = embed(reading)
-        embeddings, positions = embeddings[:, :prompt], positions[..., :prompt]
+        given = embed(reading).at(slice(prompt))
         for _ in range(REPEATS):
             for i, setting in enumerate(settings):
                 with nullcontext() if setting is None else image_pruned(reading, *setting):
-                    _wait(embeddings)
+                    _wait(given.embeddings)
                     start = time.perf_counter()
-                    _wait(run_decoder(model, embeddings, positions, DynamicCache()))
+                    _wait(run_decoder(model, given, DynamicCache()))
                     least[i] = min(least[i], time.perf_counter() - start)
     return least
 
@@ -207,8 +225,8 @@ def _masked(reading: Reading, settings: list[tuple[int, float]], batch_size: int
     behind the image only.
     """
     groups, attention = token_groups(reading), attention_flow(reading)
-    image = np.arange(groups["image"].start, groups["image"].stop)
-    later, total = np.arange(groups["user"].start, groups["answer"].stop), len(attention)
+    image, total = groups["image"], len(attention)
+    later = np.setdiff1d(np.arange(image[0], groups["answer"][-1] + 1), image)  # other images behind it too
     edges = []
     for layer, removed in settings:
         order = np.argsort(-attention[layer - 1, image], kind="stable")

@@ -43,6 +43,7 @@ from studies.decoder import (
     predicting,
     run_decoder,
     sequence_length,
+    stretches,
     token_groups,
 )
 
@@ -84,12 +85,11 @@ def _attention_rows(reading: Reading, first: int, note: Callable[[int, int, Tens
         return attention.register_forward_hook(hook)
 
     with borrowed(model), memory_explained(len(reading.positions)):
-        embeddings, positions = embed(reading)
-        cache = cache_before(reading, embeddings, positions, first)
+        given = embed(reading)
+        cache = cache_before(reading, given, first)
         with attention_hooked(model, register):
-            for start in range(first, embeddings.shape[1], CHUNK):  # noqa: B007  (the hook reads it)
-                rows = slice(start, start + CHUNK)
-                run_decoder(model, embeddings[:, rows], positions[..., rows], cache)
+            for start in range(first, len(given), CHUNK):  # noqa: B007  (the hook reads it)
+                run_decoder(model, given.at(slice(start, start + CHUNK)), cache)
 
 
 def attention_flow(reading: Reading, span: tuple[int, int] | None = None) -> np.ndarray:
@@ -141,10 +141,10 @@ def pooled_edges(reading: Reading, pool: int | None = None) -> np.ndarray:
     length = sequence_length(reading) - 1  # the answer's last token predicts nothing that is explained
     pool = pool or int(np.clip(length // 60, 10, 20))
     edges = [0]
-    for group in token_groups(reading).values():
-        end = min(group.stop, length)
-        bins = -(-(end - edges[-1]) // pool)
-        edges += np.round(np.linspace(edges[-1], end, bins + 1)[1:]).astype(int).tolist()
+    for _, start, stop in stretches(reading):
+        end = min(stop, length)
+        bins = -(-(end - start) // pool)
+        edges += np.round(np.linspace(start, end, bins + 1)[1:]).astype(int).tolist()
     return np.array(edges)
 
 
@@ -159,13 +159,16 @@ def gradient_flow(reading: Reading, span: tuple[int, int] | None = None, setting
 
 def maps_and_gradients(
     reading: Reading, span, settings: Settings, progress=None, passes=noisy_passes, batch_size: int = 1, by=explain
-) -> tuple[TokenMaps, np.ndarray]:
-    """(maps of all layers, `gradient_flow`) from the same passes; arguments as those of `explain`, which `by` is."""
+) -> tuple[list[TokenMaps], np.ndarray]:
+    """(maps of all layers, of each picture in turn, `gradient_flow`) from the same passes.
+
+    The arguments are those of `explain`, which `by` is.
+    """
     total, span = get_model_layers(reading.model)[1], span or (0, len(reading.answer))
     flow = np.zeros((total, sequence_length(reading)), np.float32)
     if METHODS[settings.method].run is not None:  # no gradient comes with these maps
         copies = {"passes": passes, "batch_size": batch_size}
-        (token_maps,) = by(reading, [span], range(total), settings, progress, **copies)
+        token_maps = by(reading, [span], range(total), settings, progress, **copies)
         return token_maps, maps_and_gradients(reading, span, with_method(settings, "gradcam"), progress, **copies)[1]
 
     def watch(pairs):
@@ -175,11 +178,12 @@ def maps_and_gradients(
                 flow[layer, : len(products)] += products.float().cpu().numpy() / settings.num_samples
 
     copies = {"passes": watched_passes(passes, watch), "batch_size": batch_size}
-    (token_maps,) = by(reading, [span], range(total), settings, progress, **copies)
-    return token_maps, flow
+    return by(reading, [span], range(total), settings, progress, **copies), flow
 
 
-def group_sums(flow: np.ndarray, groups: dict[str, slice], only: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+def group_sums(
+    flow: np.ndarray, groups: dict[str, np.ndarray], only: Iterable[str] | None = None
+) -> dict[str, np.ndarray]:
     """{group: (...)}: the share of each group in the sum of `flow` (..., L) over all groups, or only over some.
 
     With only=("system", "image", "user"), eq. 7 of "From Redundancy to Relevance". nan where the sum is zero.
@@ -217,13 +221,18 @@ def logit_lens(reading: Reading, span: tuple[int, int] | None = None) -> np.ndar
 
 
 class Traced(NamedTuple):
-    """What the answer reads of one photo."""
+    """What the answer reads of one photo, or of several pictures of one prompt."""
 
     reading: Reading
-    maps: TokenMaps
+    pictures: list[TokenMaps]  # the maps of each picture; their evidence, settings and target are the same
     attention: np.ndarray  # (K, L)
     gradient: np.ndarray  # (K, L)
     lens: np.ndarray  # (K, T): probability of the explained tokens after each layer
+
+    @property
+    def maps(self) -> TokenMaps:
+        """Those of the first picture."""
+        return self.pictures[0]
 
 
 def trace_photo(
@@ -241,17 +250,21 @@ def trace_photo(
 def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradient: dict[str, np.ndarray]) -> list[str]:
     """Sentences on the curves by layer, each (K,): the groups' shares of attention and of the gradient.
 
-    `shares` are those of system, image and user tokens, `sizes` the numbers of tokens of these groups.
+    `shares` are those of system, image and user tokens, and of other images if there are any, `sizes` the numbers of
+    tokens of these groups.
     """
-    image = shares["image"]
+    image, others = shares["image"], "other images" in shares
+    every = "system, image, user and other images' tokens" if others else "system, image and user tokens"
     most, least = int(image.argmax()), int(image.argmin())
     line = (
         f"attention: the image gets {decimal(image.min())} (layer {least}) to {decimal(image.max())} (layer {most}) of "
-        "what system, image and user tokens get"
+        f"what {every} get"
     )
     per_token = {name: (shares[name] / sizes[name]).mean() for name in shares}
-    times = {name: per_token[name] / per_token["image"] for name in ("system", "user")}
-    line += "; per token " + " and ".join(f"a {name} token {value:.1f}" for name, value in times.items())
+    tokens = {"system": "a system token", "user": "a user token"}
+    tokens |= {"other images": "another image's"} if others else {}
+    times = [f"{what} {per_token[name] / per_token['image']:.1f}" for name, what in tokens.items()]
+    line += f"; per token {', '.join(times[:-1])} and {times[-1]}"
     lines = [f"{line} times as much as an image token, in the mean over the layers"]
     carried = gradient["image"]
     if not np.isfinite(carried).any():
@@ -264,22 +277,29 @@ def flow_findings(shares: dict[str, np.ndarray], sizes: dict[str, float], gradie
     return [*lines, f"gradient: the image carries {decimal(first)} of the score at the first layer, {course}"]
 
 
-def _attention_sums(traced: Traced) -> dict[str, np.ndarray]:
+def _attention_sums(traced: Traced, groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """{group: (K,)}: attention to all positions of each group."""
-    return {name: traced.attention[:, group].sum(-1) for name, group in token_groups(traced.reading).items()}
+    return {name: traced.attention[:, group].sum(-1) for name, group in groups.items()}
+
+
+def _groups_of(traced: list[Traced]) -> list[dict[str, np.ndarray]]:
+    """The `token_groups` of each, which all have the same names: a group that a prompt does not have is empty."""
+    groups = [token_groups(one.reading) for one in traced]
+    names = dict.fromkeys(name for own in groups for name in own)
+    return [{name: own.get(name, np.zeros(0, int)) for name in names} for own in groups]
 
 
 def curves_by_layer(traced: list[Traced]) -> tuple[dict, dict, dict]:
     """{group: (photos, K)} of attention shares by eq. 7, of attention per token, and of gradient shares."""
     curves = []
-    for photo in traced:
-        groups = token_groups(photo.reading)
-        sizes = {name: group.stop - group.start for name, group in groups.items()}
+    for photo, groups in zip(traced, _groups_of(traced), strict=True):
+        sizes, prompt = {name: len(group) for name, group in groups.items()}, [*groups]
+        prompt.remove("answer")
         sizes["answer"] = np.mean(photo.maps.target_tokens) + 1  # those that the explained positions see
         curves.append(
             (
-                group_sums(photo.attention, groups, ("system", "image", "user")),
-                {name: sums / max(sizes[name], 1) for name, sums in _attention_sums(photo).items()},
+                group_sums(photo.attention, groups, prompt),
+                {name: sums / max(sizes[name], 1) for name, sums in _attention_sums(photo, groups).items()},
                 group_sums(photo.gradient, groups),
             )
         )
@@ -290,31 +310,38 @@ def curves_by_layer(traced: list[Traced]) -> tuple[dict, dict, dict]:
 def flow_rows(traced: list[Traced], names: list[str]) -> list[dict]:
     """Rows of information_flow.csv, one for each photo and layer."""
     rows = []
-    for name, photo in zip(names, traced, strict=True):
-        shares, per_token, gradients = ({g: v[0] for g, v in kind.items()} for kind in curves_by_layer([photo]))
-        kinds = {"attention": _attention_sums(photo), "share": shares, "per_token": per_token, "gradient": gradients}
+    curves, groups = curves_by_layer(traced), _groups_of(traced)
+    for i, (name, photo) in enumerate(zip(names, traced, strict=True)):
+        kinds = {"attention": _attention_sums(photo, groups[i])}
+        for kind, curve in zip(("share", "per_token", "gradient"), curves, strict=True):
+            kinds[kind] = {group: values[i] for group, values in curve.items()}
         p, kept, doubt = photo.maps.evidence.record.values()
         for layer in range(len(photo.attention)):
             row = {"photo": name, "layer": layer, "p": f"{p:.4g}", "kept": f"{kept:.4g}", "doubt": doubt}
             row["p_after_layer"] = f"{photo.lens[layer].mean():.4g}"
-            row |= {f"{k}_{group}": f"{v[layer]:.4g}" for k, kind in kinds.items() for group, v in kind.items()}
+            values = {f"{k}_{group}": f"{v[layer]:.4g}" for k, kind in kinds.items() for group, v in kind.items()}
+            row |= {column.replace(" ", "_"): value for column, value in values.items()}
             rows.append(row)
     return rows
 
 
 def flow_arrays(traced: list[Traced], names: list[str]) -> dict[str, np.ndarray]:
-    """Arrays of information_flow.npz, for photo i: attention_i, gradient_i (K, L), maps_i (K, H, W), groups_i (4, 2),
-    lens_i (K, T).
+    """Arrays of information_flow.npz, for photo i: attention_i, gradient_i (K, L), maps_i (K, H, W), lens_i (K, T).
 
-    And evidence_i (2,): p of the explained tokens, and what it is without the photo.
+    And groups_i (4, 2), start and stop of each of the `groups`, or with several pictures in a prompt of each stretch of
+    positions of one group, with group_i, the number of that; evidence_i (2,): p of the explained tokens, and what it is
+    without the photo. Further explained pictures have maps_i_1, maps_i_2 ...
     """
-    arrays = {"photos": np.array(names), "groups": np.array(list(token_groups(traced[0].reading)))}
+    groups = list(_groups_of(traced)[0])
+    arrays = {"photos": np.array(names), "groups": np.array(groups)}
     arrays["settings"] = np.array(json.dumps(asdict(traced[0].maps.settings)))
     for i, photo in enumerate(traced):
-        groups = token_groups(photo.reading).values()
         arrays |= {f"attention_{i}": photo.attention, f"gradient_{i}": photo.gradient, f"lens_{i}": photo.lens}
-        arrays[f"maps_{i}"] = np.stack(list(photo.maps.maps.values()))
-        arrays[f"groups_{i}"] = np.array([(group.start, group.stop) for group in groups])
+        for j, maps in enumerate(photo.pictures):
+            arrays[f"maps_{i}_{j}" if j else f"maps_{i}"] = np.stack(list(maps.maps.values()))
+        parts = stretches(photo.reading)
+        arrays[f"groups_{i}"] = np.array([(start, stop) for _, start, stop in parts])
+        arrays[f"group_{i}"] = np.array([groups.index(name) for name, *_ in parts])
         arrays |= {f"answer_{i}": np.array(photo.reading.answer), f"evidence_{i}": np.array(photo.maps.evidence[:2])}
     return arrays
 
@@ -334,8 +361,7 @@ def tap_modules(model, layers: list[int]) -> dict[str, dict[int, object]]:
 
 def group_size(reading: Reading, name: str) -> int:
     """The number of tokens in a group, at least 1."""
-    group = token_groups(reading)[name]
-    return max(group.stop - group.start, 1)
+    return max(len(token_groups(reading).get(name, ())), 1)
 
 
 def forecast_forwards(readings: list[Reading], forwards: float) -> str:

@@ -35,7 +35,7 @@ from common.parts import Part, captions, numbered, rows_of_plots
 from common.progress import show_progress
 from common.terminal import say
 from smooth_gradcam import PLAIN, Look, Reading, Settings, TokenMaps, explain, noisy_passes
-from studies.decoder import token_groups
+from studies.decoder import stretches, token_groups
 from studies.flow import (
     PLACE_NAMES,
     Traced,
@@ -66,8 +66,8 @@ from visualization_utils import (
 
 __all__ = ["COLOURS", "THIN", "trace"]
 
-COLOURS = {"system": "#999999", "image": "#d55e00", "user": "#0072b2", "answer": "#009e73"}
-MARKERS = {"system": "o", "image": "s", "user": "^", "answer": "D"}
+COLOURS = {"system": "#999999", "image": "#d55e00", "user": "#0072b2", "answer": "#009e73", "other images": "#cc79a7"}
+MARKERS = {"system": "o", "image": "s", "user": "^", "answer": "D", "other images": "v"}
 SHARE_PLOT = 2.6, 1.1  # inches
 THIN = "Thick lines: mean of the photos; thin ones: each."
 STRIP, NARROW = 7, 0.7  # pictures side by side, at most, and inches of one, at least
@@ -82,10 +82,10 @@ def _draw_shares(axes, curves: dict[str, np.ndarray]) -> None:
     Thin lines are those of each photo if there are several.
     """
     for i, (name, values) in enumerate(curves.items()):
-        x = np.arange(values.shape[1])
+        x, every = np.arange(values.shape[1]), max(len(curves), 4)
         if len(values) > 1:
             axes.plot(x, values.T, color=COLOURS[name], linewidth=0.4, alpha=0.5)
-        style = {"marker": MARKERS[name], "markersize": 3, "markevery": (i, len(COLOURS)), "linewidth": 1.2}
+        style = {"marker": MARKERS[name], "markersize": 3, "markevery": (i, every), "linewidth": 1.2}
         axes.plot(x, values.mean(0), color=COLOURS[name], label=name, **style)
 
 
@@ -98,7 +98,8 @@ def _strip_columns(photo: Image.Image) -> int:
 def _strips(page: Page, traced: list[Traced], layers: list[int], look: Look) -> list[Part]:
     """A row for each photo: the photo, and its map at each layer; long rows are broken."""
     strongest, parts = strongest_of(one.maps for one in traced), []
-    for number, (reading, maps, *_) in enumerate(traced, 1):
+    for number, one in enumerate(traced, 1):
+        reading, maps = one.reading, one.maps
         labels = {layer: (f"layer {layer}", strength(maps, layer, strongest)) for layer in layers}
         doubt = "doubted" if doubt_of(maps) else ""
         labels[None] = ("photo", "") if len(traced) == 1 else (f"photo {number}", doubt)
@@ -124,14 +125,15 @@ def _strips(page: Page, traced: list[Traced], layers: list[int], look: Look) -> 
 
 
 def _rows_of(reading: Reading) -> list[np.ndarray]:
-    """The positions in each row of the photo's grid, and of what shows the photo beside that, if anything does."""
+    """The positions in each row of the photos' grids, and of what shows the photos beside that, if anything does."""
     cells = reading.positions.cpu().numpy()
     rest = np.setdiff1d(photo_tokens(reading).numpy(), cells)
-    return [*np.split(cells, reading.grid[0]), *([rest] if len(rest) else [])]
+    widths = [width for height, width in reading.grids for _ in range(height)]
+    return [*np.split(cells, np.cumsum(widths)[:-1]), *([rest] if len(rest) else [])]
 
 
 def _flow_lines(
-    axes, attention: np.ndarray, groups: dict[str, slice], rows: list[np.ndarray], size: tuple[float, float]
+    axes, attention: np.ndarray, groups: dict[str, np.ndarray], rows: list[np.ndarray], size: tuple[float, float]
 ) -> None:
     """Lines from the tokens, top to bottom, to the answer on the right, as broad as the attention (L,) to them.
 
@@ -174,7 +176,7 @@ def _draw_flow(
         return header(page, MARGIN, MARGIN, title, heads) + GAP
 
     def legend(page, y):
-        return page.legend(y + GAP, {name: (COLOURS[name], MARKERS[name]) for name in COLOURS}) + GAP
+        return page.legend(y + GAP, {name: (COLOURS[name], MARKERS[name]) for name in gradients}) + GAP
 
     shares, per_token, gradients = curves_by_layer(traced)
     lens = np.stack([one.lens.mean(1) for one in traced])  # (photos, K)
@@ -196,7 +198,9 @@ def _draw_flow(
 
     said = [
         "Share of the group: attention of the positions that predict the explained tokens, mean over heads, "
-        "renormalised over system, image and user tokens (eq. 7 of “From Redundancy to Relevance”).",
+        "renormalised over all but the answer's own (eq. 7 of “From Redundancy to Relevance”)."
+        if "other images" in shares
+        else "renormalised over system, image and user tokens (eq. 7 of “From Redundancy to Relevance”).",
         "Per token: the same for each token of the group, with the answer's own.",
         "|gradient × hidden state|: share of each group in its sum at the layer.",
         "Probability after each layer: of the explained tokens, by the final norm and head.",
@@ -250,7 +254,7 @@ def _draw_attention_maps(
 ) -> dict[str, object]:
     """{file name: what draws it}: attention between bins of positions at each layer, in logarithmic colours; see
     `attention_maps`."""
-    heads, groups = text_rows(maps), token_groups(reading)
+    heads, groups = text_rows(maps), stretches(reading)
     letters = "".join(text for _, text, _ in heads)
     page = Page(WIDTHS[paper.width], letters)
 
@@ -264,7 +268,7 @@ def _draw_attention_maps(
     positive = np.concatenate([values[values > 0] for values in attention.values()])
     low, high = np.floor(np.log10(np.percentile(positive, 1))), np.ceil(np.log10(positive.max()))
     left = (page.width - columns * pitch) / 2 + 0.25
-    borders = [np.searchsorted(edges, group.start) for group in groups.values()] + [len(edges) - 1]
+    borders = [np.searchsorted(edges, start) for _, start, _ in groups] + [len(edges) - 1]
 
     def draw_row(layers, page, y):
         for i, layer in enumerate(layers):
@@ -279,8 +283,8 @@ def _draw_attention_maps(
                 axes.axhline(border - 0.5, color="white", linewidth=0.6)
                 axes.axvline(border - 0.5, color="white", linewidth=0.6)
             middles = [(a + b) / 2 - 0.5 for a, b in zip(borders, borders[1:], strict=False)]
-            axes.set_xticks(middles, [name[0].upper() for name in groups])
-            axes.set_yticks(middles, [name[0].upper() for name in groups])
+            axes.set_xticks(middles, [name[0].upper() for name, *_ in groups])
+            axes.set_yticks(middles, [name[0].upper() for name, *_ in groups])
 
     def foot(page, y, parts):
         ticks, width = np.arange(low, high + 1).astype(int), min(3.2, page.inner - 0.4)
@@ -288,10 +292,11 @@ def _draw_attention_maps(
         axes.imshow(colormaps["viridis"](np.linspace(0, 1, 256))[None], aspect="auto", extent=(low, high, 0, 1))
         axes.set_xticks(ticks, [f"{10.0**tick:g}" for tick in ticks])
         y = page.centred(y + 0.11 + SMALL * LINE + 2 * GAP, "attention of a query to a key, logarithmic", SMALL) + GAP
+        other = ", O other images" if "other images" in {name for name, *_ in groups} else ""
         caption = (
-            "Rows attend to columns: S system, I image, U user, A answer. Mean over heads and over the pairs that may "
-            f"see each other in stretches of {int(np.diff(edges).max())} positions at most; grey: keys behind their "
-            "queries."
+            f"Rows attend to columns: S system, I image, U user, A answer{other}. Mean over heads and over the pairs "
+            f"that may see each other in stretches of {int(np.diff(edges).max())} positions at most; grey: keys behind "
+            "their queries."
         )
         return small_print(page, y, caption)
 
@@ -371,6 +376,8 @@ def trace(
     between all positions is drawn for `attention_map`, its maps at every place where a layer can be read for `taps`.
     `passes` and `batch_size` are those of `explain`.
     """
+    for reading in readings:
+        reading.photo  # noqa: B018  (a video, or several photos in one prompt, cannot be drawn)
     if not quiet:
         say(forecast_forwards(readings, 2 + 2.2 * settings.num_samples * (1 + taps) + 2 * attention_map))
     copies = {"progress": show_progress(quiet), "passes": passes, "batch_size": batch_size}

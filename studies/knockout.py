@@ -41,6 +41,7 @@ __all__ = [
         "KEPT",
         "change",
         "cliff_interval",
+        "edges_of",
         "explained_lines",
         "explained_text",
         "find_cliff",
@@ -81,18 +82,16 @@ def knockout(
     answer = torch.tensor(reading.tokens)
     results = []
     with borrowed(model), memory_explained(len(reading.positions)):
-        embeddings, positions = embed(reading)
-        prefix = cache_before(reading, embeddings, positions, start)
-        embeddings, positions = embeddings[:, start:], positions[..., start:]
-        shape = embeddings.shape[1], start + embeddings.shape[1]  # (S, T)
+        given = embed(reading)
+        prefix, given = cache_before(reading, given, start), given.at(slice(start, None))
+        shape = len(given), start + len(given)  # (S, T)
         for i in (progress or iter)(range(0, len(edges), batch_size)):
             batch = edges[i : i + batch_size]
             count = len(batch)
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(count)
             with _blocked(model, _hidden_in(batch, start, shape, total)):
-                inputs = embeddings.expand(count, -1, -1), positions.expand(*positions.shape[:-2], count, -1)
-                states = run_decoder(model, *inputs, cache)[:, before - start :]  # (B, A, C)
+                states = run_decoder(model, given.repeated(count), cache)[:, before - start :]  # (B, A, C)
             states = states.flatten(0, 1)  # (B * A, C): with a batch of slices, the head's weights would be copied
             logits = at_least_float32(model.get_output_embeddings()(states)).unflatten(0, (count, -1))  # (B, A, V)
             expected = answer.to(logits.device).expand(count, -1)[..., None]
@@ -136,33 +135,35 @@ def _blocked(model, hidden: Callable[[int, int, int], Tensor | None]):
 
 @contextmanager
 def image_hidden(model, layer: int):
-    """Inside, no position behind the image sees its tokens from decoder layer `layer` on, in generation as well.
+    """Inside, no text sees an image token from decoder layer `layer` on, in generation as well.
 
         with image_hidden(model, 22):
             model.generate(**inputs)
 
-    Positions stay as they are. If `layer` is the number of layers, nothing is hidden. Raises ValueError beyond that.
+    That is all pictures of the prompt, frames too; their tokens see each other. What Qwen3-VL adds to image tokens
+    behind its first layers (deepstack) is still added, to be read by no text. Positions stay as they are. If `layer` is
+    the number of layers, nothing is hidden. Raises ValueError beyond that.
     """
     model = unwrapped(model)
     total = get_model_layers(model)[1]
     check_whole("layer", layer, 0)
     if layer > total:
         raise ValueError(f"layer {layer} does not exist: the image can be hidden from layer 0 to {total} (nowhere) on")
+    names = [name for name in ("image_token_id", "video_token_id") if getattr(model.config, name, None) is not None]
+    pictures = torch.tensor([getattr(model.config, name) for name in names])
     image, block = torch.zeros(1, 1, dtype=torch.bool), None
 
     def note(module, args, kwargs):
         nonlocal image
         ids = kwargs.get("input_ids")
         if ids is not None and ids.shape[1] > 1:  # a prompt, and not a single token of an answer
-            image = ids == model.config.image_token_id  # (B, P)
+            image = torch.isin(ids, pictures.to(ids.device))  # (B, P)
 
     def hidden(i, S, T):  # noqa: N803
         nonlocal block
         if i == layer:  # the later layers of this pass hide the same
             keys = torch.nn.functional.pad(image, (0, T - image.shape[1]))  # (B, T)
-            last = image.shape[1] - 1 - image.flip(1).int().argmax(1)  # (B,): of the image's positions
-            queries = torch.arange(T - S, T, device=image.device) > last[:, None]  # (B, S)
-            block = queries[..., None] & keys[:, None]
+            block = ~keys[:, T - S :, None] & keys[:, None]  # (B, S, T)
         return block if i >= layer else None
 
     with hooked([model.model.register_forward_pre_hook(note, with_kwargs=True)]), _blocked(model, hidden):
@@ -210,37 +211,48 @@ def sever_photo(
     keep    image tokens that stay visible in a second truncation, those with most attention in the layer before
     mask    the object's pixels, bool (height, width): its image tokens and the others are also blocked separately
 
-    Raises ValueError for a window or a number of tokens that the model or the photo does not have.
+    Hidden from layer k on, the image's tokens are attended to by none but themselves from there on. What Qwen3-VL adds
+    to them behind its first layers (deepstack) is still added, but what comes behind layer k - 1 or later is read by no
+    other position. Of several pictures all that are explained are hidden, from the text between them and from other
+    images behind them too.
+
+    Raises ValueError for a window or a number of tokens that the model or the photo does not have, for a mask of
+    several pictures, and for models whose image tokens see each other if some of these stand behind hidden ones.
     """
     total, groups = get_model_layers(reading.model)[1], token_groups(reading)
-    image, user, answer = (np.arange(groups[name].start, groups[name].stop) for name in ("image", "user", "answer"))
-    later = np.concatenate([user, answer])
+    image, user, answer = (groups[name] for name in ("image", "user", "answer"))
+    others = groups.get("other images", image[:0])
+    later = np.sort(np.concatenate([user, answer, others[others > image[0]]]))
+    if mask is not None and len(reading.grids) > 1:
+        raise ValueError(f"a mask is of one picture, and {len(reading.grids)} are explained: choose one, reading.of(0)")
     edges = [Edge(range(k, total), later, image) for k in range(total + 1)]
     if keep is not None:
         if not 1 <= keep < len(image):
             raise ValueError(f"keep={keep} must be 1 to {len(image) - 1}: the photo has {len(image)} image tokens")
         attention = attention_flow(reading, span)[:, image]  # (K, N)
         order = np.argsort(-attention, axis=1, kind="stable")
-        others = [image, *(image[np.sort(row[keep:])] for row in order)]  # no layer comes before layer 0
-        edges += [Edge(range(k, total), later, keys) for k, keys in enumerate(others)]
+        hidden = [image, *(image[np.sort(row[keep:])] for row in order)]  # no layer comes before layer 0
+        edges += [Edge(range(k, total), later, keys) for k, keys in enumerate(hidden)]
     windowed = {}
     if window is not None:
         if not 1 <= window <= total:
             raise ValueError(f"window={window} must be 1 to {total}: the model has {total} layers")
         windowed = {"image → user": (user, image), "image → answer": (answer, image), "user → answer": (answer, user)}
         windowed["answer → answer"] = answer, answer  # each to itself and those before it: the paper's last → last
+        if len(others):
+            windowed |= {"other images → user": (user, others), "other images → answer": (answer, others)}
         if mask is not None:
-            own = np.isin(image, hidden_with(reading, covered_tokens(mask, reading.grid)).numpy())
+            own = np.isin(image, hidden_with(reading, covered_tokens(mask, reading.grids[0])).numpy())
             for name, keys in (("object", image[own]), ("other patches", image[~own])):
                 windowed |= {f"{name} → user": (user, keys), f"{name} → answer": (answer, keys)}
         for queries, keys in windowed.values():
             windows = (range(max(0, k - window // 2), min(total, k + -(-window // 2))) for k in range(total))
             edges += [Edge(layers, queries, keys) for layers in windows]
     probabilities, likeliest = knockout(reading, edges, batch_size=batch_size, progress=progress)
-    right, removed, others = likeliest.all(1), probabilities[: total + 1], probabilities[total + 1 :]
+    right, removed, rest = likeliest.all(1), probabilities[: total + 1], probabilities[total + 1 :]
     kept = kept_right = None
     if keep is not None:
-        kept, others, kept_right = others[: total + 1], others[total + 1 :], right[total + 1 : 2 * total + 2]
+        kept, rest, kept_right = rest[: total + 1], rest[total + 1 :], right[total + 1 : 2 * total + 2]
     explained = within = reading.tokens_of(span or reading.part(part))
     if span is None:
         explained = [token for token in tokens_that_need_the_photo(removed) if token in within]
@@ -251,7 +263,7 @@ def sever_photo(
         right[: total + 1],
         kept,
         kept_right,
-        dict(zip(windowed, others.reshape(-1, total, others.shape[1]), strict=True)),
+        dict(zip(windowed, rest.reshape(-1, total, rest.shape[1]), strict=True)),
     )
 
 
@@ -270,8 +282,14 @@ def change(severed: Severed, edge: str) -> np.ndarray:
 
 def mean_change(severed: list[Severed], edge: str) -> np.ndarray:
     """The mean `change`, (K,), over the photos that have one; nan if none has."""
-    changes = [values for values in (change(one, edge) for one in severed) if np.isfinite(values).all()]
-    return np.mean(changes, axis=0) if changes else change(severed[0], edge)
+    changes = [change(one, edge) for one in severed if edge in one.windows]
+    known = [values for values in changes if np.isfinite(values).all()]
+    return np.mean(known, axis=0) if known else changes[0]
+
+
+def edges_of(severed: list[Severed]) -> list[str]:
+    """The edges that were blocked in windows; where some prompts have other images, not of every photo."""
+    return list(dict.fromkeys(edge for one in severed for edge in one.windows))
 
 
 def truncated(severed: Severed, values: np.ndarray) -> np.ndarray:
@@ -405,15 +423,18 @@ def knockout_rows(severed: list[Severed], names: list[str], tasks: list[str | No
 def knockout_arrays(severed: list[Severed], names: list[str]) -> dict[str, np.ndarray]:
     """Arrays of knockout.npz, for photo i removed_i (K + 1, A), windows_i (edges, K, A), explained_i (T,), tokens_i.
 
-    And evidence_i (2,): p of the explained tokens, and what it is without the photo.
+    And evidence_i (2,): p of the explained tokens, and what it is without the photo. windows_i is nan for an edge that
+    photo i does not have.
     """
-    arrays = {"photos": np.array(names), "edges": np.array(list(severed[0].windows))}
+    edges = edges_of(severed)
+    arrays = {"photos": np.array(names), "edges": np.array(edges)}
     for i, one in enumerate(severed):
         arrays |= {f"removed_{i}": one.removed, f"right_{i}": one.right, f"explained_{i}": np.array(one.explained)}
         arrays |= {f"tokens_{i}": np.array(one.reading.tokens), f"answer_{i}": np.array(one.reading.answer)}
         arrays[f"evidence_{i}"] = np.array(one.evidence[:2])
         if one.kept is not None:
             arrays[f"kept_{i}"] = one.kept
-        if one.windows:
-            arrays[f"windows_{i}"] = np.stack(list(one.windows.values()))
+        if edges:
+            none = np.full_like(one.removed[1:], np.nan)
+            arrays[f"windows_{i}"] = np.stack([one.windows.get(edge, none) for edge in edges])
     return arrays

@@ -33,6 +33,7 @@ from studies.flow_figures import COLOURS, THIN
 from studies.knockout import (
     KEPT,
     Severed,
+    edges_of,
     explained_lines,
     explained_text,
     find_cliff,
@@ -92,7 +93,7 @@ def _plot_truncation(axes, curves: dict[str, np.ndarray], each: bool) -> None:
 
 def _window_rows(page: Page, severed: list[Severed], window: int) -> list[Part]:
     """The mean change by layer for each edge that was blocked in windows: a plot each, before the others in grey."""
-    changes = {name: mean_change(severed, name) for name in severed[0].windows}
+    changes = {name: mean_change(severed, name) for name in edges_of(severed)}
     room = max(text_width(name, SMALL, page.families) for name in changes) + GAP
     most = max(1, min(len(changes), int((page.inner - TICKS + GAP) / room)))
     columns = -(-len(changes) // -(-len(changes) // most))
@@ -173,7 +174,7 @@ def _draw_knockout(
     plots = [("Truncation", (), {"xlabel": label, "ylabel": what.replace("probability", "p"), "ylim": (-0.02, 1.04)})]
     below = 0.45 + 0.2 * (len(curves) > 1)
     parts = rows_of_plots(page, plots, (2.9, 1.9), below, draw_truncation, caption=said)
-    parts += _window_rows(page, severed, window) if severed[0].windows else []
+    parts += _window_rows(page, severed, window) if edges_of(severed) else []
 
     def foot(page, y, parts):
         text = "Not to be believed. " if all(doubts) else "Partly of words that are not to be believed. " * any(doubts)
@@ -195,10 +196,13 @@ def sever(
     `sever_photo`, which runs `runs_at_once` edges at once.
     """
     total = get_model_layers(readings[0].model)[1]
+    for reading in readings:
+        reading.photo  # noqa: B018  (a video, or several photos in one prompt, cannot be drawn)
     if not quiet:
-        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else 4 if mask is None else 8)
         length, groups = sequence_length(readings[0]), token_groups(readings[0])
-        share = (length - groups["image"].stop) / length
+        windows = (4 if mask is None else 8) + 2 * ("other images" in groups)
+        runs = (total + 1) * (1 + (keep is not None)) + total * (0 if window is None else windows)
+        share = (length - groups["image"][-1] - 1) / length
         say(f"{runs} runs of each photo; {forecast_forwards(readings, 2 + runs * share)}")
     keywords = {"part": part, "window": window, "keep": keep, "mask": mask, "batch_size": runs_at_once}
     keywords["progress"] = show_progress(quiet or len(readings) > 1, "blocked runs", "batch")
@@ -220,7 +224,7 @@ def sever(
         lines.append(
             f"but for the {keep} image tokens that the explained tokens attend to most in the layer before: {result}"
         )
-    for edge in severed[0].windows:
+    for edge in edges_of(severed):
         lines.append(f"{edge}: {largest_change(mean_change(severed, edge), window)}")
     if accuracy:
         lines += said_instead(severed, names)

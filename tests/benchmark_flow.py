@@ -50,7 +50,7 @@ def measure(model, processor, number: int, size, settings: Settings) -> list[tup
         cliff = find_cliff(severed.removed[:, tokens].mean(1)) if needed & set(tokens) else None
         if cliff is None:
             continue
-        maps, gradient = maps_and_gradients(reading, span, settings)
+        (maps,), gradient = maps_and_gradients(reading, span, settings)
         pointing = np.array([localization(cam, thing.mask)["near"] for cam in maps.maps.values()])
         share, strength = group_sums(gradient, groups)["image"], gradient[:, groups["image"]].sum(1)
         rows.append(

@@ -15,10 +15,11 @@ PROMPT = "What is it?"
 ANSWER = "the red cat 猫"
 
 
-FAMILIES = ("qwen2_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 ALL = (*FAMILIES, "qwen2_5_vl")  # where its own tests have nothing
 CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
-SIDES = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}  # pixels of an image token
+CLASSES["qwen3_vl_moe"] = "Qwen3VLMoe"
+SIDES = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_vl_moe": 32}  # pixels of an image token
 
 
 LAYERS = 5
@@ -43,6 +44,8 @@ OF_FAMILY = {
         | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
     ),
 }
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+OF_FAMILY["qwen3_vl_moe"] = EXPERTS, OF_FAMILY["qwen3_vl"][1]
 
 
 of_all = pytest.mark.parametrize("family", ALL, indirect=True)
@@ -52,12 +55,13 @@ def make_processor(family, tokenizer):
     """As the published checkpoints have it: Qwen3-VL's patches are 16 pixels wide, its pixels go from -1 to 1."""
     side = SIDES[family]
     images = {"min_pixels": 4 * side**2, "max_pixels": 200 * side**2}
-    if family == "qwen3_vl":
+    if family.startswith("qwen3_vl"):
         images = {"size": {"shortest_edge": 4 * side**2, "longest_edge": 200 * side**2}}
         images |= {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     videos = {"size": {"shortest_edge": 4 * side**2, "longest_edge": 800 * side**2}}
-    videos = getattr(transformers, f"{CLASSES[family].replace('2_5_', '2')}VideoProcessor")(**videos)
-    make = getattr(transformers, f"{CLASSES[family]}Processor")
+    name = CLASSES[family].removesuffix("Moe")
+    videos = getattr(transformers, f"{name.replace('2_5_', '2')}VideoProcessor")(**videos)
+    make = getattr(transformers, f"{name}Processor")
     return make(transformers.Qwen2VLImageProcessor(**images), tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
@@ -77,6 +81,8 @@ def make_random(family, tokenizer, dtype=torch.float64):
         model = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")(config)
         if dtype == torch.float64:
             _keep_float64(model)
+            if "Moe" in CLASSES[family] and hasattr(model, "set_experts_implementation"):  # transformers 5
+                model.set_experts_implementation("eager")  # the usual kernel has no float64
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -108,7 +114,29 @@ def half(x, part=0.5):
     return part * x + (1 - part) * x.detach()
 
 
+def experts_by_the_rules(block):
+    """All experts for all tokens, weighted by the shares of each token's best, which are constants."""
+    weight, experts = block.gate.weight, block.experts
+    first, last = experts.gate_up_proj, experts.down_proj
+    if first.shape[1] == weight.shape[1] != first.shape[2]:  # transformers 4
+        first, last = first.mT, last.mT
+
+    def forward(x):
+        shares = (x @ weight.T).softmax(-1, dtype=torch.float32)  # whatever the model's dtype
+        shares = shares * (shares >= shares.sort(-1).values[..., -EXPERTS["num_experts_per_tok"], None])
+        shares = (shares / shares.sum(-1, keepdim=True)).to(x)
+        gate, up = torch.einsum("...c,eic->...ei", x, first).chunk(2, dim=-1)
+        product = half(gate * (experts.act_fn(gate) / gate).detach()) * half(up)
+        result = torch.einsum("...e,...ei,eci->...c", shares.detach(), product, last)
+        return (result, None) if isinstance(block.gate, nn.Linear) else result  # transformers 4 gives the logits, too
+
+    return forward
+
+
 def mlp_by_the_rules(mlp):
+    if hasattr(mlp, "experts"):
+        return experts_by_the_rules(mlp)
+
     def forward(x):
         if hasattr(mlp, "gate_up_proj"):  # GLM-4V
             (gate, up), act = mlp.gate_up_proj(x).chunk(2, dim=-1), mlp.activation_fn

@@ -35,14 +35,17 @@ from common.evidence import image_hiding
 from common.families import cap_pixels
 from common.passes import contrasted_passes, vision_kept, watched_passes
 from smooth_gradcam import Settings, compute_token_maps, explain, find_target, read
-from studies.decoder import token_groups
 from studies.faithfulness import insertion_deletion
+from studies.flow_figures import trace
+from studies.knockout import sever_photo
+from studies.knockout_figures import sever
 from studies.words import create_word_maps
 
 CLEAN = {"use_smooth": False, "answer": ANSWER}
 
 
 STDS = {"qwen2_vl": (0.26862954, 0.26130258, 0.27577711), "qwen3_vl": (0.5, 0.5, 0.5)}
+STDS["qwen3_vl_moe"] = STDS["qwen3_vl"]
 
 
 FORMULAS = ("gradcam", "hirescam", "product", "paper")  # methods whose maps are a formula alone
@@ -297,7 +300,7 @@ def test_the_rules_share_the_whole_score_out_but_for_what_deepstack_adds_behind(
     score = float(score.detach())
     found = {key: tensor.detach() for key, tensor in found.items()}
     added = [float(((found[i + 1] - found["out", i]) * gradients[i + 1]).sum()) for i in range(LAYERS - 1)] + [0.0]
-    deepstack = range(DEEPSTACK if family == "qwen3_vl" else 0)
+    deepstack = range(DEEPSTACK if family.startswith("qwen3_vl") else 0)
     assert [abs(part) > 1e-3 for part in added] == [i in deepstack for i in range(LAYERS)]
     for i in range(LAYERS):
         share = float((found[i] * gradients[i]).sum())
@@ -368,7 +371,7 @@ def test_checkpoint_is_loaded_with_its_processor(folder, family, image):
     side = SIDES[family]
     processor, model = load_processor(str(folder), 15 * side**2), load_model(str(folder), "cpu", "float32")
     assert (type(model).__name__, model.dtype) == (f"{CLASSES[family]}ForConditionalGeneration", torch.float32)
-    assert type(processor).__name__ == f"{CLASSES[family]}Processor"
+    assert type(processor).__name__ == f"{CLASSES[family].removesuffix('Moe')}Processor"
     assert len(read(model, processor, image, PROMPT, ANSWER).positions) in range(9, 16)
     with pytest.raises(ValueError, match=f"less than one image token: give {side**2} or more"):
         cap_pixels(processor.image_processor, side**2 - 1)
@@ -382,21 +385,14 @@ def test_checkpoint_is_loaded_with_its_processor(folder, family, image):
         "--mode comparative --num_samples 2",
         "--mode words --layers 0 -1 --num_samples 2",
         "--mode evaluate --layers 1 --steps 4 --num_samples 1 --randomize",
+        "--mode flow --num_samples 1 --attention_maps --taps --heads",
+        "--mode knockout --window 2 --keep 3",
     ],
 )
-def test_every_mode_of_maps_runs(drive, tmp_path, flags):
+def test_every_mode_runs(drive, tmp_path, flags):
     code, err = drive(*flags.split())
     assert code == 0, err
     assert any((tmp_path / "out").rglob("*.png"))
-
-
-@pytest.mark.parametrize("mode", ["flow", "knockout"])
-def test_deepstack_is_refused_where_the_decoder_is_run_in_parts(drive, family, tmp_path, mode):
-    code, err = drive("--mode", mode)
-    refused = family == "qwen3_vl"
-    assert code == (2 if refused else 0), err
-    assert ("feeds image features to several layers, which is not supported here" in err) == refused
-    assert refused != (tmp_path / "out").exists()
 
 
 # other families
@@ -406,17 +402,8 @@ def others():
     """Tiny models whose decoders are laid out like those of the families, and a module that is no model."""
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 300}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 2}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    vision |= {"deepstack_visual_indexes": [0]}
-    experts = small | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "head_dim": 8}
-    experts |= {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
     clip = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     yield "Qwen2ForCausalLM is of type qwen2,", transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**small))
-    config = transformers.Qwen3VLMoeConfig(text_config=experts, vision_config=vision)
-    yield (
-        "Qwen3VLMoeForConditionalGeneration is of type qwen3_vl_moe,",
-        transformers.Qwen3VLMoeForConditionalGeneration(config),
-    )
     config = transformers.LlavaNextConfig(
         text_config=small | {"model_type": "llama"}, vision_config=clip | {"model_type": "clip_vision_model"}
     )
@@ -431,10 +418,9 @@ def others():
 @pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
 def test_other_families_are_refused_by_name_with_what_is_supported(processor, image):
     supported = "which is not supported: supported are "
-    supported += (
-        "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl), Qwen3-VL (qwen3_vl), LLaVA-1.5 (llava), InternVL3 (internvl), "
-    )
-    supported += "Gemma 3 (gemma3), LLaVA-OneVision (llava_onevision), GLM-4V (glm4v)"
+    supported += "Qwen2-VL (qwen2_vl), Qwen2.5-VL (qwen2_5_vl), Qwen3-VL (qwen3_vl), Qwen3-VL MoE (qwen3_vl_moe), "
+    supported += "LLaVA-1.5 (llava), InternVL3 (internvl), Gemma 3 (gemma3), LLaVA-OneVision (llava_onevision), "
+    supported += "GLM-4V (glm4v)"
     assert supported.endswith(core.supported())
     for message, other in others():
         with pytest.raises(ValueError, match=re.escape(f"{message} {supported}") + "$"):
@@ -444,7 +430,7 @@ def test_other_families_are_refused_by_name_with_what_is_supported(processor, im
 
 
 @pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
-@pytest.mark.parametrize("kind", ["qwen2", "llava_next", "qwen3_vl_moe", "qwen2_5_omni", None, ["qwen3_vl"]])
+@pytest.mark.parametrize("kind", ["qwen2", "llava_next", "glm4v_moe", "qwen2_5_omni", None, ["qwen3_vl"]])
 def test_driver_refuses_other_families_before_it_loads_them(drive, tmp_path, kind):
     config = {"model_type": kind, "num_hidden_layers": 4}
     (tmp_path / "other").mkdir()
@@ -578,8 +564,11 @@ def test_what_is_made_for_one_image_refuses_several(model, processor, several, t
         create_word_maps(model, processor, photos, PROMPT, answer=ANSWER, save_dir=tmp_path / "words")
     with pytest.raises(ValueError, match=message):
         insertion_deletion(several, explain(several, [(0, 3)], [0])[0])
-    with pytest.raises(ValueError, match="several pictures in one prompt are not supported"):
-        token_groups(several)
+    with pytest.raises(ValueError, match="^a mask is of one picture, and 3 are explained: choose one, reading.of.0."):
+        sever_photo(several, window=1, mask=np.ones((4, 4), bool))
+    for figures in (trace, sever):
+        with pytest.raises(ValueError, match=message):
+            figures([several], ["several"], [(0, 3)], *([[0], Settings()] if figures is trace else []), quiet=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -62,12 +62,12 @@ def test_hidden_states_and_cache_are_shorter_from_that_layer_on(model, reading):
         block.mlp.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
         for block in model.model.language_model.layers
     ]
-    embeddings, positions = embed(reading)
+    given = embed(reading)
     lengths.clear()
     cache = DynamicCache()
     try:
         with image_pruned(reading, 2, 75) as kept:
-            run_decoder(model, embeddings[:, :prompt], positions[..., :prompt], cache)
+            run_decoder(model, given.at(slice(prompt)), cache)
     finally:
         for handle in handles:
             handle.remove()
@@ -96,9 +96,9 @@ def test_generation_is_greedy_search_with_the_tokens_hidden(model, reading, laye
 def test_model_is_as_before_also_after_an_error(model, reading):
     before, config = state_of(model, reading.photo), model.config.text_config._attn_implementation
     pruned_answer(reading, 1, 50)
-    embeddings, positions = embed(reading)
+    given = embed(reading)
     with pytest.raises(ValueError, match="whose prompt comes in one pass"), image_pruned(reading, 1, 50):
-        run_decoder(model, embeddings[:, :9], positions[..., :9], DynamicCache())
+        run_decoder(model, given.at(slice(9)), DynamicCache())
     with pytest.raises(ValueError, match="runs without a cache"), image_pruned(reading, 1, 50):
         model(**reading.inputs, use_cache=False)
     before["positions"] = model.model.rope_deltas  # which the plain forward leaves

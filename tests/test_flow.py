@@ -182,7 +182,7 @@ def test_half_of_the_gradient_is_no_less_than_half():
 @pytest.mark.parametrize(("length", "most"), [(101, 10), (901, 15), (1201, 20), (3001, 20)])
 def test_stretches_are_10_to_20_positions_by_the_length(monkeypatch, length, most):
     monkeypatch.setattr("studies.flow.sequence_length", lambda reading: length)
-    monkeypatch.setattr("studies.flow.token_groups", lambda reading: {"all": slice(0, length)})
+    monkeypatch.setattr("studies.flow.stretches", lambda reading: [("all", 0, length)])
     assert np.diff(flow.pooled_edges(None)).max() == most
 
 

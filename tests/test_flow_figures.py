@@ -17,6 +17,7 @@ from common.parts import HIGHEST
 from smooth_gradcam import Settings, find_target, read
 from studies.flow import attention_flow, gradient_flow
 from studies.flow_figures import COLOURS, _flow_lines, trace
+from studies.knockout import change, mean_change, sever_photo
 from studies.knockout_figures import sever
 
 
@@ -64,6 +65,41 @@ def test_figures_of_the_flow_fit_on_page_and_column(model, processor, size, widt
         check_layout(page.figure)
 
 
+@pytest.fixture(scope="module")
+def beside(model, processor, image):
+    """A reading of the second of three photos in a prompt."""
+    return read(model, processor, [image] * 3, PROMPT, ANSWER).of(1)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_other_images_of_the_prompt_are_a_group_of_their_own(reading, beside, width):
+    """Also beside a photo whose prompt has none."""
+    spans, options = [find_target(ANSWER, "red")] * 2, {"quiet": True, "paper": Paper(width)}
+    given = [beside, reading], ["a.jpg", "b.jpg"], spans
+    files, lines, _ = trace(*given, range(LAYERS), Settings(use_smooth=False), attention_map=True, **options)
+    files |= sever(*given, window=1, **options)[0]
+    assert any("another image's" in line for line in lines)
+    flow, maps = (figures_of(files, kind) for kind in ("information_flow", "attention_maps"))
+    assert {"▼", "other images"} <= {text for figure in flow for text in texts_of(figure)}
+    assert "A answer, O other images" in prose_of(maps[0])
+    for figure in [*flow, *maps, *figures_of(files, "knockout")]:
+        FigureCanvasAgg(figure)
+        check_layout(figure)
+    arrays, swept = (
+        files["knockout.npz"],
+        [sever_photo(one, span, window=1) for one, span in zip(given[0], spans, strict=True)],
+    )
+    edges = arrays["edges"].tolist()
+    assert set(edges) - set(swept[1].windows) == {"other images → user", "other images → answer"}
+    for i, one in enumerate(swept):
+        for edge, found in zip(edges, arrays[f"windows_{i}"], strict=True):
+            np.testing.assert_array_equal(found, one.windows.get(edge, np.full_like(found, np.nan)))
+    plotted = [text for figure in figures_of(files, "knockout") for text in texts_of(figure)]
+    assert set(edges) <= set(plotted)
+    alone = mean_change(swept, "other images → answer")
+    np.testing.assert_array_equal(alone, change(swept[0], "other images → answer"))
+
+
 def figures_of(files, kind):
     """The matplotlib figures of the pages of one kind."""
     return [draw().figure for name, draw in files.items() if name.startswith(kind) and name.endswith(".png")]
@@ -98,7 +134,8 @@ def test_groups_have_markers_in_turn_that_the_legend_shows(traced):
         assert len(lines) >= 3 or set(lines) == {"answer"}  # its probability
     for figure in figures:
         if any(axes.get_xlabel() for axes in figure.axes):
-            assert {"●", "■", "▲", "◆", *COLOURS} <= set(texts_of(figure))
+            assert {"●", "■", "▲", "◆", *COLOURS} - {"other images"} <= set(texts_of(figure))
+            assert not {"▼", "other images"} & set(texts_of(figure))
 
 
 @pytest.mark.parametrize("token", [0, -1])

@@ -34,7 +34,7 @@ from smooth_gradcam import Settings, compute_token_maps, explain, find_target, r
 from studies.decoder import token_groups
 from studies.fastv import image_pruned, kept_count
 from studies.flow import attention_flow
-from studies.knockout import Edge, knockout
+from studies.knockout import Edge, knockout, sever_photo
 from studies.prompt_words import Relevances
 
 PROMPT, ANSWER = "What is it?", "the red cat 猫"
@@ -437,14 +437,32 @@ def test_half_of_all_image_tokens_are_removed(family, reading):
 
 def test_knockout_is_that_of_a_mask_made_by_hand(reading):
     groups = token_groups(reading)
-    image, answer = (np.arange(groups[name].start, groups[name].stop) for name in ("image", "answer"))
-    length = groups["answer"].stop
+    image, answer = groups["image"], groups["answer"]
+    length = answer[-1] + 1
     found, _ = knockout(reading, [Edge(range(LAYERS), answer, image), Edge(range(0), answer, image)])
     block = torch.zeros(length, length, dtype=torch.bool)
     np.testing.assert_allclose(found[1], with_mask(reading, block), rtol=1e-5, atol=1e-8)
     block[np.ix_(answer, image)] = True
     np.testing.assert_allclose(found[0], with_mask(reading, block), rtol=1e-5, atol=1e-8)
     assert abs(found[0] - found[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1)])
+def test_knockout_of_several_pictures_is_that_of_a_mask_or_refused(model, processor, family, numbers):
+    """Where image tokens see each other, those that stand behind hidden ones would be run as if they did not."""
+    reading = read(model, processor, [make_image(168, 112), make_image(100, 150)], PROMPT, ANSWER).of(*numbers)
+    if family == "gemma3" and 0 in numbers:
+        with pytest.raises(ValueError, match=f"^{type(model).__name__}: its image tokens see each other, so attention"):
+            sever_photo(reading)
+        return
+    ids, first = reading.inputs["input_ids"][0], int(reading.positions[0])
+    length = len(ids) + len(reading.tokens)
+    block = torch.zeros(length, length, dtype=torch.bool)
+    block[first:, reading.positions] = True
+    block[reading.positions] = False
+    found = sever_photo(reading).removed
+    np.testing.assert_allclose(found[0], with_mask(reading, block), rtol=1e-5, atol=1e-8)
+    assert abs(found[0] - found[-1]).max() > 1e-3
 
 
 def test_attention_flow_is_the_models_attention(reading):
