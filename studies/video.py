@@ -55,7 +55,7 @@ from visualization_utils import (
     text_rows,
 )
 
-__all__ = ["Video", "animate", "create_video_maps", "read_video", "strip_figure"]
+__all__ = ["Video", "animate", "create_video_maps", "draw_video", "read_video", "strip_figure"]
 
 STRIP_HEIGHT = 6.0  # inches that the frames of a strip take at most
 SIDE = 640  # pixels of an animation's longer side
@@ -164,7 +164,7 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     return page.finish(footer(page, y, first.settings.method, text, made_from(first, reading.photos[0]), look))
 
 
-def _draw_video(
+def draw_video(
     reading: Reading, patches: list[TokenMaps], layer: int, video: Video, look: Look = PLAIN, paper: Paper = PAGE
 ) -> dict[str, object]:
     """{file name: content}: the strip, the animation, and the raw maps (temporal patches, H, W) in maps.npz."""
@@ -202,5 +202,5 @@ def create_video_maps(
         reading = read_video(model, processor, video, prompt, answer, max_new_tokens)
         span = find_target(reading, target, target_occurrence)
         patches = explain_with_evidence(reading, [span], [layer], settings, **copies)
-        write(_draw_video(reading, patches, layer, video, look, paper))
+        write(draw_video(reading, patches, layer, video, look, paper))
     return patches
