@@ -129,8 +129,8 @@ class Pictures(NamedTuple):
             shares = self.shares(maps, layer)
             most = sorted(sorted(range(len(shares)), key=lambda i: -shares[i])[:SHARES_SAID])
             said = ", ".join(f"{100 * shares[i]:.0f} % {'at' if self.video else 'in'} {self.names[i]}" for i in most)
-            more = f", and less at {len(shares) - len(most)} other times" if self.video else ""
-            lines.append(f"layer {layer}: {said}{more if len(shares) > len(most) else ''} of the map")
+            more = f", less in each of the {len(shares) - len(most)} others" if len(shares) > len(most) else ""
+            lines.append(f"layer {layer}: of the map {said}{more}")
         return lines
 
     def arrays(self, maps: list[TokenMaps]) -> dict[str, np.ndarray]:

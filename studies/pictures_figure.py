@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from common.page import (
     GAP,
@@ -27,7 +26,7 @@ from common.page import (
     text_width,
     wrap,
 )
-from common.parts import Part, numbered
+from common.parts import HIGHEST, Part, numbered
 from smooth_gradcam import PLAIN, Look, TokenMaps
 from studies.pictures import Pictures
 from studies.video import animate, draw_video
@@ -48,6 +47,7 @@ __all__ = ["GREY", "Row", "Table", "draw_pictures", "row_of", "tables"]
 LEAST = {"page": 0.9, "column": 0.62}  # width of the widest picture, where there are more than one line has room for
 MOST = {"page": 2.2, "column": 1.4}  # and its height
 SIDE = {"page": 0.95, "column": 0.72}  # of what stands at the left, at most
+SMALLER = 0.6  # share of their height that pictures may be reduced to
 GREY = {"color": "0.3"}
 
 
@@ -75,10 +75,15 @@ class _Place(NamedTuple):
     chunks: list[range]  # pictures side by side
 
 
-def _place(page: Page, photos: Sequence[Image.Image], rows: list[Row], labels: list[str], width: str) -> _Place:
+def _place(page: Page, photos: Sequence, content: list[Table], labels: list[str], width: str, body: float) -> _Place:
+    """The places of these photos in tables on pages with `body` inches for them.
+
+    A table that would need a little more than a page has smaller pictures, and is on one.
+    """
+    rows = [row for table in content for row in table.rows]
     texts = [line for row in rows for line in row.lines]
     side = max(text_width(text, size, page.families, style.get("weight", "normal")) for text, size, style in texts)
-    side = min(side, SIDE[width]) + GAP
+    side = min(side + 0.02, SIDE[width]) + GAP
     room, count = page.inner - side + GAP, len(photos)
     names = max(text_width(label, SMALL, page.families) for label in labels)
     least = max(LEAST[width], min(names, 1.5 * LEAST[width]))
@@ -88,6 +93,10 @@ def _place(page: Page, photos: Sequence[Image.Image], rows: list[Row], labels: l
     aspects = [photo.width / photo.height for photo in photos]
     wide = room / across - GAP
     high = min(wide / max(aspects), MOST[width], 2.2 * wide)
+    longest = max(len(table.rows) for table in content)
+    whole = (body - TEXT * LINE - SMALL * LINE - 2 * GAP) / longest - TINY * LINE - GAP
+    if lines == 1 and SMALLER * high < whole < high:
+        high = whole
     sizes = [(high * aspect, high) for aspect in aspects]
     pitch = min(wide, max(high * max(aspects), min(names, wide))) + GAP
     return _Place(side, pitch, sizes, [range(i, min(i + across, count)) for i in range(0, count, across)])
@@ -114,19 +123,14 @@ def _side_lines(page: Page, row: Row, side: float) -> list[tuple[str, float, dic
 class _Figure:
     """Tables of maps over the pictures of a prompt, on pages."""
 
-    def __init__(self, pictures: Pictures, content: list[Table], letters: str, paper: Paper):
-        rows, self.pictures, self.photos = (
-            [row for table in content for row in table.rows],
-            pictures,
-            pictures.reading.photos,
-        )
-        self.page = Page(WIDTHS[paper.width], letters)
-        self.at = at = _place(self.page, self.photos, rows, pictures.labels, paper.width)
+    def __init__(self, pictures: Pictures, content: list[Table], page: Page, width: str, body: float):
+        self.pictures, self.photos, self.page = pictures, pictures.reading.photos, page
+        self.at = at = _place(page, self.photos, content, pictures.labels, width, body)
         free = self.page.inner - at.side + GAP - len(at.chunks[0]) * at.pitch
         self.left = MARGIN + at.side + (free / 2 if len(at.chunks) == 1 else 0)
         self.small = functools.cache(lambda i: shrink(self.photos[i], *at.sizes[i]))
         self.high = at.sizes[0][1]
-        self.shared = any(row.below for row in rows)
+        self.shared = _are_shared(content)
 
     def _middle(self, chunk: range, i: int) -> float:
         return self.left + (i - chunk.start + 0.5) * self.at.pitch - GAP / 2
@@ -174,9 +178,8 @@ def tables(
     """
     letters = "".join(text for _, text, _ in heads) + "".join(pictures.labels) + title
     letters += "".join(text for table in content for row in table.rows for text, _, _ in row.lines)
-    figure = _Figure(pictures, content, letters, paper)
     text += f" All {'temporal patches' if pictures.video else 'photos'} have one scale"
-    text += "; below each: its share of the map." if figure.shared else "."
+    text += "; below each: its share of the map." if _are_shared(content) else "."
     if pictures.video:
         pair = pictures.reading.processor.video_processor.temporal_patch_size
         text += f" Above each: when its first frame is shown; it is {pair} frames."
@@ -188,7 +191,14 @@ def tables(
     def foot(page, y, shown):
         return footer(page, y + GAP, maps.settings.method, text, made, look)
 
+    page = Page(WIDTHS[paper.width], letters)
+    figure = _Figure(pictures, content, page, paper.width, HIGHEST - head(page, "") - foot(page, 0, []))
     return numbered(name, paper, letters, head, [part for table in content for part in figure.parts(table)], foot)
+
+
+def _are_shared(content: list[Table]) -> bool:
+    """Whether something stands below the pictures."""
+    return any(row.below for table in content for row in table.rows)
 
 
 def _height(lines: list[tuple[str, float, dict]]) -> float:

@@ -48,8 +48,8 @@ def _tables(file: str, pictures: Pictures, words, names, look: Look, paper: Pape
 
     def row(i: int, layer) -> Row:
         lines = [(excerpt(names[i], (0, 0), NAME)[0], SMALL, {"weight": "bold"})]
-        evidence = [f"{part}," for part in evidence_text(words[i]).split(", ") if part]
-        lines += [(text, TINY, {"color": DOUBT if doubt_of(words[i]) else "0.3"}) for text in evidence]
+        evidence = {"color": DOUBT if doubt_of(words[i]) else "0.3"}
+        lines += [(part, TINY, evidence) for part in evidence_text(words[i]).split(", ") if part]
         return row_of(pictures, words[i], layer, True, look, strongest, [*lines, (labels[i][layer], TINY, GREY)])
 
     content = [Table(f"Layer {layer}", [row(i, layer) for i in range(len(words))]) for layer in layers]
