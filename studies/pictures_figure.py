@@ -47,6 +47,7 @@ __all__ = ["GREY", "Row", "Table", "draw_pictures", "row_of", "tables"]
 LEAST = {"page": 0.9, "column": 0.62}  # width of the widest picture, where there are more than one line has room for
 MOST = {"page": 2.2, "column": 1.4}  # and its height
 SIDE = {"page": 0.95, "column": 0.72}  # of what stands at the left, at most
+LONG = 4  # rows; the pictures of a longer table are low
 SMALLER = 0.6  # share of their height that pictures may be reduced to
 GREY = {"color": "0.3"}
 
@@ -95,6 +96,8 @@ def _place(page: Page, photos: Sequence, content: list[Table], labels: list[str]
     high = min(wide / max(aspects), MOST[width], 2.2 * wide)
     longest = max(len(table.rows) for table in content)
     whole = (body - TEXT * LINE - SMALL * LINE - 2 * GAP) / longest - TINY * LINE - GAP
+    if longest > LONG:
+        high = min(high, LEAST[width])
     if lines == 1 and SMALLER * high < whole < high:
         high = whole
     sizes = [(high * aspect, high) for aspect in aspects]
