@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -253,7 +254,7 @@ def test_fewer_frames_or_pixels_are_fewer_image_tokens(filmed):
     times, height, width = shape()
     assert shape("--fps", "1") == (2, height, width)
     _, *smaller = shape("--max_pixels", "60000")
-    assert np.prod(smaller) * 28 * 28 <= 60000 < height * width * 28 * 28
+    assert np.prod(smaller) * 28 * 28 < 1.2 * 60000 < 0.8 * height * width * 28 * 28  # grids are rounded
     assert times == 4
 
 
@@ -300,19 +301,13 @@ def test_figures_have_room_for_what_they_say(model_folder, video_folder, photos,
         files = draw_pictures(own, whole[0], True, paper=Paper(width, heatmaps=True))
         files |= word_tables(own, [*whole, *whole, *whole], paper=Paper(width))
         if own.video is None:
-            files |= draw_pictures(own, joined([m for m in _only(whole[0], own)], 2)[0], False, paper=Paper(width))
+            files |= draw_pictures(own, replace(whole[0], maps={1: whole[0].maps[1]}), False, paper=Paper(width))
         for name, draw in files.items():
             if name.startswith(("layer_comparison", "words", "visualization")):
                 page = draw()
+                np.asarray(page)  # drawn
                 check_layout(page.figure)
                 assert page.figure.get_size_inches()[1] <= 9.01, name
-
-
-def _only(whole, pictures):
-    """The maps of layer 1 alone, of each picture."""
-    from dataclasses import replace
-
-    return [replace(whole, maps={1: cam}, grid=cam.shape) for cam in pictures.split(whole, 1)]
 
 
 # what cannot be asked for
