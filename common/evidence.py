@@ -9,6 +9,7 @@ Import this file to have both in the core. Shapes as there, and  R runs.
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,15 +44,8 @@ from smooth_gradcam import (
 
 __all__ = [
     *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
-    *(
-        "evidence_lines",
-        "explain_by_methods",
-        "explain_with_evidence",
-        "image_hiding",
-        "joined",
-        "passed",
-        "positions_of",
-    ),
+    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "joined", "passed"),
+    "positions_of",
     *("probability_text", "settled_for", "share_text", "spearman", "warnings_of", "weighed", "with_method", "FADED"),
 ]
 
@@ -326,7 +320,7 @@ def joined(maps: list[TokenMaps], count: int) -> list[TokenMaps]:
         replace(
             part[0],
             maps={layer: np.concatenate([one.maps[layer].ravel() for one in part])[None] for layer in part[0].maps},
-            grid=(1, sum(one.maps[layer].size for one in part for layer in [next(iter(one.maps))])),
+            grid=(1, sum(math.prod(one.grid) for one in part)),
         )
         for part in parts
     ]

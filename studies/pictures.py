@@ -19,15 +19,14 @@ from PIL import Image
 
 from common.bands import render_heatmap, render_overlay
 from common.clips import read_clip
-from common.encoding import decimal
 from common.families import cap_pixels
 from common.page import grey_panel
 from common.photos import load_photo, readable
 from smooth_gradcam import Look, Reading, TokenMaps, check_processor, read
-from studies.video import Video, read_video
+from studies.video import Video, read_video, times_of
 from visualization_utils import full_colour
 
-__all__ = ["Pictures", "Source", "time_digits"]
+__all__ = ["Pictures", "Source"]
 
 SHARES_SAID = 6  # pictures whose shares a line has
 
@@ -72,12 +71,17 @@ class Source(NamedTuple):
         if not isinstance(self.photo, Video):
             return Pictures(reading, self.names, self.name)
         video, pair = self.photo, reading.processor.video_processor.temporal_patch_size
-        times = [f"{decimal(i * pair / video.fps, time_digits(video.fps))} s" for i in range(len(reading.grids))]
-        return Pictures(reading, tuple(times), self.name, video)
+        times = times_of(len(reading.grids), pair / video.fps)
+        return Pictures(reading, times, self.name, video)
 
     def seen_lines(self, reading: Reading) -> list[str]:
-        """What the model sees."""
-        return [f"seen: {self.pictures(reading).made_of}"]
+        """What the model sees, and of which photos the processor shows it more or less than there is."""
+        lines, photos = [f"seen: {self.pictures(reading).made_of}"], [] if isinstance(self.photo, Video) else self.photo
+        for name, photo, shown in zip(self.names, photos, reading.photos, strict=False):
+            if photo.size != shown.size:
+                sizes = " of ".join(f"{width} x {height}" for width, height in (shown.size, photo.size))
+                lines.append(f"seen: {name}: {sizes} pixels: that is what is explained")
+        return lines
 
 
 class Pictures(NamedTuple):
@@ -150,8 +154,3 @@ class Pictures(NamedTuple):
         """What --save_raw writes `about` a map, with the maps as `arrays` has them, but without the axis of parts."""
         own = {name: part[0] if name.startswith("maps") else part for name, part in self.arrays([maps]).items()}
         return {name: value for name, value in about.items() if name not in ("maps", "grid")} | own
-
-
-def time_digits(fps: float) -> int:
-    """Decimals of a second that tell frames apart."""
-    return 1 if fps <= 10 else 3

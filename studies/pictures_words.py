@@ -10,13 +10,13 @@ from dataclasses import replace
 
 from PIL import Image
 
-from common.encoding import decimal
 from common.evidence import doubt_of
 from common.page import PAGE, SMALL, TINY, Paper, excerpt
 from smooth_gradcam import PLAIN, Look, TokenMaps
-from studies.pictures import Pictures, time_digits
+from studies.pictures import Pictures
 from studies.pictures_figure import GREY, Row, Table, row_of, tables
 from studies.prompt_words import Asked
+from studies.video import times_of
 from studies.word_choice import name_words
 from studies.words import data_url, html_data, json_text, words_arrays, words_html, words_record
 from studies.words_figure import DOUBT, evidence_text, words_caption
@@ -76,7 +76,7 @@ def pictures_html(
             size for count, size in FRAME_SIDES.items() if len(video.frames) <= count or count == max(FRAME_SIDES)
         )
         photos, pair = [_reduced(frame, side) for frame in video.frames], _frames_of_a_patch(pictures)
-        names = [f"{decimal(i / video.fps, time_digits(video.fps))} s" for i in range(len(photos))]
+        names = times_of(len(photos), 1 / video.fps)
         of = [i // pair for i in range(len(photos))]
     data = html_data(photos[0], pictures.file_name, word_maps, probabilities, tokens, look, asked)
     data["video"] = video is not None
