@@ -455,11 +455,10 @@ def test_knockout_of_several_pictures_is_that_of_a_mask_or_refused(model, proces
         with pytest.raises(ValueError, match=f"^{type(model).__name__}: its image tokens see each other, so attention"):
             sever_photo(reading)
         return
-    ids, first = reading.inputs["input_ids"][0], int(reading.positions[0])
-    length = len(ids) + len(reading.tokens)
+    length, tokens = reading.inputs["input_ids"].shape[1] + len(reading.tokens), photo_tokens(reading)
     block = torch.zeros(length, length, dtype=torch.bool)
-    block[first:, reading.positions] = True
-    block[reading.positions] = False
+    block[:, tokens] = True  # for what stands before them, they are hidden anyway
+    block[tokens] = False
     found = sever_photo(reading).removed
     np.testing.assert_allclose(found[0], with_mask(reading, block), rtol=1e-5, atol=1e-8)
     assert abs(found[0] - found[-1]).max() > 1e-3
