@@ -61,6 +61,7 @@ from common.evidence import (
     evidence_lines,
     explain_by_methods,
     explain_with_evidence,
+    joined,
     passed,
     warnings_of,
     with_method,
@@ -181,10 +182,10 @@ class Request(NamedTuple):
         return self.args.batch_size or RUNS_AT_ONCE
 
     def explain(self, reading: Reading, span, layers, settings: Settings) -> TokenMaps:
-        """The maps of one part of the answer."""
+        """The maps of one part of the answer, those of several pictures as one."""
         progress = show_progress(self.args.quiet)
-        (maps,) = explain_with_evidence(reading, [span], layers, settings, progress, **self.copies)
-        return maps
+        maps = explain_with_evidence(reading, [span], layers, settings, progress, **self.copies)
+        return joined(maps, len(reading.grids))[0]
 
     def forecast(self, reading: Reading, **counts: int) -> None:
         if not self.args.quiet:
@@ -195,7 +196,7 @@ class Question(NamedTuple):
     """A question about a photo, and the answer that is to be explained, the model's own for None."""
 
     name: str
-    photo: Image.Image
+    photo: Image.Image  # or a list of them, or a video, see `studies/pictures.py`
     prompt: str | list  # or messages
     answer: str | None
     where: str = ""  # in a list
@@ -204,6 +205,11 @@ class Question(NamedTuple):
 
 def questions(args: argparse.Namespace) -> list[Question]:
     """What is to be read: a photo, several, or the list of --answers. Raises ValueError naming flag, file and line."""
+    if args.together or args.video is not None:
+        from studies.pictures import Source
+
+        args.source = Source.of(args)
+        return [Question(args.source.name, args.source.photo, prompt_of(args), args.answer)]
     if args.answers is None:
         names = [readable(Path(path).name) for path in args.photos]
         names = names if len(set(names)) == len(names) else [readable(path) for path in args.photos]
@@ -337,11 +343,18 @@ def explain_target(request: Request, readings: list[Reading], names, layers, mas
         lines += measured
     elif args.mode == "comparative":
         files = draw_comparative(reading.photo, token_maps, layers, **request.drawing)[1]
+    elif args.source is not None:
+        from studies.pictures_figure import draw_pictures
+
+        pictures = args.source.pictures(reading)
+        lines += pictures.lines(token_maps)
+        files = draw_pictures(pictures, token_maps, args.mode == "grid", **request.drawing)
     else:
         draw = {"single": draw_single, "grid": draw_grid, "multi": draw_multilayer}[args.mode]
         files = draw(reading.photo, token_maps, **request.drawing)[1]
     if args.save_raw:
-        files["maps.npz"] = raw_arrays(token_maps, args)
+        raw = raw_arrays(token_maps, args)
+        files["maps.npz"] = raw if args.source is None else pictures.raw(token_maps, raw)
     return files, lines, [token_maps.evidence]
 
 
@@ -407,13 +420,19 @@ def explain_words(request: Request, readings: list[Reading], names, layers, mask
     from studies.prompt_words import Relevances
     from studies.words import draw_words, map_words, name_words, word_tokens, words_of
 
-    args, (reading,), (name,) = request.args, readings, names
+    args, (reading,), (name,), drawing = request.args, readings, names, request.drawing
     copies = request.copies | {"part": part_of(args)} | ({"passes": Relevances()} if args.prompt_words else {})
     request.forecast(reading, parts=len(words_of(reading, args.words, part_of(args))))
     word_maps = map_words(reading, args.words, layers, request.settings, show_progress(args.quiet), **copies)
+    word_maps = joined(word_maps, len(reading.grids))
     asked = copies["passes"].asked(reading, word_maps) if args.prompt_words else None
-    drawing = request.drawing | {"asked": asked}
-    files = draw_words(reading.photo, name, word_maps, *word_tokens(reading, word_maps), **drawing)[1]
+    shown = word_maps, *word_tokens(reading, word_maps)
+    if args.source is None:
+        files = draw_words(reading.photo, name, *shown, asked=asked, **drawing)[1]
+    else:
+        from studies.pictures_words import draw_picture_words
+
+        files = draw_picture_words(args.source.pictures(reading), *shown, asked=asked, **drawing)
     named = dict(zip(name_words(word_maps), word_maps, strict=True))
     lines = [f"explained: {', '.join(named)} at layer {', '.join(map(str, layers))}"]
     warned = [*doubt_lines(named), departures_of_most(word_maps, layers)]
@@ -515,7 +534,7 @@ def run(args: argparse.Namespace) -> Done:
     request = Request.of(args)
     if args.head is not None and args.head not in range(heads := count_heads(args.model_path)):
         raise ValueError(f"--head {args.head} does not exist: each layer of the model has 0 to {heads - 1}")
-    args.messages_file = args.messages
+    args.messages_file, args.source = args.messages, None
     if args.messages is not None:
         args.messages = load_messages(args.messages)
         if not (args.listed or args.photo_given) and (last := take_last(args.messages)):
@@ -532,13 +551,17 @@ def run(args: argparse.Namespace) -> Done:
         args.names = check_scores(args, asked)
         total = count_layers(args.model_path)
         args.hide_from, args.fastv = (listed_layers(args, name, total) for name in ("hide_from", "fastv"))
-    photos = args.photos if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
+    photos = (
+        [*args.photos, args.video] if args.answers is None else [Path(args.answers).parent / one.name for one in asked]
+    )
     inputs = [args.model_path, args.mask, args.answers, args.synonyms, args.messages_file, *photos]
     inputs += paths_of(args.messages)
     folder, subfolders = Path(args.output_dir, FOLDERS[args.mode]), layers if args.mode == "comparative" else ()
     with output_folder(folder, subfolders, "--output_dir", inputs) as write:
         with model_named(args.model_path):
             processor = load_processor(args.model_path, args.max_pixels)
+            if args.source is not None:
+                args.source.cap(processor, args.max_pixels)
             model = load_model(args.model_path, device, args.dtype)
             with vision_kept(model):
                 readings = [read_question(one, model, processor, args) for one in asked]
@@ -547,7 +570,10 @@ def run(args: argparse.Namespace) -> Done:
                     files, lines, _ = explain_mode(request, readings, [one.name for one in asked], layers, mask)
                 else:
                     files, lines, _ = score_answers(request, readings, asked)
-        lines = seen_lines(readings, [(one.name, one.photo.size) for one in asked]) + lines
+        if args.source is None:
+            lines = seen_lines(readings, [(one.name, one.photo.size) for one in asked]) + lines
+        else:
+            lines = args.source.seen_lines(readings[0]) + lines
         lines = cut_off_lines(readings, [one.name for one in asked]) + lines
         answers = {one.name: reading.answer for one, reading in zip(asked, readings, strict=True) if not args.answers}
         return Done(answers, write(files), lines)
@@ -557,7 +583,8 @@ def read_question(question: Question, model, processor, args: argparse.Namespace
     """The reading of a question. Raises ValueError, for a list with the line."""
     try:
         with answer_progress(model, args.quiet, args.max_new_tokens), model_named(args.model_path):
-            return read(model, processor, question.photo, question.prompt, question.answer, args.max_new_tokens)
+            reader = read if args.source is None else args.source.read
+            return reader(model, processor, question.photo, question.prompt, question.answer, args.max_new_tokens)
     except ValueError as exc:
         if not question.where:
             raise

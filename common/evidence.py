@@ -9,6 +9,7 @@ Import this file to have both in the core. Shapes as there, and  R runs.
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,7 +45,8 @@ from smooth_gradcam import (
 
 __all__ = [
     *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
-    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "passed", "positions_of"),
+    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "joined", "passed"),
+    "positions_of",
     *("probability_text", "settled_for", "share_text", "spearman", "warnings_of", "weighed", "with_method", "FADED"),
 ]
 
@@ -289,21 +291,41 @@ def passed(settings: Settings) -> Settings:
 
 
 def _likened(results: list[TokenMaps], reading: Reading, layers: list, method: str) -> list[TokenMaps]:
-    """The maps of these layers, of those of the middle layer too, with their likeness to it, as maps of the method."""
+    """The maps of these layers, of those of the middle layer too, with their likeness to it, as maps of the method.
+
+    Pictures that are explained together share the likeness of their maps as one.
+    """
     asked = [tap.key for tap in find_taps(reading.model, layers, "input")]
-    middle, likened = get_model_layers(reading.model)[1] // 2, []
-    for maps in results:
-        likeness = {
-            layer: spearman(maps.maps[layer], maps.maps[middle])
-            for layer in asked
-            if isinstance(layer, int) and not {layer, middle} & set(maps.blank)
-        }
-        own = {layer: maps.maps[layer] for layer in asked}
-        named = replace(maps.settings, method=method)
-        likened.append(
-            replace(maps, maps=own, no_gradient=maps.no_gradient & set(own), settings=named, likeness=likeness)
-        )
+    middle, likened, count = get_model_layers(reading.model)[1] // 2, [], len(reading.grids)
+    for start in range(0, len(results), count):
+        pictures = results[start : start + count]  # of one part of the answer
+        blank = set.intersection(*(set(maps.blank) for maps in pictures))
+        known = [layer for layer in asked if isinstance(layer, int) and not {layer, middle} & blank]
+        whole = {layer: np.concatenate([maps.maps[layer].ravel() for maps in pictures]) for layer in {*known, middle}}
+        likeness = {layer: spearman(whole[layer], whole[middle]) for layer in known}
+        for maps in pictures:
+            own, named = {layer: maps.maps[layer] for layer in asked}, replace(maps.settings, method=method)
+            unreached = maps.no_gradient & set(own)
+            likened.append(replace(maps, maps=own, no_gradient=unreached, settings=named, likeness=dict(likeness)))
     return likened
+
+
+def joined(maps: list[TokenMaps], count: int) -> list[TokenMaps]:
+    """The maps of `explain`, those of `count` pictures of a part of the answer as one: (1, N).
+
+    The maps of one picture stay as they are.
+    """
+    if count == 1:
+        return maps
+    parts = [maps[i : i + count] for i in range(0, len(maps), count)]
+    return [
+        replace(
+            part[0],
+            maps={layer: np.concatenate([one.maps[layer].ravel() for one in part])[None] for layer in part[0].maps},
+            grid=(1, sum(math.prod(one.grid) for one in part)),
+        )
+        for part in parts
+    ]
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

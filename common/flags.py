@@ -8,10 +8,10 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 
+from common.flag_types import LAYER_NAMES, to_count, to_layers, to_opacity, to_path, to_rate, to_text, to_words
 from common.terminal import plain
 
 __all__ = [
@@ -32,7 +32,7 @@ FOLDERS = {  # of each mode
 }
 MAPS = tuple(mode for mode in FOLDERS if mode != "knockout")  # modes with maps
 OF_PHOTOS = ("flow", "knockout")  # modes of one or several photos
-LAYER_NAMES = ("auto", "early", "middle", "late", "all")
+OF_PICTURES = ("single", "grid", "words")  # modes that explain several pictures of one prompt
 CHOICES = {  # as the modules have them, whose import takes too long for --help
     "score": ("logit", "logprob"),
     "method": ("auto", "needed", "gradcam", "hirescam", "product", "paper", "parent", "attention", "rollout", "chefer"),
@@ -46,19 +46,27 @@ CHOICES = {  # as the modules have them, whose import takes too long for --help
     "width": ("page", "column"),
     "format": ("pdf", "svg"),
 }
+ONE_PROMPT = ("--together", "--video", "--fps")
 CANNOT = {  # mode: {flag: what to do in its place}
     "single": {"--layers": "use --layer", "--layer_range": "use --layer"},
     "comparative": dict.fromkeys(
         ("--layer", "--layers", "--layer_range"), "early, middle and late layers are chosen automatically"
-    ),
+    )
+    | dict.fromkeys(ONE_PROMPT, "use --mode grid"),
+    "multi": dict.fromkeys(ONE_PROMPT, "use --mode grid, which takes the same layers"),
+    "evaluate": dict.fromkeys(ONE_PROMPT, "what is measured is of one photo"),
     "words": {
         "--target": "use --words",
         "--target_occurrence": "use --words",
         "--save_raw": "maps.npz is always written",
     },
-    "flow": {"--save_raw": "information_flow.npz is always written"},
+    "flow": {
+        **dict.fromkeys(ONE_PROMPT, "each photo is read in a prompt of its own"),
+        "--save_raw": "information_flow.npz is always written",
+    },
     "knockout": {
         **dict.fromkeys(("--layer", "--layers", "--layer_range"), "every layer is tried"),
+        **dict.fromkeys(ONE_PROMPT, "each photo is read in a prompt of its own"),
         "--save_raw": "knockout.npz is always written",
     },
 }
@@ -91,6 +99,12 @@ TOGETHER = [  # flags that cannot be combined with another: (that one, whether i
     ("--answer", lambda args: args.answer is not None, ("--max_new_tokens",), "nothing is generated"),
     ("--prompt_words", lambda args: args.prompt_words, ("--tap", "--rules"), "relevance needs their defaults"),
     ("--messages", lambda args: args.messages is not None, ("--prompt", "--system"), "the messages have both"),
+    (
+        "--video",
+        lambda args: args.video is not None,
+        ("--image_path", "--together", "--messages"),
+        "the video alone stands before the question",
+    ),
 ]
 EXAMPLES = """examples:
   python test_gradcam.py --mode single --layer 27
@@ -98,85 +112,6 @@ EXAMPLES = """examples:
   python test_gradcam.py --mode multi --layers 6 12 18 27 --method hirescam --score logprob
   python test_gradcam.py --mode knockout --target dog --window 9
 """
-
-
-# types
-
-
-def _type(check: Callable) -> Callable:
-    """The type of a flag: `check` turns its text into a value, or raises ValueError saying what would be valid."""
-
-    def convert(text):
-        try:
-            return check(text)
-        except ValueError as exc:
-            raise argparse.ArgumentTypeError(str(exc)) from exc
-
-    return convert
-
-
-@_type
-def _count(text: str) -> int:
-    with suppress(ValueError):
-        if 1 <= (number := int(text)) < 2**63:
-            return number
-    raise ValueError(f"{text[:100]!r} must be a whole number, 1 or more, and below 2^63")
-
-
-@_type
-def _layers(text: str) -> list[int | str]:
-    """[name], or the indices of "6,12,18" and "0-3"."""
-    text, found = text.strip(), []
-    if text in LAYER_NAMES:
-        return [text]
-    for part in text.split(","):
-        ends = re.fullmatch(r"(-?\d{1,4})(?:-(-?\d{1,4}))?", part.strip())
-        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
-        if last < first or (first < 0) != (last < 0):
-            names = ", ".join(LAYER_NAMES)
-            raise ValueError(f"{text!r} is none of {names}, no index, and no list such as 6,12 or 0-3")
-        found += range(first, last + 1)
-    return found
-
-
-@_type
-def _opacity(text: str) -> float | None:
-    """None of "value", the number of "fixed:0.5"."""
-    number = re.fullmatch(r"fixed:(\d*\.?\d+)", text)
-    if text != "value" and (number is None or float(number[1]) > 1):
-        raise ValueError(f"{text!r} must be value, or fixed:0.5 with a number from 0 to 1")
-    return None if text == "value" else float(number[1])
-
-
-@_type
-def _text(text: str) -> str:
-    if not text.strip():
-        raise ValueError(f"{text!r} is empty: give a text")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"{text!r} is not valid text in the terminal's encoding")
-    return text
-
-
-@_type
-def _words(text: str) -> str:
-    if not all(word.strip() for word in text.split(",")):
-        raise ValueError(f"{text!r} has an empty word: give content, all, or words such as dog,apple")
-    return text
-
-
-@_type
-def _path(text: str) -> str:
-    """A path that a file system takes; whether anything is there is told where it is opened."""
-    if not text.strip():
-        raise ValueError(f"{text!r} is empty: give a path")
-    try:
-        os.stat(text)  # noqa: PTH116  (Path.stat is no better, and a name on the hub is no path)
-    except (FileNotFoundError, NotADirectoryError):
-        return text
-    except (OSError, ValueError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise ValueError(f"{text[:100]!r} is not a usable path: {reason}") from exc
-    return text
 
 
 # the parser
@@ -219,49 +154,54 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
         "the answer reads of the photo by layer, or what it needs",
     )
     with_layers = ("grid", "multi", "words", "evaluate", "flow")
-    layers = {"type": _layers, "nargs": "+", "metavar": "LAYERS"}
+    layers = {"type": to_layers, "nargs": "+", "metavar": "LAYERS"}
     add("--layer", "single", type=int, help="index, negative ones count from the end (default: the middle layer)")
     add("--layers", *with_layers, **layers, help=f"{', '.join(LAYER_NAMES)}, or layer indices")
     add("--layer_range", *with_layers, **layers, help="the same (default: auto, six layers; in multi mode four)")
     default_model = str(HERE / "demo_model")
-    add("--model_path", type=_path, default=default_model, help="model or LoRA adapter folder, or a name on the hub")
+    add("--model_path", type=to_path, default=default_model, help="model or LoRA adapter folder, or a name on the hub")
     add(
         "--image_path",
-        type=_path,
+        type=to_path,
         nargs="+",
         default=[str(HERE / "demo.jpeg")],
         metavar="IMAGE_PATH",
         help="photo to explain, or a list of them: a folder, a glob, a .jsonl of {image, prompt? | messages?, answer?, "
         "target?, contrast?, mask? | box? | segmentation?}, several photos (one figure of all in flow, knockout mode)",
     )
+    together = "read the photos of --image_path in one prompt, and explain them as one"
+    add("--together", *OF_PICTURES, action="store_true", help=together)
+    video = "an MP4, MOV, WebM, MKV or AVI file, in the place of photos"
+    add("--video", *OF_PICTURES, type=to_path, help=video)
+    add("--fps", *OF_PICTURES, type=to_rate, default=2.0, help="of --video: how many frames of a second are read")
     prompt = "Describe the main content in this image in detail."
-    add("--prompt", type=_text, default=prompt, help="question about the photo")
-    add("--system", type=_text, help="system prompt, in the place of the chat template's own")
+    add("--prompt", type=to_text, default=prompt, help="question about the photo")
+    add("--system", type=to_text, help="system prompt, in the place of the chat template's own")
     messages = "a JSON file of chat messages, with pictures of their own, in the place of --prompt"
-    add("--messages", type=_path, help=messages)
+    add("--messages", type=to_path, help=messages)
     copies = "noisy copies, 2 to 2.5 forward passes each: 3-5 preview, 10 standard, 20-50 high quality"
     add("--num_samples", *MAPS, type=int, default=10, help=copies)
     noise = "noise in shares of the pixel range; 0 is plain Grad-CAM"
     add("--noise_std", *MAPS, type=float, default=0.15, help=noise)
     output = "each mode writes to a folder of its own in this one"
-    add("--output_dir", type=_path, default="cam_results", help=output)
+    add("--output_dir", type=to_path, default="cam_results", help=output)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps, or map to spread the model over all devices")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
     add("--seed", *MAPS, type=int, default=0, help="of the noise")
-    add("--max_new_tokens", type=_count, default=128, help="where the generated answer is cut off")
-    add("--answer", type=_text, help="explain this text in place of the generated answer")
-    add("--words", "words", type=_words, default="content", help='content, all, or the words themselves: "dog,apple"')
+    add("--max_new_tokens", type=to_count, default=128, help="where the generated answer is cut off")
+    add("--answer", type=to_text, help="explain this text in place of the generated answer")
+    add("--words", "words", type=to_words, default="content", help='content, all, or the words themselves: "dog,apple"')
     asked = "also show what each word takes from each word of the prompt"
     add("--prompt_words", "words", action="store_true", help=asked)
     targeted = tuple(mode for mode in FOLDERS if mode != "words")
-    add("--target", *targeted, type=_text, help="explain only this word or phrase of the answer")
+    add("--target", *targeted, type=to_text, help="explain only this word or phrase of the answer")
     which = "which one, where the answer has the target several times"
-    add("--target_occurrence", *targeted, type=_count, default=1, help=which)
+    add("--target_occurrence", *targeted, type=to_count, default=1, help=which)
     part = "of a reasoning model's answer: what stands behind </think>, before it, or all (default: answer; words: all)"
     add("--part", help=part)
     contrasted = tuple(mode for mode in MAPS if mode != "words")
     contrast = "explain the target's score minus that of this text in its place"
-    add("--contrast", *contrasted, type=_text, help=contrast)
+    add("--contrast", *contrasted, type=to_text, help=contrast)
     method = (
         "gradients pooled (gradcam), the same on the image tokens alone that the words need (needed), each token's own "
         "(hirescam), the product of the first and the last, Grad-CAM exactly as published (paper), or as the paper's "
@@ -284,7 +224,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add(
         "--opacity",
         *MAPS,
-        type=_opacity,
+        type=to_opacity,
         default="value",
         help="of the colours over the photo: value (cold areas stay photo), or the same everywhere, such as fixed:0.5",
     )
@@ -300,13 +240,13 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     )
     add("--format", nargs="+", default=[], help="of figures, written beside the PNG")
     pixels = "cap on the photo's pixels; never raises the model's own"
-    add("--max_pixels", type=_count, default=1_000_000, help=pixels)
+    add("--max_pixels", type=to_count, default=1_000_000, help=pixels)
     mask = "image of the photo's size, white where the explained object is (flow: for --heads; knockout: --window)"
-    add("--mask", "evaluate", "flow", "knockout", type=_path, help=mask)
+    add("--mask", "evaluate", "flow", "knockout", type=to_path, help=mask)
     add("--baseline", "evaluate", default="blur", help="what removed image tokens show")
-    add("--steps", "evaluate", type=_count, default=64, help="of insertion and deletion")
+    add("--steps", "evaluate", type=to_count, default=64, help="of insertion and deletion")
     batch = "noisy copies that go through the model at once (default: 1); in evaluate and knockout mode, runs too (8)"
-    add("--batch_size", type=_count, help=batch)
+    add("--batch_size", type=to_count, help=batch)
     recompute = "recompute activations in the backward: slower, for less memory"
     add("--recompute", *MAPS, action="store_true", help=recompute)
     add("--randomize", "evaluate", action="store_true", help="also re-draw the weights of a copy, and compare maps")
@@ -315,15 +255,15 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, tuple[str, ...]]]:
     add("--heads", "flow", action="store_true", help="also draw where every head looks: layers x heads")
     add("--taps", "flow", action="store_true", help="also draw the maps at every module where a layer can be read")
     window = "also block image, question and answer in so many layers around each"
-    add("--window", "knockout", type=_count, help=window)
+    add("--window", "knockout", type=to_count, help=window)
     keep = "also leave so many image tokens, those with most attention, visible"
-    add("--keep", "knockout", type=_count, help=keep)
+    add("--keep", "knockout", type=to_count, help=keep)
     answers = "a .jsonl of {image, prompt, answer | answers | objects, choices?, task?}: answers are scored over it"
-    add("--answers", "knockout", type=_path, help=answers)
+    add("--answers", "knockout", type=to_path, help=answers)
     hidden = "of --answers: also answer with the image hidden from each of these layers on"
     add("--hide_from", "knockout", **layers, help=hidden)
     synonyms = "of --answers with objects: a file of their names (default: COCO's, studies/coco_names.txt)"
-    add("--synonyms", "knockout", type=_path, help=synonyms)
+    add("--synonyms", "knockout", type=to_path, help=synonyms)
     pruned = "of --answers: also answer with image tokens removed from each of these layers on, as FastV does"
     add("--fastv", "knockout", **layers, help=pruned)
     share = "of --fastv: how many of them, in percent"
@@ -349,7 +289,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     known = vars(parser.parse_args([]))
     argv = ["=".join([_in_full(word.split("=")[0], known), *word.split("=")[1:]]) for word in argv]
     args, given = parser.parse_args(argv), {word.split("=")[0] for word in argv}
-    args.listed = any(map(is_list, args.image_path)) or (len(args.image_path) > 1 and args.mode not in OF_PHOTOS)
+    several = len(args.image_path) > 1 and args.mode not in OF_PHOTOS and not args.together
+    args.listed = several or any(map(is_list, args.image_path))
     try:
         args.notes = check_flags(args, given)
     except ValueError as exc:
@@ -414,6 +355,10 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> list[str]:
         raise ValueError("--overwrite acts on a list of photos only: what one photo writes is always replaced")
     if len(set(args.image_path)) < len(args.image_path):
         raise ValueError(f"--image_path has a photo twice: {max(args.image_path, key=args.image_path.count)}")
+    if args.together and (args.listed or len(args.image_path) < 2):
+        raise ValueError(f"--together needs two photos or more, each with its path: --image_path is {args.image_path}")
+    if "--fps" in given and args.video is None:
+        raise ValueError(f"--fps {args.fps:g} needs --video, whose frames it counts")
     if args.mask is not None and args.mode in OF_PHOTOS:
         if args.mode == "knockout" and args.window is None:
             raise ValueError("--mask needs --window in knockout mode: it tells whose attention is blocked")

@@ -7,11 +7,11 @@ import functools
 import time
 from contextlib import contextmanager
 
+import torch
 from tqdm.auto import tqdm
 
-from common.passes import patches_of, token_probabilities
 from common.terminal import say
-from smooth_gradcam import Reading, Settings, borrowed, hooked, memory_explained, score_parts
+from smooth_gradcam import Reading, Settings, borrowed, compute_logits, hooked, memory_explained, score_parts
 
 __all__ = ["answer_progress", "forecast_copies", "show_progress"]
 
@@ -52,7 +52,8 @@ def forecast_copies(reading: Reading, settings: Settings, parts: int = 1, method
     forced, (scored,) = score_parts(reading.inputs, reading.tokens, [[len(reading.tokens) - 1]])
     with borrowed(reading.model), memory_explained(len(reading.positions)):
         start = time.monotonic()
-        token_probabilities(reading, forced, patches_of(reading)[None], scored)
+        with torch.no_grad():
+            compute_logits(reading.model, forced, min(scored.predicting))
     each = (time.monotonic() - start) * (1 + BACKWARD * parts) * (1 if settings.contrast is None else 2)
     copies = methods * settings.num_samples
     say(f"expected: {copies} noisy copies of {length:,} tokens, {each:.0f} s each: about {copies * each:.0f} seconds")

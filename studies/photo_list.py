@@ -57,6 +57,7 @@ OWN_SUFFIXES = (".jsonl", ".csv", ".tex")  # of files beside the folders
 NEUTRAL = ("output_dir", "quiet", "verbose", "overwrite", "image_path", "photos", "listed", "device", "batch_size")
 NEUTRAL += ("recompute",)  # flags that do not change results, beyond rounding
 NEUTRAL += ("messages", "messages_file")  # or are the items' own
+NEUTRAL += ("together", "video", "fps", "source")  # that no list takes
 
 
 # reading a list

@@ -55,7 +55,7 @@ from visualization_utils import (
     text_rows,
 )
 
-__all__ = ["Video", "animate", "create_video_maps", "read_video", "strip_figure"]
+__all__ = ["Video", "animate", "create_video_maps", "draw_video", "read_video", "strip_figure", "times_of"]
 
 STRIP_HEIGHT = 6.0  # inches that the frames of a strip take at most
 SIDE = 640  # pixels of an animation's longer side
@@ -121,6 +121,12 @@ def animate(
     return buffer.getvalue()
 
 
+def times_of(count: int, step: float) -> tuple[str, ...]:
+    """The times of pictures that are `step` seconds apart, with decimals that tell them apart."""
+    digits = next((digits for digits in (1, 2) if abs(step * 10**digits - round(step * 10**digits)) < 1e-6), 2)
+    return tuple(f"{decimal(i * step, digits if step > 0.02 else 3)} s" for i in range(count))
+
+
 def _unneeded(maps: TokenMaps, layer: int, strongest: float) -> bool:
     """Whether the words need none of this temporal patch, but some of another: then its zeros are no lack of a map."""
     return maps.settings.method == "needed" and strongest > 0 and maps.blank.get(layer) == "zero everywhere"
@@ -137,8 +143,8 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     seconds = reading.processor.video_processor.temporal_patch_size / fps
     unneeded = [_unneeded(maps, layer, strongest) for maps in patches]
     labels = [
-        (f"{decimal(i * seconds, 1)} s", "none needed" if unneeded[i] else strength(maps, layer, strongest))
-        for i, maps in enumerate(patches)
+        (time, "none needed" if unneeded[i] else strength(maps, layer, strongest))
+        for i, (time, maps) in enumerate(zip(times_of(len(patches), seconds), patches, strict=True))
     ]
     room = max(page.label_width(*label) for label in labels)
     most = max(1, int((page.inner + GAP) / (room + GAP)))
@@ -164,7 +170,7 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     return page.finish(footer(page, y, first.settings.method, text, made_from(first, reading.photos[0]), look))
 
 
-def _draw_video(
+def draw_video(
     reading: Reading, patches: list[TokenMaps], layer: int, video: Video, look: Look = PLAIN, paper: Paper = PAGE
 ) -> dict[str, object]:
     """{file name: content}: the strip, the animation, and the raw maps (temporal patches, H, W) in maps.npz."""
@@ -202,5 +208,5 @@ def create_video_maps(
         reading = read_video(model, processor, video, prompt, answer, max_new_tokens)
         span = find_target(reading, target, target_occurrence)
         patches = explain_with_evidence(reading, [span], [layer], settings, **copies)
-        write(_draw_video(reading, patches, layer, video, look, paper))
+        write(draw_video(reading, patches, layer, video, look, paper))
     return patches

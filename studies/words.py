@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch import nn
 
 from common.evidence import ALIKE, doubt_of, explain_with_evidence, probability_text, share_text
@@ -49,8 +50,8 @@ from visualization_utils import (
 )
 
 __all__ = [
-    *("choose_words", "compute_word_maps", "create_word_maps", "draw_words", "html_data", "map_words", "name_words"),
-    *("split_words", "word_tokens", "words_html"),
+    *("choose_words", "compute_word_maps", "create_word_maps", "data_url", "draw_words", "html_data", "json_text"),
+    *("map_words", "name_words", "split_words", "word_tokens", "words_arrays", "words_html", "words_record"),
 ]
 
 
@@ -115,8 +116,6 @@ def html_data(
     """
     photo, first = open_photo(image).copy(), word_maps[0]
     photo.thumbnail((HTML_SIDE, HTML_SIDE))
-    encoded = io.BytesIO()
-    photo.save(encoded, "JPEG", quality=90)
 
     def pack(cam):
         return base64.b64encode(np.round(65535 * normalize_cam(cam)).astype("<u2").tobytes()).decode()
@@ -124,7 +123,7 @@ def html_data(
     from_prompt = {} if asked is None else asked.html_data()
     words = from_prompt.pop("words", [{}] * len(word_maps))
     return from_prompt | {
-        "photo": "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode(),
+        "photo": data_url(photo),
         "width": photo.width,
         "height": photo.height,
         "file_name": file_name,
@@ -160,6 +159,13 @@ def html_data(
     }
 
 
+def data_url(photo: Image.Image) -> str:
+    """The photo as a JPEG in an address."""
+    encoded = io.BytesIO()
+    photo.save(encoded, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
+
+
 def words_html(data: dict) -> str:
     """The HTML page with its data, escaped so that it can end neither its script nor a line in it."""
     template = Path(__file__).with_name("words_page.html").read_text(encoding="utf-8")
@@ -174,17 +180,9 @@ def _evidence_record(word: TokenMaps) -> dict[str, float] | None:
     return own and {"p": own.p, "without_photo": own.without, "kept": own.kept}
 
 
-def draw_words(
-    image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens: list[list[str]],
-    look: Look = PLAIN, paper: Paper = PAGE, asked: Asked | None = None,
-) -> tuple[dict, dict[str, object]]:  # fmt: skip
-    """({name of the word: {layer: LayerPictures}}, {file name: content}) of all words.
-
-    `probabilities` and `tokens` are those of `word_tokens`; `file_name` is the photo's, for the HTML page. `asked` is
-    what the words take from the prompt, which then has a figure of its own.
-    """
-    photo, first, names, strongest = open_photo(image), word_maps[0], name_words(word_maps), strongest_of(word_maps)
-    results = {name: layer_pictures(photo, word, look, strongest) for name, word in zip(names, word_maps, strict=True)}
+def words_record(word_maps: list[TokenMaps], probabilities, tokens, asked: Asked | None = None) -> dict:
+    """What words.json says; the arguments are those of `draw_words`."""
+    first, names = word_maps[0], name_words(word_maps)
     records = [
         {
             "name": name,
@@ -204,22 +202,42 @@ def draw_words(
     record = {"prompt": first.prompt, "answer": first.answer, "grid": list(first.grid), "layers": list(first.maps)}
     record |= {"thinking": first.thinking, "cut_off": first.cut_off}  # characters; whether the answer has no end
     record |= {"settings": asdict(first.settings), "words": records}
-    record |= {} if asked is None else {"prompt_words": asked.record(names)}
+    return record | ({} if asked is None else {"prompt_words": asked.record(names)})
+
+
+def json_text(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+
+
+def words_arrays(word_maps: list[TokenMaps]) -> dict[str, np.ndarray]:
+    """What maps.npz has beside the maps."""
+    return {
+        "layers": np.array(list(word_maps[0].maps)),
+        "words": np.array(name_words(word_maps)),
+        "spans": np.array([word.target_span for word in word_maps]),
+        "evidence": np.array([(word.evidence or (np.nan, np.nan))[:2] for word in word_maps]),  # p, without photo
+    }
+
+
+def draw_words(
+    image, file_name: str, word_maps: list[TokenMaps], probabilities: list[list[float]], tokens: list[list[str]],
+    look: Look = PLAIN, paper: Paper = PAGE, asked: Asked | None = None,
+) -> tuple[dict, dict[str, object]]:  # fmt: skip
+    """({name of the word: {layer: LayerPictures}}, {file name: content}) of all words.
+
+    `probabilities` and `tokens` are those of `word_tokens`; `file_name` is the photo's, for the HTML page. `asked` is
+    what the words take from the prompt, which then has a figure of its own.
+    """
+    photo, names, strongest = open_photo(image), name_words(word_maps), strongest_of(word_maps)
+    results = {name: layer_pictures(photo, word, look, strongest) for name, word in zip(names, word_maps, strict=True)}
     files = (
         word_figures(photo, word_maps, look, paper)
         | ({} if asked is None else asked.figures(word_maps, paper))
         | {
             "index.html": words_html(html_data(photo, file_name, word_maps, probabilities, tokens, look, asked)),
-            "words.json": json.dumps(record, ensure_ascii=False, indent=1) + "\n",
-            "maps.npz": {
-                "maps": np.stack([np.stack(list(word.maps.values())) for word in word_maps]),  # (words, layers, H, W)
-                "layers": np.array(list(first.maps)),
-                "words": np.array(names),
-                "spans": np.array([word.target_span for word in word_maps]),
-                "evidence": np.array(
-                    [(word.evidence or (np.nan, np.nan))[:2] for word in word_maps]
-                ),  # p, without photo
-            },
+            "words.json": json_text(words_record(word_maps, probabilities, tokens, asked)),
+            "maps.npz": words_arrays(word_maps)
+            | {"maps": np.stack([np.stack(list(word.maps.values())) for word in word_maps])},  # (words, layers, H, W)
         }
     )
     return Shown(results, page=files["index.html"]), files

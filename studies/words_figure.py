@@ -45,7 +45,7 @@ from visualization_utils import (
     text_rows,
 )
 
-__all__ = ["word_figures"]
+__all__ = ["DOUBT", "evidence_text", "word_figures", "words_caption"]
 
 SMALLEST = {"page": 0.66, "column": 0.43}  # square root of the area that a picture has at least
 LARGEST = 2.5  # and at most
@@ -72,7 +72,7 @@ def _contexts(word_maps: list[TokenMaps]) -> list[str]:
     return contexts
 
 
-def _evidence_text(word: TokenMaps) -> str:
+def evidence_text(word: TokenMaps) -> str:
     """Such as "p .98, 3 % kept"; empty if it was not measured."""
     if word.evidence is None:
         return ""
@@ -141,7 +141,7 @@ class _Table:
         self.inner, self.families, self.aspect = page.inner, tuple(page.families), photo.width / photo.height
         self.smallest = SMALLEST[paper.width] * self.aspect**0.5
         self.labels = [{layer: strength(word, layer, strongest) for layer in self.layers} for word in word_maps]
-        self.contexts, self.evidence = _contexts(word_maps), [_evidence_text(word) for word in word_maps]
+        self.contexts, self.evidence = _contexts(word_maps), [evidence_text(word) for word in word_maps]
         self.colours = [DOUBT if doubt_of(word) else "0.3" for word in word_maps]
         self.side = self._widest((_tied(f"layer {layer}") for layer in self.layers), SMALL) + GAP
         self.kinds = [
@@ -163,7 +163,7 @@ class _Table:
             first, cells = word_maps[0], [(i, layer) for i in words for layer in self.layers]
             page, below = (
                 Page(WIDTHS[paper.width], first.prompt + first.answer),
-                _caption(alike, self.labels, cells, 2, look),
+                words_caption(alike, self.labels, cells, _order(2), look),
             )
             self.bottoms[kinds] = footer(page, 0, first.settings.method, below, made_from(first, photo), look)
         return self.bottoms[kinds]
@@ -367,18 +367,21 @@ def _words_figure(photo, word_maps: list[TokenMaps], table: _Table, blocks: list
                     page.text(x, top + at.height + 0.02 + k * TINY * LINE, line.rstrip(","), TINY, color="0.3")
                 cells.append((i, layer))
         y += -(-len(layers) // at.across) * at.row + 2 * GAP
-    below = _caption(word_maps, table.labels, cells, at.across, look)
+    below = words_caption(word_maps, table.labels, cells, _order(at.across), look)
     return page.finish(footer(page, y, first.settings.method, below, made_from(first, photo), look))
 
 
-def _caption(
-    word_maps: list[TokenMaps], labels: list[dict], cells: list[tuple[int, int]], across: int, look: Look
+def _order(across: int) -> str:
+    return "a column for each word" if across == 1 else "the layers of each word side by side"
+
+
+def words_caption(
+    word_maps: list[TokenMaps], labels: list[dict], cells: list[tuple[int, int]], order: str, look: Look
 ) -> str:
-    """The caption of a page with these cells, (word, layer)."""
+    """The caption of a page with these cells, (word, layer), in this order."""
     shown = [word_maps[i] for i in dict.fromkeys(i for i, _ in cells)]
     doubted = [word for word in shown if doubt_of(word)]
     about = shown[0] if len(doubted) == len(shown) else replace(shown[0], evidence=None)  # not one word's for all
-    order = "a column for each word" if across == 1 else "the layers of each word side by side"
     below = caption(about, [], f"each layer, {order}", look)
     if any(word.evidence for word in shown):
         below += " Under each word: its probability p, and the share of p that is kept without the photo."

@@ -16,6 +16,7 @@ OUTSIDE |= {"--colormap": "jet", "--opacity": "fixed:0.5", "--upsample": "cells"
 OUTSIDE |= {"--head": "1", "--heads": None, "--heatmaps": None, "--width": "column", "--prompt_words": None}
 OUTSIDE |= {"--window": "2", "--keep": "3", "--answers": "list.jsonl", "--hide_from": "2", "--synonyms": "names.txt"}
 OUTSIDE |= {"--fastv": "2", "--removed": "50"}
+OUTSIDE |= {"--together": None, "--video": "clip.mp4", "--fps": "4"}
 PAIRS = [(flag, mode) for flag in MODES_OF_FLAG for mode in FOLDERS]
 
 

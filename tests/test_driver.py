@@ -628,6 +628,7 @@ ACTING = [(flag, mode) for flag, mode in PAIRS if mode in MODES_OF_FLAG[flag]]
 ACTING = [pair for pair in ACTING if pair[0] != "--recompute"]  # the same maps, for less memory: see above
 COLOURS = ("--colormap", "--opacity", "--upsample", "--scale")  # act on pictures: see below
 ACTING = [pair for pair in ACTING if pair[0] not in (*COLOURS, "--heatmaps", "--width")]
+ACTING = [pair for pair in ACTING if pair[0] not in ("--together", "--video", "--fps")]  # see test_pictures.py
 ACTING.remove(("--mask", "flow"))  # acts on --heads: see test_attention.py
 ACTING = [pair for pair in ACTING if pair[0] not in ("--answers", *OF_ANSWERS)]  # of a list: see below
 

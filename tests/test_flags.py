@@ -54,6 +54,7 @@ def test_every_flag_of_some_modes_is_known_to_the_parser():
             value = [] if OUTSIDE[flag] is None else [OUTSIDE[flag]]
             value += ["--target", "cat"] if flag in ("--target_occurrence", "--contrast") else []
             value += ["--method", "attention"] if flag == "--head" else []
+            value += {"--together": ["--image_path", "a.png", "b.png"], "--fps": ["--video", "a.mp4"]}.get(flag, [])
             value += ["--window", "2"] if (flag, mode) == ("--mask", "knockout") else []
             value += ["--answers", "a.jsonl"] if flag in OF_ANSWERS else []
             value += {"--fastv": ["--removed", "50"], "--removed": ["--fastv", "2"]}.get(flag, [])

@@ -1339,3 +1339,168 @@ def test_page_works_in_the_frame_of_a_notebook(page):
     page.word(1).click()
     is_shown(page, photo, cams[1, 1])
     page.driver.switch_to.default_content()
+
+
+# several pictures of one prompt, and frames of a video
+
+
+def make_several(video=False, sizes=((168, 112), (84, 140), (140, 140)), maps=None):
+    """Pictures whose maps stand one after the other. Returns (data, photos, {(word, layer): [cam of each picture]}).
+
+    `maps` counts the map of each picture; None is a map of its own.
+    """
+    maps = range(len(sizes)) if maps is None else maps
+    photos = [make_image(*size).rotate(5 * i) for i, size in enumerate(sizes)]
+    grids = {number: (size[1] // 28, size[0] // 28) for number, size in zip(maps, sizes, strict=True)}
+    rng, cams, joint = np.random.default_rng(5), {}, {}
+    for word in range(len(WORDS)):
+        for layer in range(len(LAYERS)):
+            own = [np.maximum(rng.normal(size=grid), 0).astype(np.float32) * (1 + n) for n, grid in grids.items()]
+            if (word, layer) == (2, 1):
+                own[0][:] = 0
+            cams[word, layer] = [own[number] for number in maps]
+            joint[word, layer] = np.concatenate([cam.ravel() for cam in own])[None]
+    data, _, _ = make_data(size=sizes[0], grid=joint[0, 0].shape, cams=joint, video=video)
+    data["pictures"] = []
+    for i, (photo, number) in enumerate(zip(photos, maps, strict=True)):
+        file = io.BytesIO()
+        photo.save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        own = {"name": f"{i / 2:.1f} s" if video else f"{i + 1} {'abc'[i]}.png", "map": number, "grid": grids[number]}
+        data["pictures"].append(own | {"photo": url, "width": photo.width, "height": photo.height})
+    return data, photos, cams
+
+
+def slide(page, name, value):
+    page.js("const own = document.getElementById(arguments[0]); own.value = arguments[1]; "
+            "own.dispatchEvent(new Event('input'))", name, value)  # fmt: skip
+
+
+def test_slider_changes_the_picture_and_its_map(page):
+    """All pictures on the scale of the strongest, each with its own grid and shape."""
+    data, photos, cams = make_several()
+    page.open(data, "#word=1&layer=5&picture=0")
+    peak = max(cam.max() for cam in cams[1, 1])
+    for i in (0, 1, 2, 1):
+        slide(page, "picture", i)
+        assert_same(page.pixels(), render_cam(photos[i], cams[1, 1][i], peak=peak)[0])
+        assert page.address() == f"#word=1&layer=5&picture={i}"
+        assert page.find("#picture-value").text == f"{i + 1} of 3"
+        assert f"{i + 1} {'abc'[i]}.png" in page.status()
+    assert min(cam.max() for cam in cams[1, 1]) < 0.7 * peak
+    slide(page, "layer", 2)
+    assert_same(page.pixels(), render_cam(photos[1], cams[1, 2][1], peak=max(cam.max() for cam in cams[1, 2]))[0])
+
+
+def test_frames_of_a_temporal_patch_share_its_map(page):
+    data, photos, cams = make_several(True, ((168, 112),) * 5, (0, 0, 1, 1, 2))
+    page.open(data, "#word=0&layer=0&picture=1")
+    peak = max(cam.max() for cam in cams[0, 0])
+    for i in range(5):
+        slide(page, "picture", i)
+        assert_same(page.pixels(), render_cam(photos[i], cams[0, 0][i], peak=peak)[0])
+        assert page.find("#picture-value").text == f"{i / 2:.1f} s"
+    assert page.find("#picture-label").text == "Time"
+    assert "5 frames, seen as 3 times 6 × 4 image tokens: 2 frames have one map" in page.find("#settings").text
+    assert not np.array_equal(cams[0, 0][1], cams[0, 0][2])
+
+
+def test_page_opens_at_the_picture_with_most_of_the_map(page):
+    data, photos, cams = make_several()
+    page.open(data, "#word=0&layer=0")
+    word, layer = page.js("return [state.pinned, state.layer]")
+    assert (word, layer) == (0, 0)
+    page.open(data)
+    word, layer, picture = page.js("return [state.pinned, state.layer, state.picture]")
+    assert picture == int(np.argmax([cam.sum() for cam in cams[word, layer]]))
+    peak = max(cam.max() for cam in cams[word, layer])
+    assert_same(page.pixels(), render_cam(photos[picture], cams[word, layer][picture], peak=peak)[0])
+
+
+def test_share_of_the_map_in_a_picture_is_told(page):
+    data, _, cams = make_several()
+    for i in (1, 2):
+        page.open(data, f"#word=0&layer=16&picture={i}")
+        share = cams[0, 2][i].sum() / sum(cam.sum() for cam in cams[0, 2])
+        assert page.find("#hottest").text.startswith(f"{100 * share:.0f} % of the map in this picture; hottest: ")
+    page.open(data, "#word=2&layer=5&picture=0")
+    assert page.find("#hottest").text.startswith("none of the map in this picture")
+    assert_same(page.pixels(), np.asarray(make_image(168, 112)))
+    cell = int(cams[0, 2][1].argmax())
+    page.open(data, f"#word=0&layer=16&picture=1&row={cell // 3}&column={cell % 3}")
+    share = cams[0, 2][1].max() / sum(cam.sum() for cam in cams[0, 2])
+    assert f"red {round(100 * share, 1):g} %" in page.find("#readout").text
+    assert f"({cams[0, 2][1].max():.3g})" in page.find("#readout").text
+
+
+def test_difference_has_one_scale_over_all_pictures(page):
+    data, _, cams = make_several()
+    page.open(data, "#word=0&layer=0&with=1&compare=difference&picture=1")
+    maxima = [max(cam.max() for cam in cams[word, 0]) for word in (0, 1)]
+    apart = [a / maxima[0] - b / maxima[1] for a, b in zip(cams[0, 0], cams[1, 0], strict=True)]
+    largest = max(np.abs(one).max() for one in apart)
+    for i in range(3):
+        found = page.js("return Array.from(drawn(0, 0, true, arguments[0]).shares)", i)
+        np.testing.assert_allclose(found, (apart[i] / largest).ravel(), atol=1e-4)
+
+
+def test_pictures_are_chosen_in_their_strip_and_by_keys(page):
+    data, _, _ = make_several()
+    page.open(data, "#word=0&layer=0&picture=0")
+    buttons = page.driver.find_elements("css selector", "#frames button")
+    assert [button.text for button in buttons] == ["1 a.png", "2 b.png", "3 c.png"]
+    buttons[2].click()
+    assert page.address() == "#word=0&layer=0&picture=2"
+    page.keys("ARROW_LEFT")
+    assert page.address() == "#word=0&layer=0&picture=1"
+    page.keys("ARROW_LEFT", "ARROW_LEFT", "ARROW_LEFT")
+    assert page.address() == "#word=0&layer=0&picture=0"
+    assert [button.get_attribute("aria-checked") for button in buttons] == ["true", "false", "false"]
+    page.js("document.getElementById('picture').focus()")
+    page.keys("ARROW_RIGHT")
+    assert page.address() == "#word=0&layer=0&picture=1"
+
+
+def test_kept_cell_stays_in_frames_and_goes_with_another_grid(page):
+    data, _, _ = make_several()
+    page.open(data, "#word=0&layer=0&picture=0&row=3&column=5")
+    assert page.js("return state.pinnedCell") == 23
+    slide(page, "picture", 1)
+    assert page.js("return state.pinnedCell") is None
+    data, _, _ = make_several(True, ((168, 112),) * 3)
+    page.open(data, "#word=0&layer=0&picture=0&row=3&column=5")
+    slide(page, "picture", 2)
+    assert page.address() == "#word=0&layer=0&picture=2&row=3&column=5"
+
+
+def test_numbers_are_those_of_the_shown_picture(page):
+    data, _, cams = make_several()
+    page.open(data, "#word=0&layer=5&picture=1")
+    page.open_numbers()
+    rows = page.driver.find_elements("css selector", "#numbers tr")[1:]
+    assert len(rows) == 5
+    shown = [[float(cell.text) for cell in row.find_elements("css selector", "td")] for row in rows]
+    np.testing.assert_allclose(shown, cams[0, 1][1], atol=0.006)
+
+
+def test_one_photo_has_no_slider_over_pictures(page):
+    page.open(make_data()[0])
+    assert not page.find("#pictures").is_displayed()
+    assert not page.find("#frames").is_displayed()
+    assert "picture" not in page.address()
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800), (2560, 1440)])
+@pytest.mark.parametrize("video", [False, True])
+def test_page_of_several_pictures_fits_the_window(page, width, height, video):
+    sizes = ((168, 112),) * 12 if video else ((168, 112), (56, 280), (280, 84))
+    data, _, _ = make_several(video, sizes)
+    page.open(data, width=width, height=height, mobile=width < 720)
+    for i in range(3):
+        slide(page, "picture", i)
+        assert page.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        box, slider = page.find("#canvas").rect, page.find("#picture").rect
+        assert box["height"] > 60
+        if not (i == 1 and not video):  # a tall one is told of beside it
+            assert slider["y"] >= box["y"] + box["height"]
+        assert slider["y"] + slider["height"] <= height
