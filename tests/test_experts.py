@@ -98,7 +98,10 @@ def test_tokens_go_to_different_experts(model):
 
 @pytest.mark.parametrize("rules", core.RULES)
 def test_no_bit_of_the_logits_is_changed(single, processor, rules):
+    """Also not where a kernel rounds in its own way."""
     reading = read(single, processor, make_image(192, 128), PROMPT, ANSWER)
+    experts = decoder(single)[2].mlp.experts
+    experts.forward = lambda *args, run=experts.forward: run(*args) * (1 + 1e-6)
     with core.borrowed(single):
         expected = single(**reading.inputs).logits
         taps = core.find_taps(single, [0], "input")

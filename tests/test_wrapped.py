@@ -257,14 +257,27 @@ def fuse_queries(layer):
     layer.self_attn.q_proj.__class__ = layer.self_attn.k_proj.__class__ = Bypassed
 
 
+def fuse_experts(layer):
+    """They run, and are not called, as where router and experts are one kernel."""
+    kind = type(layer.mlp.experts)
+    layer.mlp.experts.__class__ = type(kind.__name__, (kind,), {"__call__": kind.forward})
+
+
 FUSED = {
     "in place": (fuse_in_place, "mlp.act_fn"),
     "class": (fuse_class, "mlp.act_fn"),
+    "experts": (fuse_experts, "mlp.experts"),
     "queries": (fuse_queries, "self_attn.q_proj"),
 }
+KERNELS = [
+    (family, how)
+    for family in (*FAMILIES, "qwen2_5_vl")
+    for how in FUSED
+    if how == "queries" or (how == "experts") == family.endswith("moe")
+]
 
 
-@pytest.mark.parametrize("how", FUSED)
+@pytest.mark.parametrize(("of_family", "how"), KERNELS, indirect=["of_family"])
 def test_a_kernel_that_passes_by_a_rule_is_told(of_family, image, how):
     make, processor = of_family
     model, (fuse, place) = make(), FUSED[how]
