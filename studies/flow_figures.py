@@ -196,11 +196,10 @@ def _draw_flow(
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
 
+    among = "all but the answer's own" if "other images" in shares else "system, image and user tokens"
     said = [
         "Share of the group: attention of the positions that predict the explained tokens, mean over heads, "
-        "renormalised over all but the answer's own (eq. 7 of “From Redundancy to Relevance”)."
-        if "other images" in shares
-        else "renormalised over system, image and user tokens (eq. 7 of “From Redundancy to Relevance”).",
+        f"renormalised over {among} (eq. 7 of “From Redundancy to Relevance”).",
         "Per token: the same for each token of the group, with the answer's own.",
         "|gradient × hidden state|: share of each group in its sum at the layer.",
         "Probability after each layer: of the explained tokens, by the final norm and head.",

@@ -123,6 +123,12 @@ def test_colours_of_the_flow_have_a_bar_that_says_what_they_are(traced):
             assert len(colour_bars(figure)) == texts_of(figure).count(label) == shown
 
 
+def test_the_caption_says_what_the_shares_are(traced):
+    said = " ".join(map(prose_of, figures_of(traced, "information_flow")))
+    assert "Share of the group: attention of the positions that predict the explained tokens, mean over heads, " in said
+    assert "heads, renormalised over system, image and user tokens (eq. 7 of" in said
+
+
 def test_groups_have_markers_in_turn_that_the_legend_shows(traced):
     figures = figures_of(traced, "information_flow")
     plots = [axes for figure in figures for axes in figure.axes if axes.get_xlabel() == "layer"]

@@ -1001,6 +1001,22 @@ def test_shift_and_click_compares_with_a_word_and_again_with_none(page):
         assert page.find("#second-canvas").is_displayed() == (second is not None)
 
 
+def test_a_word_is_not_compared_with_itself_where_the_pointer_rests_on_it(page):
+    data, photo, cams = make_data()
+    page.open(data, "#word=1&layer=5")
+    page.word(1).click()
+    page.shift_click(page.word(2))  # which makes the text narrower, so that words move under the pointer
+    is_shown(page, photo, cams[1, 1])
+    assert page.find("#second-canvas").is_displayed()
+    page.point_at(page.find("h1"))
+    page.choose("compare", "difference")
+    difference = page.pixels()
+    page.point_at(page.word(2))
+    np.testing.assert_array_equal(page.pixels(), difference)
+    page.point_at(page.word(0))
+    assert abs(page.pixels() - difference).max() > 20
+
+
 def test_where_copying_is_not_allowed_the_link_is_selected(page):
     page.open(make_data()[0], "#word=1&layer=5")
     page.js("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
