@@ -11,7 +11,7 @@ from common.evidence import FADED, Evidence, doubt_of
 from common.page import DPI, GAP, MARGIN, PAGE, TINY, WIDTHS, Page, Paper, fit_box, masthead, small_print
 from smooth_gradcam import PLAIN, Look, Reading, Settings, TokenMaps, colorize_cam, explain, normalize_cam, upsample_cam
 from studies.heads import head_attention, head_findings, head_rows
-from visualization_utils import reliance, text_rows
+from visualization_utils import colour_bar, reliance, text_rows
 
 __all__ = ["BODY", "draw_heads", "heads"]
 
@@ -45,6 +45,10 @@ def _start(photo, maps: TokenMaps, title: str, paper: Paper) -> tuple[Page, floa
     return page, masthead(page, photo, title, heads, (1.6, 1.2)) + 2 * GAP
 
 
+def _foot(page: Page, y: float, text: str, look: Look) -> float:
+    return small_print(page, colour_bar(page, y, "attention", look, overlays=False), text, SETTINGS)
+
+
 def draw_heads(
     reading: Reading, maps: TokenMaps, attention: np.ndarray, rows: list[dict], look: Look = PLAIN, paper: Paper = PAGE
 ) -> dict[str, object]:
@@ -55,7 +59,7 @@ def draw_heads(
     total, count, _ = attention.shape
     text = _caption(maps, look, "pointing" in rows[0])
     page, y = _start(reading.photo, maps, "Attention of each head", paper)
-    room = BODY - y - TOP - 2 * GAP - small_print(page, 0, text, SETTINGS)
+    room = BODY - y - TOP - 2 * GAP - _foot(page, 0, text, look)
     aspect = reading.photo.width / reading.photo.height
 
     least, most = (fit_box(aspect, side, side) for side in (CELL, LARGEST))
@@ -67,7 +71,8 @@ def draw_heads(
 
     across = max(range(1, 5), key=cell)
     fits = cell(across) >= least
-    width, height = cell(across) if fits else least
+    widest = min((page.inner - LEFT) / len(columns[0]) - BETWEEN, most[0])  # where there are several figures
+    width, height = cell(across) if fits else fit_box(aspect, widest, most[1])
     pitch = max(height, TINY / 72) + BETWEEN
     blocks = np.array_split(np.arange(total), across) if fits else _parts(total, int(room / pitch))
     across = across if fits else 1
@@ -77,7 +82,7 @@ def draw_heads(
         title = "Attention of each head" + f" ({number} of {len(figures)})" * (len(figures) > 1)
         cells = _Cells(layers, heads, width, height, pitch, page.inner / across)
         draw = functools.partial(_draw, reading, maps, attention, rows, cells, title, text, look, paper)
-        files |= paper.figure("heads" + f"_{number}" * (len(figures) > 1), draw)
+        files |= paper.figure("heads" + f"_{number}" * (number > 1), draw)
     return files
 
 
@@ -110,7 +115,7 @@ def _draw(
             page.text(x - GAP / 2, middle, f"layer {layer}", TINY, ha="right", va="center")
         page.picture(x, y + TOP, width, height, picture).spines[:].set_visible(False)
     below = y + TOP + len(cells.blocks[0]) * cells.pitch + GAP
-    return page.finish(small_print(page, below, text, SETTINGS))
+    return page.finish(_foot(page, below, text, look))
 
 
 def _block(reading: Reading, maps: TokenMaps, attention: np.ndarray, row_of, layers, cells: _Cells, look: Look):
