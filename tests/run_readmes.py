@@ -1,5 +1,6 @@
 """Run the commands of the READMEs in a copy of the project, and see that none of them changes a file of it.
 
+    python tests/run_readmes.py --quick    # those that take less than a minute on two cores
     python tests/run_readmes.py            # without training, measuring and benchmarks
     python tests/run_readmes.py --all      # all that need no more than the project ships, for hours
 
@@ -30,6 +31,7 @@ LEFT_OUT = {  # what stands in the command: why it is not run
     r"--device cuda|--shape 7B": "needs a GPU",
 }
 LONG = r"tests/|demo_model/(train|evaluate|graft)\.py|torchrun"
+SLOW = r"--compare|--randomize|--answers|--model_path build/"  # more than a minute on two cores
 
 
 def commands_of(text: str) -> list[str]:
@@ -46,12 +48,13 @@ def all_commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def left_out(command: str, everything: bool) -> str:
+def left_out(command: str, everything: bool, quick: bool = False) -> str:
     """Why a command is not run, or nothing."""
     why = [reason for mark, reason in LEFT_OUT.items() if re.search(mark, command)]
     missing = [folder for folder in DECODERS if folder in command and not (ROOT / folder).is_dir()]
     why += [f"needs {folder}" for folder in missing]
     why += ["takes long (--all)"] if re.search(LONG, command) and not everything else []
+    why += ["takes more than a minute (without --quick)"] if re.search(SLOW, command) and quick else []
     return why[0] if why else ""
 
 
@@ -87,6 +90,7 @@ def run(command: str, folder: Path) -> tuple[int, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the commands of the READMEs; none may change a file of git.")
     parser.add_argument("--all", action="store_true", help="also those that take long")
+    parser.add_argument("--quick", action="store_true", help="only those that take less than a minute on two cores")
     parser.add_argument("--list", action="store_true", help="only say what would be run, and what not")
     options = parser.parse_args()
     failed, commands = [], all_commands()
@@ -94,7 +98,7 @@ def main() -> None:
         folder = Path(name) / "project"
         copy_project(folder)
         for command in commands:
-            if why := left_out(command, options.all):
+            if why := left_out(command, options.all, options.quick):
                 print(f"not run, {why}: {command}", flush=True)
                 continue
             if options.list:
