@@ -216,6 +216,7 @@ def questions(args: argparse.Namespace) -> list[Question]:
         photos = map(load_photo, args.photos)
         prompt = prompt_of(args)
         return [Question(name, photo, prompt, args.answer) for name, photo in zip(names, photos, strict=True)]
+    from studies.answers import said_answer
     from studies.questions import read_questions
 
     found = []
@@ -226,7 +227,7 @@ def questions(args: argparse.Namespace) -> list[Question]:
             except ValueError as exc:
                 raise ValueError(f"{item.source}: {str(exc).removeprefix('--image_path').lstrip(': ')}") from exc
             own = argparse.Namespace(**vars(args) | {"prompt": item.prompt, "messages": item.messages})
-            answer, where = item.truth.get("answer"), f"--answers {item.source}"
+            answer, where = said_answer(item.truth), f"--answers {item.source}"
             found.append(Question(item.name, photo, prompt_of(own), answer, where, item.truth))
     except ValueError as exc:
         raise ValueError(f"--answers {exc}") from exc

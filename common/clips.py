@@ -4,7 +4,8 @@
       -> frames at 1 / fps seconds       read_clip: the child process, which can be stopped, decodes in order
 
 FFmpeg, by which OpenCV decodes, also opens playlists, networks and devices. Here it gets a regular local file of one of
-the containers in `KINDS`, by its absolute path, may use their demuxers and the file protocol only, and reports nothing.
+the containers in `KINDS`, by its absolute path, and may use their demuxers and the file protocol only. That it reports
+errors is told, not which.
 
 Shapes:  height, width  pixels
 """
@@ -14,6 +15,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from io import BufferedReader
@@ -37,9 +40,10 @@ EBML = b"\x1a\x45\xdf\xa3"
 CHILD = "import json, sys; given = json.load(sys.stdin); sys.path[:] = given['import']; import common.clips as clips; "
 CHILD += "clips.main(given)"
 KINDS = "MP4, MOV, WebM, MKV or AVI"
+LOG = 2**16  # bytes of its errors
 OPENED = {  # FFmpeg's options
     "OPENCV_FFMPEG_CAPTURE_OPTIONS": "protocol_whitelist;file|format_whitelist;mov,mp4,matroska,webm,avi",
-    "OPENCV_FFMPEG_LOGLEVEL": "-8",
+    "OPENCV_FFMPEG_LOGLEVEL": "16",  # its errors, into a file
     "OPENCV_LOG_LEVEL": "OFF",
 }
 
@@ -124,7 +128,7 @@ def read_clip(path: str, fps: float) -> list[Image.Image]:
     """The frames that a video file shows at 0, 1 / fps, 2 / fps, … seconds, the right way up, of 1 megapixel at most.
 
     Raises ValueError that begins with the flag for a file that cannot be decoded as a whole, and for less than two
-    frames or more than `MOST_FRAMES`.
+    frames or more than `MOST_FRAMES`. Warns if decoding meets errors.
     """
     try:
         given = {"counts": check_clip(path), "path": str(Path(path).resolve()), "fps": fps, "import": sys.path}
@@ -136,10 +140,14 @@ def read_clip(path: str, fps: float) -> list[Image.Image]:
 def _decoded(given: dict) -> tuple[dict, memoryview]:
     """The child's reply, and its frames' bytes. Raises ValueError."""
     command, text = [sys.executable, "-I", "-c", CHILD], json.dumps(given).encode()
-    try:
-        done = subprocess.run(command, input=text, capture_output=True, timeout=SECONDS, env=os.environ | OPENED)
-    except subprocess.TimeoutExpired as exc:
-        raise ValueError(f"it cannot be decoded in {SECONDS} seconds: cut it, or make its frames smaller") from exc
+    with tempfile.TemporaryFile() as log:
+        try:
+            options = {"stdout": subprocess.PIPE, "stderr": log, "timeout": SECONDS, "env": os.environ | OPENED}
+            done = subprocess.run(command, input=text, **options)
+        except subprocess.TimeoutExpired as exc:
+            raise ValueError(f"it cannot be decoded in {SECONDS} seconds: cut it, or make its frames smaller") from exc
+        log.seek(0)
+        damaged = b"OPENCV:FFMPEG" in log.read(LOG)
     line, _, _ = done.stdout[:2000].partition(b"\n")
     try:
         reply = json.loads(line)
@@ -147,6 +155,11 @@ def _decoded(given: dict) -> tuple[dict, memoryview]:
         raise ValueError(f"decoding it ended with code {done.returncode}: is it damaged?") from exc
     if "error" in reply:
         raise ValueError(reply["error"])
+    if damaged:
+        from smooth_gradcam import ExplanationWarning  # the child, which needs no torch, starts without it
+
+        message = "decoding it meets errors, so frames may be broken or missing: is it damaged?"
+        warnings.warn(f"--video {given['path']}: {message}", ExplanationWarning, stacklevel=3)
     return reply, memoryview(done.stdout)[len(line) + 1 :]
 
 
@@ -248,14 +261,16 @@ def main(given: dict) -> None:
 
         resource.setrlimit(resource.RLIMIT_CPU, (8 * SECONDS, 8 * SECONDS))  # in case the parent is killed
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    frames = []
-    try:
-        frames = _decode(given["path"], given["fps"], given["counts"])
-        reply = {"height": frames[0].shape[0], "width": frames[0].shape[1], "count": len(frames)}
-    except Exception as exc:  # OpenCV raises anything for a damaged file
-        known = isinstance(exc, ValueError)
-        reply = {"error": str(exc) if known else f"it cannot be decoded: {type(exc).__name__}: {exc}"[:300]}
-    sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
-    for frame in frames:
-        sys.stdout.buffer.write(frame.tobytes())
-    sys.stdout.buffer.flush()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LOG, LOG))  # of FFmpeg's errors
+    with os.fdopen(os.dup(1), "wb") as out:
+        os.dup2(2, 1)  # where OpenCV writes FFmpeg's errors
+        frames = []
+        try:
+            frames = _decode(given["path"], given["fps"], given["counts"])
+            reply = {"height": frames[0].shape[0], "width": frames[0].shape[1], "count": len(frames)}
+        except Exception as exc:  # OpenCV raises anything for a damaged file
+            known = isinstance(exc, ValueError)
+            reply = {"error": str(exc) if known else f"it cannot be decoded: {type(exc).__name__}: {exc}"[:300]}
+        out.write(json.dumps(reply).encode() + b"\n")
+        for frame in frames:
+            out.write(frame.tobytes())

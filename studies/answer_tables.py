@@ -75,9 +75,8 @@ def score_files(
     labels = {label: head for label, head in labels.items() if any(line.get(label, "") != "" for line in table)}
     kinds = dict.fromkeys(kind_of(one.truth) for _, one in scored)
     photos = len({one.photo for _, one in scored})
-    caption = (
-        f"Greedy answers to {len({(one.photo, prompt) for prompt, one in scored})} questions about {photos} photos; "
-    )
+    count = sum(one.labels == scored[0][1].labels for _, one in scored)
+    caption = f"Greedy answers to {count} questions about {photos} photos; "
     caption += "; ".join(HINTS[kind] for kind in kinds) + f"; 95 % of {RESAMPLES} resamples of the photos"
     rows = []
     for prompt, one in scored:

@@ -90,6 +90,12 @@ def kind_of(truth: dict) -> str:
     return "yes or no" if re.fullmatch(r"(yes|no)\.?", truth["answer"], re.IGNORECASE) else "words"
 
 
+def said_answer(truth: dict) -> str | None:
+    """The answer that is measured, None if there is none: yes and no with a capital, as models say them."""
+    answer = truth.get("answer")
+    return answer.title() if answer is not None and kind_of(truth) == "yes or no" else answer
+
+
 # scores: said, truth -> {measure: (part, whole)}
 
 

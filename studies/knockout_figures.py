@@ -214,7 +214,10 @@ def sever(
         curves[others] = [one.kept_right if accuracy else truncated(one, one.kept) for one in severed]
     curves = {name: np.array(values, float) for name, values in curves.items()}
     doubted = not accuracy and all(one.evidence.doubt for one in severed)
-    finding = truncation_finding(curves["image hidden"], what, doubted)
+    if accuracy:  # a model that seldom says these words may need the photo all the same
+        doubted = curves["image hidden"][:, -1].mean() < 0.5
+    named = f"{what} (answers that begin exactly as given)" if accuracy else what
+    finding = truncation_finding(curves["image hidden"], named, doubted)
     lines = [] if accuracy else [*explained_lines(severed, names, spans), *_evidence_lines(severed, names)]
     lines.append(finding)
     if keep is not None:

@@ -22,7 +22,7 @@ from common.clips import read_clip
 from common.families import cap_pixels
 from common.page import grey_panel
 from common.photos import load_photo, readable
-from smooth_gradcam import Look, Reading, TokenMaps, check_processor, read
+from smooth_gradcam import Look, Reading, TokenMaps, read
 from studies.video import Video, read_video, times_of
 from visualization_utils import full_colour
 
@@ -57,8 +57,10 @@ class Source(NamedTuple):
     def cap(self, processor, max_pixels: int) -> None:
         """Lower the processor's cap on the pixels of a video's frame, never raise it. Raises ValueError."""
         if isinstance(self.photo, Video):
-            check_processor(processor, "video_processor")
-            own = processor.video_processor
+            own = getattr(processor, "video_processor", None)
+            if not type(own).__name__.startswith("Qwen"):
+                name = type(processor).__name__
+                raise ValueError(f"--video: a {name} reads no videos here: Qwen2-VL, Qwen2.5-VL and Qwen3-VL do")
             frames = len(self.photo.frames) if "Qwen3" in type(own).__name__ else 1  # whose cap is of all together
             cap_pixels(own, max_pixels * frames)
 

@@ -113,6 +113,8 @@ def scienceqa(path: Path, args: argparse.Namespace) -> Lines:
             continue
         image, question = _get(record, "image", str, where), _get(record, "question", str, where)
         choices, answer = _texts(record, "choices", where), _get(record, "answer", int, where)
+        if not 2 <= len(choices) <= len(ascii_uppercase):
+            raise ValueError(f"{where} has {len(choices)} choices: give 2 to {len(ascii_uppercase)}")
         if not 0 <= answer < len(choices):
             raise ValueError(
                 f"{where} has the answer {answer}: with {len(choices)} choices, give 0 to {len(choices) - 1}"

@@ -48,8 +48,8 @@ from visualization_utils import (
     draw_layer,
     footer,
     full_colour,
-    made_from,
     method_title,
+    settings_text,
     strength,
     strongest_of,
     text_rows,
@@ -167,7 +167,10 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     text += " Above each: when its first frame is shown."
     if any("weak" in largest for _, largest in labels):
         text += f" Weak: below {100 * WEAK:.0f} % of the strongest."
-    return page.finish(footer(page, y, first.settings.method, text, made_from(first, reading.photos[0]), look))
+    (rows, columns), frame = reading.grids[0], reading.photos[0]
+    made = f"{settings_text(first.settings)}; video of {fps:g} frames a second, {frame.width} × {frame.height} px"
+    made += f", as {len(patches)} × {columns} × {rows} image tokens"
+    return page.finish(footer(page, y, first.settings.method, text, made, look))
 
 
 def draw_video(

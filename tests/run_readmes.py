@@ -31,7 +31,7 @@ LEFT_OUT = {  # what stands in the command: why it is not run
     r"--device cuda|--shape 7B": "needs a GPU",
 }
 LONG = r"tests/|demo_model/(train|evaluate|graft)\.py|torchrun"
-SLOW = r"--compare|--randomize|--answers|--model_path build/"  # more than a minute on two cores
+SLOW = r"--mode evaluate|--answers|--model_path build/"  # more than a minute on two cores
 
 
 def commands_of(text: str) -> list[str]:

@@ -10,7 +10,18 @@ from conftest import make_image
 from smooth_gradcam import read
 from studies import answer_tables
 from studies.answer_tables import said_when_hidden, score_files
-from studies.answers import LABELS, Scored, kind_of, normalised, said_letter, says_yes, score, score_table, truth_of
+from studies.answers import (
+    LABELS,
+    Scored,
+    kind_of,
+    normalised,
+    said_answer,
+    said_letter,
+    says_yes,
+    score,
+    score_table,
+    truth_of,
+)
 from studies.chair import COCO_NAMES, chair, mentions, read_names
 from studies.tables import interval
 
@@ -320,3 +331,12 @@ def test_flags_of_scores_need_a_list(drive, flag):
     code, _, err = drive("--mode", "knockout", flag)
     assert code == 2
     assert f"{flag.split('=')[0]} needs --answers" in err
+
+
+@pytest.mark.parametrize(
+    ("truth", "said"),
+    [({"answer": "yes"}, "Yes"), ({"answer": "NO."}, "No."), ({"answer": "two"}, "two"), ({"objects": ["dog"]}, None)]
+    + [({"answer": "B", "choices": ["yes", "no"]}, "B")],
+)
+def test_yes_and_no_are_measured_as_models_say_them(truth, said):
+    assert said_answer(truth) == said

@@ -12,6 +12,7 @@ from PIL import Image
 
 from common import clips
 from common.clips import MOST_FRAMES, read_clip
+from smooth_gradcam import ExplanationWarning
 
 CODECS = {".mp4": "mp4v", ".mov": "mp4v", ".avi": "MJPG", ".webm": "VP80", ".mkv": "MJPG"}
 
@@ -179,6 +180,21 @@ def test_one_frame_is_no_video(whole):
     assert refused(whole[".webm"], 0.2) == "one frame at --fps 0.2: a video has two or more, so give a larger --fps"
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_frames_that_are_broken_inside_a_whole_file_are_told(whole, tmp_path, suffix, recwarn):
+    data = bytearray(whole[suffix].read_bytes())
+    read_clip(str(whole[suffix]), 2.0)
+    assert not recwarn.list
+    data[len(data) // 2 : len(data) * 3 // 5] = bytes(len(data) * 3 // 5 - len(data) // 2)
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(data)
+    with pytest.warns(
+        ExplanationWarning, match=re.escape(f"{path}: decoding it meets errors, so frames may be broken")
+    ):
+        read_clip(str(path), 2.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*is it damaged")
 def test_damaged_videos_give_frames_or_a_reason_and_nothing_else(whole, tmp_path, capfd):
     """Whatever bytes are wrong: no other error, no word of a library."""
     rng, outcomes = np.random.default_rng(0), []

@@ -34,7 +34,7 @@ from smooth_gradcam import Settings, compute_token_maps, explain, find_target, r
 from studies.decoder import token_groups
 from studies.fastv import image_pruned, kept_count
 from studies.flow import attention_flow
-from studies.knockout import Edge, knockout, sever_photo
+from studies.knockout import Edge, image_hidden, knockout, sever_photo
 from studies.prompt_words import Relevances
 
 PROMPT, ANSWER = "What is it?", "the red cat 猫"
@@ -433,6 +433,19 @@ def test_half_of_all_image_tokens_are_removed(family, reading):
     gone = set(range(prompt)) - set(kept.positions)
     assert len(gone) == count - kept_count(count, 50)
     assert gone < set(image_tokens(reading).tolist())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_answers_with_the_image_hidden_are_those_without_a_cache(family, reading, layer):
+    """Also where the prompt is longer than some layers' sliding window, of whose keys only the last are left."""
+    inputs = dict(reading.inputs)
+    said = {}
+    for cached in (True, False):
+        with core.borrowed(reading.model), image_hidden(reading.model, layer), torch.no_grad():
+            options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": cached}
+            said[cached] = reading.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    np.testing.assert_array_equal(said[True].sequences, said[False].sequences)
+    np.testing.assert_allclose(torch.stack(said[True].logits), torch.stack(said[False].logits), rtol=1e-4, atol=1e-5)
 
 
 def test_knockout_is_that_of_a_mask_made_by_hand(reading):

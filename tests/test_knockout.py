@@ -526,7 +526,8 @@ def test_accuracy_of_the_kept_tokens_is_that_of_their_runs(reading, monkeypatch)
     severed = Severed(reading, [0], values, right, values, kept, {})
     monkeypatch.setattr("studies.knockout_figures.sever_photo", lambda *_, **__: severed)
     files, lines, _ = sever([reading], ["a"], [None], keep=3, accuracy=True, quiet=True)
-    assert "the image is needed to the last layer: accuracy 0.000 without it, 1.000 with it" in lines[0]
+    said = "accuracy (answers that begin exactly as given) 0.000 without it, 1.000 with it"
+    assert f"the image is needed to the last layer: {said}" in lines[0]
     assert lines[1].endswith("in the layer before: cliff 1, 1.000")
     assert len(lines) == 2  # the model is right with the whole image, so nothing is said instead
     table = list(csv.DictReader(io.StringIO(files["knockout.csv"])))

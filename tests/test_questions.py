@@ -118,6 +118,8 @@ BAD = [
     ("pope", "[1]\n", "line 1 is not a JSON object"),
     ("pope", "\n", "has no question with a photo"),
     ("scienceqa", {"7": PROBLEM | {"answer": 2}}, "problem '7' has the answer 2: with 2 choices, give 0 to 1"),
+    ("scienceqa", {"7": PROBLEM | {"choices": ["a"] * 30, "answer": 28}}, "problem '7' has 30 choices: give 2 to 26"),
+    ("scienceqa", {"7": PROBLEM | {"choices": ["iron"], "answer": 0}}, "problem '7' has 1 choices: give 2 to 26"),
     ("scienceqa", {"7": PROBLEM | {"answer": "B"}}, "problem '7' has 'answer': 'B', which is no whole number"),
     ("scienceqa", {"7": PROBLEM | {"answer": True}}, "problem '7' has 'answer': True, which is no whole number"),
     ("scienceqa", {"7": PROBLEM | {"choices": ["iron", 3]}}, "problem '7' has 'choices': "),
