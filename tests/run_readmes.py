@@ -27,7 +27,8 @@ LEFT_OUT = {  # what stands in the command: why it is not run
     r"…|--answers$": "an example",
     r"studies/app\.py": "a server",
     r"Qwen/": "fetches a published model",
-    r"photo\.jpg|photos/|a\.jpg|annotations/|coco\.jsonl": "needs files of yours",
+    r"photo\.jpg|photos/|a\.jpg|annotations/|coco\.jsonl| (questions|list)\.jsonl|clip\.mp4": "needs files of yours",
+    r"studies/questions\.py": "needs published files",
     r"--device cuda|--shape 7B": "needs a GPU",
 }
 LONG = r"tests/|demo_model/(train|evaluate|graft)\.py|torchrun"
