@@ -171,8 +171,9 @@ class Settings:
             object.__setattr__(self, "contrast", self.contrast.strip())  # as a target is
         check_choices(self, method=METHODS, tap=(None, *TAPS), score=SCORES, rules=(None, *RULES))
         for name, why in METHODS[self.method].inert.items():
-            if getattr(self, name) not in (getattr(type(self), name), getattr(METHODS[self.method], name, None)):
-                raise ValueError(f"{name}={getattr(self, name)!r} cannot act with method={self.method!r}: {why}")
+            given, method = getattr(self, name), f"method={self.method!r}"
+            if given not in (getattr(type(self), name), getattr(METHODS[self.method], name, None)):
+                raise ValueError(f"{name}={given!r} cannot be combined with {method}: {why}")
         if not use_smooth or self.noise_std == 0:  # all copies would be equal
             object.__setattr__(self, "num_samples", 1)
             object.__setattr__(self, "noise_std", 0.0)

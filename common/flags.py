@@ -78,7 +78,7 @@ OF_HEADS = ("attention",)  # methods that --head acts on
 
 
 def _without(method: str, flags: tuple[str, ...], why: str) -> tuple:
-    """Of TOGETHER: flags that cannot act with a method."""
+    """Of TOGETHER: flags that cannot be combined with a method."""
     return f"--method {method}", lambda args: args.method == method, flags, why
 
 

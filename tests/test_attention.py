@@ -192,11 +192,20 @@ def test_it_is_a_method_in_python(model, processor, image):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"score": "logprob"}, "score='logprob' cannot act with method='attention': attention takes no gradient"),
-        ({"rules": "attnlrp"}, "rules='attnlrp' cannot act with method='attention': attention takes no gradient"),
-        ({"tap": "output"}, "tap='output' cannot act with method='attention': attention takes no gradient"),
-        ({"contrast": "dog"}, "contrast='dog' cannot act with method='attention': attention is the same whichever"),
-        ({"method": "gradcam", "head": 1}, "head=1 cannot act with method='gradcam'"),
+        (
+            {"score": "logprob"},
+            "score='logprob' cannot be combined with method='attention': attention takes no gradient",
+        ),
+        (
+            {"rules": "attnlrp"},
+            "rules='attnlrp' cannot be combined with method='attention': attention takes no gradient",
+        ),
+        ({"tap": "output"}, "tap='output' cannot be combined with method='attention': attention takes no gradient"),
+        (
+            {"contrast": "dog"},
+            "contrast='dog' cannot be combined with method='attention': attention is the same whichever",
+        ),
+        ({"method": "gradcam", "head": 1}, "head=1 cannot be combined with method='gradcam'"),
     ],
 )
 def test_settings_that_cannot_act_are_refused(options, why):

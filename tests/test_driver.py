@@ -964,7 +964,7 @@ def test_accuracy_over_a_list_is_what_the_model_would_answer(drive, tmp_path):
     assert (code, err) == (0, "")
     rows = list(csv.DictReader((tmp_path / "out/knockout/knockout.csv").open()))
     assert [row["answer_right"] for row in rows if row["layer"] == "28"] == ["1", "1", "0", "0", "1", "1"]
-    assert "accuracy 0.333 without it, 0.667 with it" in out
+    assert "accuracy (answers that begin exactly as given) 0.333 without it, 0.667 with it" in out
     assert (
         "demo.jpeg, 'Is there a dog?': right would be 'No', the model says 'Yes, there is a dog at the bottom left.'"
         in out
