@@ -32,6 +32,7 @@ from common.page import (
     BODY_HEIGHTS,
     GAP,
     HEAD,
+    HEIGHT,
     LINE,
     MARGIN,
     PAGE,
@@ -50,7 +51,7 @@ from common.page import (
     shrink,
     small_print,
 )
-from common.parts import HIGHEST, Part, numbered
+from common.parts import Part, numbered
 from common.passes import passes_of
 from common.photos import explained_photo, open_photo
 from common.progress import show_progress
@@ -373,7 +374,7 @@ def _panel_figure(
     y = header(page, MARGIN, MARGIN, f"{method_title(token_maps.settings)}, layer {layer}", rows) + GAP
     text, made = caption(token_maps, [layer], f"layer {layer}", look), made_from(token_maps, photo)
     columns = 3 if aspect < 2.5 else 1
-    room = HIGHEST - y - footer(scratch, GAP, token_maps.settings.method, text, made, look)
+    room = HEIGHT - y - footer(scratch, GAP, token_maps.settings.method, text, made, look)
     height = min(4.5, max(0.4, room / (3 // columns) - HEAD - GAP))
     width, height = fit_box(aspect, (page.inner - (columns - 1) * GAP) / columns, height)
     small = shrink(photo, width, height)
@@ -424,7 +425,7 @@ def _layers_figure(
 
     page = Page(WIDTHS[paper.width], letters)
     label_room = max(page.label_width(*label) for label in labels.values())
-    room = HIGHEST - head(page, "") - foot(page, 0, [Part(0, None, shown=tuple(layers))])
+    room = HEIGHT - head(page, "") - foot(page, 0, [Part(0, None, shown=tuple(layers))])
     most_body = BODY_HEIGHTS[paper.width] * max(1, len(layers) / 28)  # beyond 28 layers it grows
     sheets = max(1, round(most_body * min(1, len(layers) / 12) / room + 0.2))  # fewer layers have room on less
     body = min(most_body, sheets * room)

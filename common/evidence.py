@@ -44,10 +44,10 @@ from smooth_gradcam import (
 )
 
 __all__ = [
-    *("ALIKE", "DOUBTED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines", "doubt_of"),
-    *("evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "joined", "passed"),
-    "positions_of",
-    *("probability_text", "settled_for", "share_text", "spearman", "warnings_of", "weighed", "with_method", "FADED"),
+    *("ALIKE", "DOUBTED", "FADED", "PHOTOLESS", "Evidence", "departures", "departures_of_most", "doubt_lines"),
+    *("doubt_of", "evidence_lines", "explain_by_methods", "explain_with_evidence", "image_hiding", "joined", "passed"),
+    *("positions_of", "probability_text", "settled_for", "share_text", "spearman", "warnings_of", "weighed"),
+    "with_method",
 ]
 
 DOUBTED = 0.1  # probability below which the model hardly says a word

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.page import BAND, WIDTHS, Page, Paper
+from common.page import BAND, HEIGHT, WIDTHS, Page, Paper
 
-__all__ = ["HIGHEST", "Part", "apart", "captions", "nested", "numbered", "rows_of_plots"]
+__all__ = ["Part", "apart", "captions", "nested", "numbered", "rows_of_plots"]
 
 LOW = 1.35  # inches: the highest plot in a column
-HIGHEST = 9.0  # of a figure, unless its header, one part and the caption take more
 
 
 class Part(NamedTuple):
@@ -58,6 +57,7 @@ def numbered(
 ) -> dict[str, object]:  # fmt: skip
     """{file name: the function that draws it}: the parts in their order, in `name`.png, `name`_2.png and so on.
 
+    No page is higher than HEIGHT, unless its header, one part and the caption take more.
     Successive parts with the same `above` stay together where a page has room for them.
     `text` has the characters that the pages must be able to write. `head(page, number)` draws the header, whose title
     ends with `number`, such as " (2 of 3)", and returns the y below it; `foot(page, y, parts)` draws what stands below
@@ -68,7 +68,7 @@ def numbered(
 
     def fits(shown):
         below = _lay_out(scratch, top, shown, draw=False)
-        return below + most <= HIGHEST or below + foot(scratch, 0, shown) <= HIGHEST
+        return below + most <= HEIGHT or below + foot(scratch, 0, shown) <= HEIGHT
 
     pages = [[]]
     for above, group in itertools.groupby(parts, lambda part: part.above):

@@ -19,17 +19,8 @@ from torch.nn import functional as F  # noqa: N812  (its usual name)
 from smooth_gradcam import LARGE, Reading
 
 __all__ = [
-    *(
-        "NOTHING",
-        "Beside",
-        "by_rows",
-        "cut",
-        "factor",
-        "intern_beside",
-        "intern_grids",
-        "intern_pictures",
-    ),
-    *("joined", "joined_tiles", "onevision_beside", "onevision_grids", "stretches", "thumbnail_follows"),
+    *("NOTHING", "Beside", "by_rows", "cut", "factor", "intern_beside", "intern_grids", "intern_pictures", "joined"),
+    *("joined_tiles", "onevision_beside", "onevision_grids", "stretches", "thumbnail_follows"),
 ]
 
 
@@ -74,6 +65,11 @@ def joined_tiles(tiles: Tensor, rows: int, columns: int) -> Tensor:
 def thumbnail_follows(thumbnail: Tensor, change: Tensor, rows: int, columns: int) -> Tensor:
     """The thumbnail (channels, S, S) of a photo whose tiles changed by `change` (rows * columns, channels, S, S)."""
     return thumbnail + F.interpolate(joined_tiles(change, rows, columns)[None], thumbnail.shape[1:], mode="area")[0]
+
+
+def _first_cells(reading: Reading) -> list[int]:
+    """The position of the first cell of each explained photo."""
+    return reading.positions.cpu()[np.cumsum([0, *map(math.prod, reading.grids)])[:-1]].tolist()
 
 
 # pictures of one size, cut into squares
@@ -139,7 +135,7 @@ def _intern_photos(reading: Reading):
     """Of each explained photo the positions of all its tokens, its grid, and the place of its first tile."""
     marked = reading.inputs["input_ids"][0].cpu() == reading.model.config.image_token_id
     runs, before = stretches(marked), 0
-    starts = reading.positions.cpu()[np.cumsum([0, *map(math.prod, reading.grids)])[:-1]].tolist()
+    starts = _first_cells(reading)
     for run in runs:
         if int(run[0]) in starts:
             yield run, reading.grids[starts.index(int(run[0]))], before
@@ -158,8 +154,7 @@ def intern_pictures(patches: Tensor, like: Tensor, reading: Reading) -> Tensor:
     for run, (height, width), first in _intern_photos(reading):
         last = first + height * width // side**2
         if len(run) > height * width:
-            follows = thumbnail_follows(pictures[last], change[first:last], height // side, width // side)
-            pictures[last] = follows
+            pictures[last] = thumbnail_follows(pictures[last], change[first:last], height // side, width // side)
     return pictures
 
 
@@ -211,6 +206,6 @@ def onevision_grids(model, inputs, kind="image", *_):
 
 
 def onevision_beside(reading: Reading) -> Beside:
-    starts = reading.positions.cpu()[np.cumsum([0, *map(math.prod, reading.grids)])[:-1]].tolist()
+    starts = _first_cells(reading)
     own = [part for part in _onevision_parts(reading.model, reading.inputs) if int(part[1][0, 0]) in starts]
     return Beside(tuple(whole for whole, _ in own), torch.cat([lines[:, -1] for _, lines in own]))

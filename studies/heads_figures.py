@@ -8,14 +8,13 @@ import numpy as np
 
 from common.encoding import to_csv
 from common.evidence import FADED, Evidence, doubt_of
-from common.page import DPI, GAP, MARGIN, PAGE, TINY, WIDTHS, Page, Paper, fit_box, masthead, small_print
+from common.page import DPI, GAP, HEIGHT, MARGIN, PAGE, TINY, WIDTHS, Page, Paper, fit_box, masthead, small_print
 from smooth_gradcam import PLAIN, Look, Reading, Settings, TokenMaps, colorize_cam, explain, normalize_cam, upsample_cam
 from studies.heads import head_attention, head_findings, head_rows
 from visualization_utils import colour_bar, reliance, text_rows
 
-__all__ = ["BODY", "draw_heads", "heads"]
+__all__ = ["draw_heads", "heads"]
 
-BODY = 9.0  # inches: the height of a page, at most
 LEFT, TOP = 0.42, 0.13  # for the numbers of layers and heads
 CELL, LARGEST = 0.2, 0.6  # inches: of the longer side of a map, at least and at most
 BETWEEN = 0.04
@@ -59,7 +58,7 @@ def draw_heads(
     total, count, _ = attention.shape
     text = _caption(maps, look, "pointing" in rows[0])
     page, y = _start(reading.photo, maps, "Attention of each head", paper)
-    room = BODY - y - TOP - 2 * GAP - _foot(page, 0, text, look)
+    room = HEIGHT - y - TOP - 2 * GAP - _foot(page, 0, text, look)
     aspect = reading.photo.width / reading.photo.height
 
     least, most = (fit_box(aspect, side, side) for side in (CELL, LARGEST))

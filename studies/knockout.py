@@ -151,10 +151,11 @@ def image_hidden(model, layer: int):
         raise ValueError(f"layer {layer} does not exist: the image can be hidden from layer 0 to {total} (nowhere) on")
     names = [name for name in ("image_token_id", "video_token_id") if getattr(model.config, name, None) is not None]
     pictures = torch.tensor([getattr(model.config, name) for name in names])
-    image = torch.zeros(1, 0, dtype=torch.bool)  # (B, positions so far)
+    image, blocks = torch.zeros(1, 0, dtype=torch.bool), {}  # (B, positions so far); of one pass, by a mask's shape
 
     def note(module, args, kwargs):
         nonlocal image
+        blocks.clear()
         ids = kwargs.get("input_ids")
         if ids is not None and ids.shape[1] > 1:  # a prompt, and not a single token of an answer
             image = torch.isin(ids, pictures.to(ids.device))
@@ -164,10 +165,11 @@ def image_hidden(model, layer: int):
     def hidden(i, S, T):  # noqa: N803
         if i < layer:
             return None
-        keys = torch.nn.functional.pad(image, (0, max(0, T - image.shape[1])))[
-            :, -T:
-        ]  # with a sliding window, the last
-        return ~keys[:, T - S :, None] & keys[:, None]  # (B, S, T)
+        if (S, T) not in blocks:
+            keys = torch.nn.functional.pad(image, (0, max(0, T - image.shape[1])))
+            keys = keys[:, -T:]  # (B, T), the last of a sliding window
+            blocks[S, T] = ~keys[:, T - S :, None] & keys[:, None]  # (B, S, T)
+        return blocks[S, T]
 
     with hooked([model.model.register_forward_pre_hook(note, with_kwargs=True)]), _blocked(model, hidden):
         yield

@@ -23,7 +23,7 @@ from common.families import cap_pixels
 from common.page import grey_panel
 from common.photos import load_photo, readable
 from smooth_gradcam import Look, Reading, TokenMaps, read
-from studies.video import Video, read_video, times_of
+from studies.video import Video, frames_of_a_patch, made_of, read_video, times_of
 from visualization_utils import full_colour
 
 __all__ = ["Pictures", "Source"]
@@ -72,9 +72,8 @@ class Source(NamedTuple):
         """Those of the reading of this source."""
         if not isinstance(self.photo, Video):
             return Pictures(reading, self.names, self.name)
-        video, pair = self.photo, reading.processor.video_processor.temporal_patch_size
-        times = times_of(len(reading.grids), pair / video.fps)
-        return Pictures(reading, times, self.name, video)
+        times = times_of(len(reading.grids), frames_of_a_patch(reading) / self.photo.fps)
+        return Pictures(reading, times, self.name, self.photo)
 
     def seen_lines(self, reading: Reading) -> list[str]:
         """What the model sees, and of which photos the processor shows it more or less than there is."""
@@ -120,13 +119,10 @@ class Pictures(NamedTuple):
     @property
     def made_of(self) -> str:
         """The pictures' sizes, for the small print."""
-        reading, first = self.reading, self.reading.photos[0]
         if self.video is None:
-            grids = " + ".join(f"{width} × {height}" for height, width in reading.grids)
+            grids = " + ".join(f"{width} × {height}" for height, width in self.reading.grids)
             return f"{len(self.names)} photos in one prompt, {grids} image tokens"
-        (height, width), count = reading.grids[0], len(self.video.frames)
-        text = f"video of {count} frames, {self.video.fps:g} a second, {first.width} × {first.height} px"
-        return f"{text}, as {len(self.names)} × {width} × {height} image tokens"
+        return made_of(self.reading, self.video)
 
     def lines(self, maps: TokenMaps) -> list[str]:
         """How the map of each layer is shared among the pictures: the largest shares."""

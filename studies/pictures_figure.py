@@ -12,6 +12,7 @@ import numpy as np
 
 from common.page import (
     GAP,
+    HEIGHT,
     LINE,
     MARGIN,
     PAGE,
@@ -26,10 +27,10 @@ from common.page import (
     text_width,
     wrap,
 )
-from common.parts import HIGHEST, Part, numbered
+from common.parts import Part, numbered
 from smooth_gradcam import PLAIN, Look, TokenMaps
 from studies.pictures import Pictures
-from studies.video import animate, draw_video
+from studies.video import animate, draw_video, frames_of_a_patch
 from visualization_utils import (
     WEAK,
     caption,
@@ -184,8 +185,8 @@ def tables(
     text += f" All {'temporal patches' if pictures.video else 'photos'} have one scale"
     text += "; below each: its share of the map." if _are_shared(content) else "."
     if pictures.video:
-        pair = pictures.reading.processor.video_processor.temporal_patch_size
-        text += f" Above each: when its first frame is shown; it is {pair} frames."
+        count = frames_of_a_patch(pictures.reading)
+        text += f" Above each: when its first frame is shown; it is {count} frames."
     made = f"{settings_text(maps.settings)}; {pictures.made_of}"
 
     def head(page, number):
@@ -195,7 +196,7 @@ def tables(
         return footer(page, y + GAP, maps.settings.method, text, made, look)
 
     page = Page(WIDTHS[paper.width], letters)
-    figure = _Figure(pictures, content, page, paper.width, HIGHEST - head(page, "") - foot(page, 0, []))
+    figure = _Figure(pictures, content, page, paper.width, HEIGHT - head(page, "") - foot(page, 0, []))
     return numbered(name, paper, letters, head, [part for table in content for part in figure.parts(table)], foot)
 
 

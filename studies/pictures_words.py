@@ -16,7 +16,7 @@ from smooth_gradcam import PLAIN, Look, TokenMaps
 from studies.pictures import Pictures
 from studies.pictures_figure import GREY, Row, Table, row_of, tables
 from studies.prompt_words import Asked
-from studies.video import times_of
+from studies.video import frames_of_a_patch, times_of
 from studies.word_choice import name_words
 from studies.words import data_url, html_data, json_text, words_arrays, words_html, words_record
 from studies.words_figure import DOUBT, evidence_text, words_caption
@@ -75,7 +75,7 @@ def pictures_html(
         side = next(
             size for count, size in FRAME_SIDES.items() if len(video.frames) <= count or count == max(FRAME_SIDES)
         )
-        photos, pair = [_reduced(frame, side) for frame in video.frames], _frames_of_a_patch(pictures)
+        photos, pair = [_reduced(frame, side) for frame in video.frames], frames_of_a_patch(pictures.reading)
         names = times_of(len(photos), 1 / video.fps)
         of = [i // pair for i in range(len(photos))]
     data = html_data(photos[0], pictures.file_name, word_maps, probabilities, tokens, look, asked)
@@ -88,10 +88,6 @@ def pictures_html(
         small = _reduced(photo, max(data["width"], data["height"]) if video else 1600)
         own |= {"photo": data_url(small), "width": small.width, "height": small.height}
     return words_html(data)
-
-
-def _frames_of_a_patch(pictures: Pictures) -> int:
-    return pictures.reading.processor.video_processor.temporal_patch_size
 
 
 def _reduced(photo: Image.Image, side: int) -> Image.Image:

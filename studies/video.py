@@ -55,7 +55,10 @@ from visualization_utils import (
     text_rows,
 )
 
-__all__ = ["Video", "animate", "create_video_maps", "draw_video", "read_video", "strip_figure", "times_of"]
+__all__ = [
+    *("Video", "animate", "create_video_maps", "draw_video", "frames_of_a_patch", "made_of", "read_video"),
+    *("strip_figure", "times_of"),
+]
 
 STRIP_HEIGHT = 6.0  # inches that the frames of a strip take at most
 SIDE = 640  # pixels of an animation's longer side
@@ -132,7 +135,21 @@ def _unneeded(maps: TokenMaps, layer: int, strongest: float) -> bool:
     return maps.settings.method == "needed" and strongest > 0 and maps.blank.get(layer) == "zero everywhere"
 
 
-def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: float, look: Look, paper: Paper) -> Page:
+def frames_of_a_patch(reading: Reading) -> int:
+    """The frames that share a map."""
+    return reading.processor.video_processor.temporal_patch_size
+
+
+def made_of(reading: Reading, video: Video) -> str:
+    """The video's frames and their size, for the small print."""
+    (height, width), first = reading.grids[0], reading.photos[0]
+    text = f"video of {len(video.frames)} frames, {video.fps:g} a second, {first.width} × {first.height} px"
+    return f"{text}, as {len(reading.grids)} × {width} × {height} image tokens"
+
+
+def strip_figure(
+    reading: Reading, patches: list[TokenMaps], layer: int, video: Video, look: Look, paper: Paper
+) -> Page:
     """The overlay of each temporal patch on its first frame, in their order, each with its time and maximum."""
     first, strongest, heads = patches[0], strongest_of(patches), text_rows(patches[0])
     look = replace(look, scale="all")
@@ -140,7 +157,7 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     title = f"{method_title(first.settings)} by time, layer {layer}"
     y = header(page, MARGIN, MARGIN, title, heads) + GAP
     aspect = reading.photos[0].width / reading.photos[0].height
-    seconds = reading.processor.video_processor.temporal_patch_size / fps
+    seconds = frames_of_a_patch(reading) / video.fps
     unneeded = [_unneeded(maps, layer, strongest) for maps in patches]
     labels = [
         (time, "none needed" if unneeded[i] else strength(maps, layer, strongest))
@@ -167,9 +184,7 @@ def strip_figure(reading: Reading, patches: list[TokenMaps], layer: int, fps: fl
     text += " Above each: when its first frame is shown."
     if any("weak" in largest for _, largest in labels):
         text += f" Weak: below {100 * WEAK:.0f} % of the strongest."
-    (rows, columns), frame = reading.grids[0], reading.photos[0]
-    made = f"{settings_text(first.settings)}; video of {fps:g} frames a second, {frame.width} × {frame.height} px"
-    made += f", as {len(patches)} × {columns} × {rows} image tokens"
+    made = f"{settings_text(first.settings)}; {made_of(reading, video)}"
     return page.finish(footer(page, y, first.settings.method, text, made, look))
 
 
@@ -180,7 +195,7 @@ def draw_video(
     maps, strongest = [patch.maps[layer] for patch in patches], strongest_of(patches)
     peak = full_colour(patches[0], layer, replace(look, scale="all"), strongest)
     arrays = {"maps": np.stack(maps), "layer": np.array(layer), "fps": np.array(video.fps)}
-    draw = functools.partial(strip_figure, reading, patches, layer, video.fps, look, paper)
+    draw = functools.partial(strip_figure, reading, patches, layer, video, look, paper)
     return paper.figure("video_strip", draw) | {
         "video.webp": animate(video.frames, maps, video.fps, look, peak),
         "maps.npz": arrays | {"evidence": np.array(patches[0].evidence[:2])},  # p, p without the video

@@ -32,8 +32,7 @@ from drawn_maps import (
 from matplotlib.colors import to_rgb
 
 import common.page
-from common.page import WIDTHS, Paper
-from common.parts import HIGHEST
+from common.page import HEIGHT, WIDTHS, Paper
 from smooth_gradcam import METHODS
 from studies.faithfulness import comparison_rows, score_rows, side_by_side
 from studies.faithfulness_figures import STYLES, draw_comparison, draw_faithfulness, draw_randomization
@@ -67,7 +66,7 @@ def test_figures_of_measures_fit_on_page_and_column(aspect, width):
         draw_comparison(photo, together, compared, comparison_rows(every, together, compared, None), paper=paper),
     ):
         for draw in files.values():
-            assert laid_out(draw(), width).get_size_inches()[1] <= HIGHEST
+            assert laid_out(draw(), width).get_size_inches()[1] <= HEIGHT
 
 
 @pytest.mark.parametrize(

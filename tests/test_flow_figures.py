@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from test_core import ANSWER, PROMPT
 
 from common.evidence import explain_with_evidence
-from common.page import WIDTHS, Paper
-from common.parts import HIGHEST
+from common.page import HEIGHT, WIDTHS, Paper
 from smooth_gradcam import Settings, find_target, read
 from studies.flow import attention_flow, gradient_flow
 from studies.flow_figures import COLOURS, _flow_lines, trace
@@ -60,7 +59,7 @@ def test_figures_of_the_flow_fit_on_page_and_column(model, processor, size, widt
     for draw in figures.values():
         page = draw()
         assert page.figure.get_size_inches()[0] == WIDTHS[width]
-        assert page.figure.get_size_inches()[1] <= HIGHEST
+        assert page.figure.get_size_inches()[1] <= HEIGHT
         FigureCanvasAgg(page.figure)
         check_layout(page.figure)
 

@@ -7,8 +7,8 @@ from drawn_maps import laid_out, texts_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from common.page import MARGIN, SMALL, Page, Paper, header, small_print
-from common.parts import HIGHEST, LOW, Part, apart, captions, nested, numbered, rows_of_plots
+from common.page import HEIGHT, MARGIN, SMALL, Page, Paper, header, small_print
+from common.parts import LOW, Part, apart, captions, nested, numbered, rows_of_plots
 
 
 def paged(heights, aboves=None, caption_of=lambda i: f"Sentence {i}."):
@@ -47,7 +47,7 @@ def test_no_page_is_higher_than_a_paper_and_every_part_stands_once_in_order(heig
     shown = []
     for i, draw in enumerate(files.values(), 1):
         page = draw()
-        assert page.figure.get_size_inches()[1] <= HIGHEST == 9
+        assert page.figure.get_size_inches()[1] <= HEIGHT == 9
         FigureCanvasAgg(page.figure)
         check_layout(page.figure)
         assert f"Title ({i}\xa0of\xa0{len(files)})" in texts_of(page.figure)

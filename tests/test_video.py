@@ -163,7 +163,7 @@ def test_strip_and_animation_show_each_temporal_patch(model, processor, film, fr
         film_file.load()
         assert film_file.info["duration"] == 250
     reading = read_video(model, processor, Video(frames, 4), PROMPT, ANSWER)
-    page = strip_figure(reading, patches, LAYERS - 1, 4, Look(), Paper(width))
+    page = strip_figure(reading, patches, LAYERS - 1, Video(frames, 4), Look(), Paper(width))
     np.asarray(page)  # drawn
     said = [text.get_text() for text in page.figure.texts]
     assert {"0.0 s", "0.5 s"} <= set(said)

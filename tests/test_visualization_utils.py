@@ -50,8 +50,7 @@ import common.page
 import test_gradcam
 import visualization_utils
 from common.files import write_files
-from common.page import Paper
-from common.parts import HIGHEST
+from common.page import HEIGHT, Paper
 from smooth_gradcam import Look, Settings, render_cam
 from studies.faithfulness import score_rows
 from studies.faithfulness_figures import draw_faithfulness, draw_randomization
@@ -201,7 +200,7 @@ def test_maps_of_any_number_of_layers_of_any_photo_fit_on_page_and_column(aspect
     for name, content in files.items():
         if callable(content) and "layer_comparison" in name or name.startswith(("visual", "all", "compar")):
             figure = laid_out(content(), width)
-            assert figure.get_size_inches()[1] <= HIGHEST
+            assert figure.get_size_inches()[1] <= HEIGHT
             shown.setdefault(re.sub(r"(_\d+)?\.png", "", name), set()).update(texts_of(figure))
     for name, texts in shown.items():
         assert name == "visualization" or {f"layer {layer}" for layer in maps.maps} <= texts or "/" in name
@@ -609,7 +608,7 @@ def test_figures_of_many_layers_and_long_texts_are_nine_inches_high_at_most_and_
         kind = re.sub(r"(_\d+)?\.png$", "", name)
         if kind.endswith(("visualization", "grid", "comparison", "analysis")):
             figure = draw().figure
-            assert figure.get_size_inches()[1] <= HIGHEST
+            assert figure.get_size_inches()[1] <= HEIGHT
             assert len(colour_bars(figure)) == 1
             shown.setdefault(kind, []).extend(text for text in texts_of(figure) if re.fullmatch(r"layer \d+", text))
     every = [f"layer {layer}" for layer in range(28)]
